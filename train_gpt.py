@@ -1,33 +1,33 @@
 #!/usr/bin/env python3
 """Train, compress and honestly score a language model under the Parameter Golf rules, in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py        train on 8xH100, write the artifact, score it
-    PRESET=demo python train_gpt.py                              the same on any laptop: no data, no GPU, 3 minutes
-    python train_gpt.py eval                                     score the artifact at ARTIFACT_PATH again
-    python train_gpt.py tokenize OUT_DIR FILE...                 .txt, .jsonl, .jsonl.zst to token shards
-    python train_gpt.py summarize RESULTS_JSON...                results of several seeds to submission.json
+    torchrun --standalone --nproc_per_node=8 train_gpt.py    train on 8xH100, write the artifact, score it
+    PRESET=demo python train_gpt.py                          the same on a laptop: no data, no GPU, 3 minutes
+    python train_gpt.py eval                                 score the artifact at ARTIFACT_PATH again
+    python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
+    python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
 
-Every setting is an environment variable with the name of a `Config` field in capitals. A run writes
-LOG_DIR/RUN_ID/train.log (for people), results.json (for programs) and model.int6.lzma (the artifact).
+Every setting is an environment variable: the name of a `Config` field in capitals (--help lists them). A run
+writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs) and model.int6.lzma (the artifact).
 
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
                                                                                      |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
                           '--> update: TTT and n-gram history learn from what has been scored
 
-The figure of merit is bits per byte:  val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text.
-
+The figure of merit is bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text.
 What makes it the length of a code that a decoder can read:
-  1. causal      the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
-  2. complete    every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
-  3. score first position t's bits are final before any state has seen x_t;
-  4. one pass    left to right, once.
-`Predictor` below is the only place where frequencies are made, and it raises when it is used out of order.
+  1. causal       the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
+  2. complete     every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
+  3. score first  position t's bits are final before any state has seen x_t;
+  4. one pass     left to right, once.
+`Predictor` is the only place where frequencies are made, and it raises when it is used out of order.
 
-Shapes: B batch, T rows of a window, D model width, H query heads, G key/value heads, V vocabulary, R positions.
+Shapes: B batch, T rows of a window, W window, S stride, D model width, H query heads, G key/value heads,
+d head width, V vocabulary, R positions.
 """
 
-import bisect
+import ast
 import contextlib
 import copy
 import dataclasses
@@ -35,6 +35,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import inspect
 import io
 import json
 import lzma
@@ -46,7 +47,9 @@ import shutil
 import statistics
 import struct
 import sys
+import sysconfig
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,34 +57,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-# ----------------------------------------------------------------------------------------------------------
-# Config
-#
+# ---- Config ------------------------------------------------------------------------------------------------
 # One frozen dataclass is the only door through which settings come in: nothing else reads the environment.
 # A setting belongs to a group. `run` says where things are on this machine and stays out of the artifact;
-# `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code and can be overridden
-# by `eval`. All but `run` are stored in the artifact, which therefore needs nothing beside it to be scored.
-# ----------------------------------------------------------------------------------------------------------
-
+# `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code length and can be
+# overridden by the `eval` command. All but `run` are stored in the artifact, which is therefore complete.
 
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
 
     exit_status = 1
 
-
 class UsageError(UserError):
-    """A bad command line or setting: exit status 2."""
+    """A bad command line or setting."""
 
     exit_status = 2
 
-
-def option(default, group, doc):
-    """A Config field with the group it belongs to and one line of documentation."""
-    return dataclasses.field(default=default, metadata={"group": group, "doc": doc})
-
+def option(default, group, doc, low=0):
+    """A Config field: its default, group, one line of documentation and, for a number, its least value."""
+    return dataclasses.field(default=default, metadata={"group": group, "doc": doc, "low": low})
 
 @dataclass(frozen=True)
 class Config:
@@ -89,68 +85,68 @@ class Config:
 
     preset: str = option("record", "run", "record, bench or demo")
     device: str = option("auto", "run", "auto, cuda or cpu")
-    data_path: str = option("data/datasets/fineweb10B_sp1024", "run", "folder of fineweb_{train,val}_*.bin[.zst]")
+    data_path: str = option("data/datasets/fineweb10B_sp1024", "run", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "run", "SentencePiece model")
     run_id: str = option("", "run", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
     artifact_path: str = option("", "run", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
     log_dir: str = option("logs", "run", "where runs are written")
     val_tokens: int = option(0, "run", "validation tokens to score, from the start; 0: all")
-    size_limit_bytes: int = option(16_000_000, "run", "cap on code plus artifact")
-    log_every: int = option(100, "run", "training steps between two log lines")
+    size_limit_bytes: int = option(16_000_000, "run", "cap on code plus artifact", 1)
+    log_every: int = option(100, "run", "training steps between two log lines", 1)
 
     seed: int = option(1337, "train", "seed of the initial weights")
-    iterations: int = option(20_000, "train", "most optimizer steps")
+    iterations: int = option(20_000, "train", "most optimizer steps", 1)
     max_wallclock_seconds: float = option(600.0, "train", "training time; 0: no limit, ITERATIONS decides")
-    train_batch_tokens: int = option(786_432, "train", "tokens in an optimizer step, over all ranks")
-    micro_batch_tokens: int = option(98_304, "train", "most tokens a rank takes through the model at once")
+    train_batch_tokens: int = option(786_432, "train", "tokens in an optimizer step, over all ranks", 1)
+    micro_batch_tokens: int = option(98_304, "train", "most tokens a rank takes through the model at once", 1)
     warmup_steps: int = option(20, "train", "untimed steps on random tokens that compile the kernels")
     warmdown_iters: int = option(3500, "train", "steps over which the learning rates fall to 0 at the end")
     matrix_lr: float = option(0.025, "train", "Muon, matrices")
     scalar_lr: float = option(0.025, "train", "AdamW, vectors and scalars")
     tied_embed_lr: float = option(0.035, "train", "AdamW, embedding tables")
     muon_momentum: float = option(0.99, "train", "reached from 0.92 over MUON_MOMENTUM_WARMUP_STEPS")
-    muon_momentum_warmup_steps: int = option(1500, "train", "steps")
+    muon_momentum_warmup_steps: int = option(1500, "train", "steps", 1)
     muon_wd: float = option(0.04, "train", "decoupled weight decay of Muon")
     adam_wd: float = option(0.04, "train", "decoupled weight decay of AdamW")
     grad_clip_norm: float = option(0.3, "train", "global gradient norm; 0: off")
     ema_decay: float = option(0.997, "train", "average of the weights over steps; 0: off")
     swa_enabled: bool = option(False, "train", "average snapshots of the warmdown instead of the EMA")
-    swa_every: int = option(50, "train", "steps between two snapshots")
+    swa_every: int = option(50, "train", "steps between two snapshots", 1)
     qat_enabled: bool = option(False, "train", "train on quantized weights late in the warmdown")
     late_qat_threshold: float = option(0.15, "train", "learning-rate scale below which QAT starts")
     complement_alpha: float = option(0.5, "train", "complementary loss; 0: plain cross-entropy")
 
-    vocab_size: int = option(1024, "model", "V")
-    num_layers: int = option(11, "model", "transformer blocks")
-    model_dim: int = option(512, "model", "D")
-    num_heads: int = option(8, "model", "H")
-    num_kv_heads: int = option(4, "model", "G")
-    mlp_mult: int = option(3, "model", "hidden width of the MLP in units of D")
+    vocab_size: int = option(1024, "model", "V", 2)
+    num_layers: int = option(11, "model", "transformer blocks", 1)
+    model_dim: int = option(512, "model", "D", 1)
+    num_heads: int = option(8, "model", "H", 1)
+    num_kv_heads: int = option(4, "model", "G", 1)
+    mlp_mult: int = option(3, "model", "hidden width of the MLP in units of D", 1)
     xsa_last_n: int = option(4, "model", "last layers with exclusive self-attention")
-    rope_dims: int = option(16, "model", "leading dimensions of a head that are rotated")
-    bigram_vocab_size: int = option(2048, "model", "rows of the hashed bigram table")
-    bigram_dim: int = option(128, "model", "width of the bigram and value tables")
+    rope_dims: int = option(16, "model", "leading dimensions of a head that are rotated", 4)
+    bigram_vocab_size: int = option(2048, "model", "rows of the hashed bigram table", 2)
+    bigram_dim: int = option(128, "model", "width of the bigram and value tables", 1)
     ve_layers: str = option("9,10", "model", "layers with value embeddings, comma-separated; empty: none")
     vrl_enabled: bool = option(True, "model", "value residual learning")
-    logit_softcap: float = option(30.0, "model", "logits = cap * tanh(z / cap)")
+    logit_softcap: float = option(30.0, "model", "logits = cap * tanh(z / cap)", 1e-3)
     qk_gain_init: float = option(1.5, "model", "initial per-head gain on queries")
-    train_seq_len: int = option(2048, "model", "tokens in a training sequence; sets the rotary base")
+    train_seq_len: int = option(2048, "model", "tokens in a training sequence; sets the rotary base", 1)
 
-    eval_seq_len: int = option(2048, "eval", "window W")
-    eval_stride: int = option(64, "eval", "rows scored by each window after the first")
-    eval_batch_windows: int = option(32, "eval", "windows in one forward pass")
+    eval_seq_len: int = option(2048, "eval", "window W", 1)
+    eval_stride: int = option(64, "eval", "rows S scored by each window after the first", 1)
+    eval_batch_windows: int = option(32, "eval", "windows in one forward pass", 1)
     ttt_enabled: bool = option(True, "eval", "score-first test-time training")
-    ttt_schedule_chunks: int = option(1893, "eval", "chunks over which the TTT rate falls to 0")
+    ttt_schedule_chunks: int = option(1893, "eval", "chunks over which the TTT rate falls to 0", 1)
     ttt_lr: float = option(5e-4, "eval", "AdamW")
-    ttt_epochs: int = option(3, "eval", "optimizer steps a chunk")
-    ttt_chunk_tokens: int = option(32_768, "eval", "positions scored between two TTT updates")
+    ttt_epochs: int = option(3, "eval", "optimizer steps a chunk", 1)
+    ttt_chunk_tokens: int = option(32_768, "eval", "positions scored between two TTT updates", 1)
     ttt_freeze_blocks: int = option(9, "eval", "first blocks whose matrices TTT leaves alone")
-    ttt_temperature: float = option(0.98, "eval", "logits are divided by it in the ttt and mixer stages")
+    ttt_temperature: float = option(0.98, "eval", "divides the logits from the ttt stage on", 1e-3)
     polyak_decay: float = option(0.998, "eval", "average of TTT's weights that scores")
     mixer: str = option("entropy", "eval", "entropy or none")
-    ngram_order: int = option(10, "eval", "longest n-gram, in tokens, the predicted one included")
-    ngram_recent: int = option(16, "eval", "occurrences that a context of two or more tokens looks at")
-    min_count: int = option(2, "eval", "occurrences that a context needs, else back off")
+    ngram_order: int = option(10, "eval", "longest n-gram, in tokens, the predicted one included", 2)
+    ngram_recent: int = option(16, "eval", "occurrences that a context of two or more tokens looks at", 1)
+    min_count: int = option(2, "eval", "occurrences that a context needs, else back off", 1)
     alpha_base: float = option(0.0, "eval", "mixer: alpha = base + range * sigmoid(2 (H - center))")
     alpha_range: float = option(0.30, "eval", "mixer")
     alpha_center: float = option(4.0, "eval", "mixer, nats of neural entropy H")
@@ -171,144 +167,102 @@ class Config:
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
 
     @property
-    def ve_layer_set(self):
-        return frozenset(int(i) for i in self.ve_layers.split(",") if i.strip())
-
+    def ve_layer_list(self):
+        return sorted({int(i) for i in self.ve_layers.split(",") if i.strip()})
 
 DEMO_CACHE = ".cache/demo"
 PRESETS = {
     "record": {},
-    # Real FineWeb shards on two CPU cores: every mechanism, a smaller model, a cap that makes the quantizer work.
+    # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
     "bench": dict(
-        val_tokens=131_072, size_limit_bytes=2_000_000, log_every=50, iterations=1500, max_wallclock_seconds=0.0,
-        train_batch_tokens=8192, micro_batch_tokens=8192, warmup_steps=0, warmdown_iters=700, muon_momentum=0.95,
-        muon_momentum_warmup_steps=300, ema_decay=0.98, swa_every=20,
-        num_layers=8, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3,
-        bigram_dim=64, ve_layers="6,7", train_seq_len=512, eval_seq_len=512, eval_batch_windows=4,
-        ttt_chunk_tokens=8192, ttt_schedule_chunks=64, ttt_freeze_blocks=6),
+        val_tokens=131_072, size_limit_bytes=2_000_000, log_every=50, iterations=1600,
+        max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=0,
+        warmdown_iters=800, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.98, swa_every=20,
+        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64, ve_layers="4,5",
+        train_seq_len=512, eval_seq_len=512, eval_batch_windows=4, ttt_chunk_tokens=8192,
+        ttt_schedule_chunks=64, ttt_freeze_blocks=4),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": dict(
-        data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model",
-        val_tokens=32_768, size_limit_bytes=1_000_000, log_every=20, iterations=200, max_wallclock_seconds=60.0,
-        train_batch_tokens=8192, micro_batch_tokens=8192, warmup_steps=0, warmdown_iters=100, muon_momentum=0.95,
-        muon_momentum_warmup_steps=100, ema_decay=0.95, swa_every=10,
-        num_layers=4, model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024,
-        bigram_dim=32, ve_layers="3", train_seq_len=256, eval_seq_len=256, eval_batch_windows=4,
-        ttt_chunk_tokens=2048, ttt_schedule_chunks=64, ttt_freeze_blocks=2),
+        data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
+        size_limit_bytes=1_000_000, log_every=20, iterations=200, max_wallclock_seconds=60.0,
+        train_batch_tokens=8192, micro_batch_tokens=8192, warmup_steps=0, warmdown_iters=100,
+        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.95, swa_every=10, num_layers=4,
+        model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
+        ve_layers="3", train_seq_len=256, eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048,
+        ttt_schedule_chunks=64, ttt_freeze_blocks=2),
 }
-
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
-    name = field.name.upper()
-    if field.type in (bool, "bool"):
-        if text.lower() in ("0", "1", "true", "false"):
-            return text.lower() in ("1", "true")
-        raise UsageError(f"{name}={text!r}: write 0 or 1")
-    kind = {"int": int, "float": float, "str": str}[getattr(field.type, "__name__", field.type)]
+    kinds = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number", "str": "text"}
+    kind = field.type.__name__
     try:
-        value = kind(text)
-    except ValueError:
-        raise UsageError(f"{name}={text!r}: expected {'a whole number' if kind is int else 'a number'}") from None
-    if kind is float and not math.isfinite(value):
-        raise UsageError(f"{name}={text!r}: expected a finite number")
-    return value
-
-
-def one_edit_apart(a, b):
-    """Whether b is a with one letter dropped, added or changed, or two neighbours swapped."""
-    if abs(len(a) - len(b)) > 1 or a == b:
-        return False
-    if len(a) == len(b):
-        differ = [i for i in range(len(a)) if a[i] != b[i]]
-        swapped = len(differ) == 2 and differ[1] == differ[0] + 1 and a[differ[0]] + a[differ[1]] == b[differ[1]] + b[differ[0]]
-        return len(differ) == 1 or swapped
-    short, long = sorted((a, b), key=len)
-    return any(long[:i] + long[i + 1:] == short for i in range(len(long)))
-
-
-def read_settings(environ):
-    """The settings that `environ` names, as {field: value}. A name one slip away from a setting is an error."""
-    fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
-    for name in environ:
-        slips = [known for known in fields if len(known) >= 6 and one_edit_apart(name, known)]
-        if name not in fields and slips:
-            raise UsageError(f"{name} is not a setting; did you mean {slips[0]}? Unset it if it is not meant for us")
-    return {f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ}
-
+        value = {"0": False, "1": True}[text] if kind == "bool" else field.type(text)
+        if kind != "float" or math.isfinite(value):
+            return value
+    except (ValueError, KeyError):
+        pass
+    raise UsageError(f"{field.name.upper()}={text!r}: expected {kinds[kind]}")
 
 def config_from_env(environ, stored=None):
-    """Config from environment variables: defaults, then the preset, then `stored` (an artifact's settings), then
-    the variables themselves. With `stored`, a variable that contradicts the artifact's model is an error."""
-    given = read_settings(environ)
+    """Config: defaults, then the preset, then `stored` (an artifact's settings), then environment variables.
+
+    A variable that is one slip away from a setting, or against the artifact's model, is a UsageError.
+    """
+    fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
+    for name in environ.keys() - fields.keys():
+        for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
+            raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
+    given = {f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ}
     preset = given.get("preset") or (stored or {}).get("preset") or "record"
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    values = {**PRESETS[preset], **(stored or {}), **given, "preset": preset}
-    for field in dataclasses.fields(Config):
-        fixed = stored is not None and field.metadata["group"] == "model"
-        if fixed and field.name in given and given[field.name] != stored[field.name]:
-            raise UsageError(f"{field.name.upper()}={given[field.name]}: the artifact's model has "
-                             f"{stored[field.name]}; unset it or train again")
-    return Config(**values)
-
+    for f in fields.values():
+        if stored and f.name in given and f.metadata["group"] == "model" and given[f.name] != stored[f.name]:
+            raise UsageError(f"{f.name.upper()}={given[f.name]}: the artifact's model has {stored[f.name]}; "
+                             "unset it or train again")
+    return Config(**{**PRESETS[preset], **(stored or {}), **given, "preset": preset})
 
 def check_config(c):
     """Raise UsageError for the first impossible value or combination."""
-
     def need(ok, name, allowed):
         if not ok:
             raise UsageError(f"{name.upper()}={getattr(c, name)!r}: {allowed}")
 
-    for field in dataclasses.fields(c):
-        value = getattr(c, field.name)
-        if isinstance(value, (int, float)) and value < 0:
-            need(False, field.name, "must not be negative")
-    for name in ("iterations", "train_batch_tokens", "micro_batch_tokens", "train_seq_len", "eval_seq_len", "eval_stride",
-                 "eval_batch_windows", "num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "log_every",
-                 "bigram_dim", "ttt_epochs", "ttt_schedule_chunks", "ttt_chunk_tokens", "ngram_recent", "min_count",
-                 "swa_every", "size_limit_bytes", "muon_momentum_warmup_steps", "ttt_temperature", "logit_softcap"):
-        need(getattr(c, name) > 0, name, "must be above 0")
+    for f in dataclasses.fields(c):
+        value, low = getattr(c, f.name), f.metadata["low"]
+        need(isinstance(value, str) or value >= low, f.name, f"must be at least {low}")
+    head_dim = c.model_dim // c.num_heads
     need(c.device in ("auto", "cuda", "cpu"), "device", "there are auto, cuda and cpu")
     need(c.mixer in ("entropy", "none"), "mixer", "there are entropy and none")
-    need(2 <= c.vocab_size <= 65_536, "vocab_size", "must be 2 to 65536 (tokens are uint16)")
-    need(c.mixer == "none" or c.vocab_size <= 16_384, "vocab_size", "the mixer's exact bigram counts take at most 16384")
-    need(c.bigram_vocab_size >= 2, "bigram_vocab_size", "must be 2 or more")
-    need(c.model_dim % c.num_heads == 0, "model_dim", f"must be a multiple of NUM_HEADS={c.num_heads}")
-    need(c.num_heads % c.num_kv_heads == 0, "num_heads", f"must be a multiple of NUM_KV_HEADS={c.num_kv_heads}")
-    need(c.rope_dims % 2 == 0 and 4 <= c.rope_dims <= c.model_dim // c.num_heads, "rope_dims",
-         f"must be even, 4 to the head's {c.model_dim // c.num_heads}")
-    need(c.xsa_last_n <= c.num_layers, "xsa_last_n", f"must be at most NUM_LAYERS={c.num_layers}")
-    need(c.ttt_freeze_blocks <= c.num_layers, "ttt_freeze_blocks", f"must be at most NUM_LAYERS={c.num_layers}")
-    layers = c.ve_layers.replace(" ", "").split(",") if c.ve_layers.strip() else []
-    need(all(i.isdigit() and int(i) < c.num_layers for i in layers), "ve_layers",
+    need(c.vocab_size <= 65_536, "vocab_size", "must be at most 65536 (tokens are uint16)")
+    need(c.mixer == "none" or c.vocab_size <= 16_384, "vocab_size",
+         "exact bigram counts take at most 16384; set MIXER=none")
+    need(c.model_dim % c.num_heads == 0, "model_dim", f"NUM_HEADS={c.num_heads} must divide it")
+    need(c.num_heads % c.num_kv_heads == 0, "num_heads", f"NUM_KV_HEADS={c.num_kv_heads} must divide it")
+    need(c.rope_dims % 2 == 0 and c.rope_dims <= head_dim, "rope_dims", f"must be even, at most {head_dim}")
+    for name in ("xsa_last_n", "ttt_freeze_blocks"):
+        need(getattr(c, name) <= c.num_layers, name, f"must be at most NUM_LAYERS={c.num_layers}")
+    layers = c.ve_layers.split(",") if c.ve_layers.strip() else []
+    need(all(i.strip().isdigit() and int(i) < c.num_layers for i in layers), "ve_layers",
          f"must be comma-separated layers below NUM_LAYERS={c.num_layers}")
-    need(c.train_batch_tokens % c.train_seq_len == 0, "train_batch_tokens",
-         f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
-    need(c.micro_batch_tokens % c.train_seq_len == 0, "micro_batch_tokens",
-         f"must be a multiple of TRAIN_SEQ_LEN={c.train_seq_len}")
-    need(c.eval_stride <= c.eval_seq_len and c.eval_seq_len % c.eval_stride == 0, "eval_stride",
-         f"must divide EVAL_SEQ_LEN={c.eval_seq_len}")
-    need(c.eval_seq_len >= c.eval_stride + 2 or c.eval_stride == c.eval_seq_len, "eval_stride",
-         f"must leave 2 known rows of EVAL_SEQ_LEN={c.eval_seq_len}, or be equal to it")
-    need(c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", f"must be a multiple of EVAL_SEQ_LEN={c.eval_seq_len}")
+    for name in ("train_batch_tokens", "micro_batch_tokens"):
+        need(getattr(c, name) % c.train_seq_len == 0, name, f"TRAIN_SEQ_LEN={c.train_seq_len} must divide it")
+    need(c.eval_seq_len % c.eval_stride == 0, "eval_stride", f"must divide EVAL_SEQ_LEN={c.eval_seq_len}")
+    need(c.eval_seq_len - c.eval_stride != 1, "eval_stride", "must leave no or 2 rows of a window known")
+    need(c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", f"EVAL_SEQ_LEN={c.eval_seq_len} must divide it")
     for name in ("ema_decay", "polyak_decay", "muon_momentum"):
         need(getattr(c, name) < 1, name, "must be below 1")
-    for name in ("complement_alpha", "alpha_base", "late_qat_threshold"):
+    for name in ("complement_alpha", "late_qat_threshold"):
         need(getattr(c, name) <= 1, name, "must be at most 1")
-    need(c.alpha_base + c.alpha_range <= 1, "alpha_range", f"ALPHA_BASE={c.alpha_base} plus it must be at most 1")
-    need(c.ngram_order >= 2, "ngram_order", "must be 2 or more")
+    need(c.alpha_base + c.alpha_range <= 1, "alpha_range", f"with ALPHA_BASE={c.alpha_base} it must be at most 1")
     need(c.min_count <= c.ngram_recent, "min_count", f"must be at most NGRAM_RECENT={c.ngram_recent}")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Runtime
-#
+# ---- Runtime -----------------------------------------------------------------------------------------------
 # Rank, device and dtype are decided once and said aloud. Every process uses the same number of CPU threads
 # however many ranks there are: the split of a matrix product over threads can change its last bit, and from
 # one artifact 1 rank and 8 ranks must commit the very same integers.
-# ----------------------------------------------------------------------------------------------------------
-
 
 @dataclass
 class Runtime:
@@ -332,12 +286,9 @@ class Runtime:
         return tensor
 
     def from_main(self, value):
-        """Rank 0's Python float, on every rank."""
-        if self.world == 1:
-            return value
-        box = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.broadcast(box, 0)
-        return box.item()
+        """Rank 0's Python float, on every rank; until rank 0 calls it, the others wait."""
+        box = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64, device=self.device)
+        return self.sum_over_ranks(box).item()
 
     def sync(self):
         """Wait until the device has done its work, so that a clock read now means something."""
@@ -348,31 +299,31 @@ class Runtime:
         """`function` through torch.compile where that pays (CUDA); as it is elsewhere."""
         return torch.compile(function, dynamic=False) if self.device.type == "cuda" else function
 
-
 def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
+    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    if cfg.device == "cuda" and not cuda:
         raise UsageError("DEVICE=cuda: torch sees no CUDA device here; set DEVICE=cpu")
     if cfg.preset == "record" and not cuda and cfg.device != "cpu":
-        raise UsageError("PRESET=record needs CUDA and there is none: try PRESET=demo or PRESET=bench, "
+        raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
                          "or insist with DEVICE=cpu")
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        dtype, why = torch.bfloat16, "bfloat16: the tensor cores' format, with fp32's range"
+        name, dtype, why = torch.cuda.get_device_name(), torch.bfloat16, "tensor cores, and fp32's range"
     else:
-        device, dtype, why = torch.device("cpu"), torch.float32, "float32: exact enough to be repeatable on any CPU"
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        device, can = torch.device("cpu"), torch.cpu.get_capabilities()
+        torch.set_num_threads(os.cpu_count())
+        name, dtype, why = can.get("cpu_name", platform.machine()), torch.float32, "no bfloat16 in this CPU"
+        if can.get("avx512_bf16") or can.get("amx_bf16"):
+            dtype, why = torch.bfloat16, "this CPU multiplies it in hardware"
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
     attend, attention_note = pick_attention(device)
-    notes = (f"device {torch.cuda.get_device_name() if cuda else platform.processor() or 'cpu'}, {world} rank(s), "
-             f"{torch.get_num_threads()} CPU threads each", f"dtype {why}", f"attention {attention_note}")
+    notes = (f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
+             f"dtype {dtype}: {why}", f"attention {attention_note}")
     return Runtime(rank, world, device, dtype, attend, notes)
-
 
 class Log:
     """Lines for people: on the screen and appended to a file, by rank 0 alone. `path` None: screen only."""
@@ -385,21 +336,18 @@ class Log:
         if self.is_main:
             print(line, flush=True)
         if self.file:
-            self.file.write(line + "\n")
-            self.file.flush()
-
+            print(line, file=self.file, flush=True)
 
 def progress_line(done, total, start_s, unit):
     """'done/total unit, rate, elapsed, ETA' for long work that began at time.perf_counter() == start_s."""
     elapsed_s = max(time.perf_counter() - start_s, 1e-9)
-    eta_s = elapsed_s / max(done, 1) * (total - done)
-    return f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, {elapsed_s:.0f} s, ETA {eta_s:.0f} s"
-
+    return (f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, {elapsed_s:.0f} s, "
+            f"ETA {elapsed_s / max(done, 1) * (total - done):.0f} s")
 
 def write_atomically(path, data):
     """Write bytes to a temporary file beside `path` and rename it: the file is whole or it is not there."""
     path = Path(path)
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
@@ -408,14 +356,17 @@ def write_atomically(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; free space or write elsewhere") from error
+    finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; free space or choose another place") from error
 
+def write_json(path, value):
+    """write_atomically of a value as JSON."""
+    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
 
 def check_writable(folder, need_bytes):
     """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
-    folder = Path(folder)
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
     free = shutil.disk_usage(folder).free
@@ -424,21 +375,17 @@ def check_writable(folder, need_bytes):
                         "free space or set LOG_DIR elsewhere")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tokenizer and byte accounting
-#
+# ---- Tokenizer and byte accounting -------------------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. The table holds each piece as
 # the bytes it stands for; a leading space counts only where a decoder would print one, that is not after a
 # boundary (BOS, control, unknown). The sum is checked against the decoded text of every document.
-# ----------------------------------------------------------------------------------------------------------
 
-PIECE_KINDS = "NUCXB"  # normal, unknown, control, unused, byte
 SPACE = "\u2581"
-
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokenizer as data: `pieces[i]` and its kind `kinds[i]`, enough to count bytes and to decode."""
+    """The tokenizer as data, enough to count bytes and to decode: pieces[i] and its kind kinds[i], which is
+    N (normal), U (unknown), C (control), X (unused) or B (byte)."""
 
     pieces: tuple
     kinds: str
@@ -448,19 +395,15 @@ class TokenTable:
     def from_model(path):
         """The table of a SentencePiece model; UserError when there is none at `path`."""
         import sentencepiece
-        if not Path(path).is_file():
-            raise UserError(f"TOKENIZER_PATH: no file {path}; get FineWeb's tokenizer or use PRESET=demo")
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"TOKENIZER_PATH: {path} is not a SentencePiece model") from error
-
-        def kind(i):
-            tests = (sp.is_unknown, sp.is_control, sp.is_unused, sp.is_byte)
-            return next((k for k, test in zip("UCXB", tests) if test(i)), "N")
-
+            raise UserError(f"TOKENIZER_PATH: {path} is missing or is no SentencePiece model; get FineWeb's "
+                            "(see README) or use PRESET=demo") from error
+        tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
         ids = range(sp.vocab_size())
-        return TokenTable(tuple(map(sp.id_to_piece, ids)), "".join(map(kind, ids)), sp.bos_id())
+        kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
+        return TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
 
     @functools.cached_property
     def digest(self):
@@ -472,7 +415,7 @@ class TokenTable:
         """What each token prints, as bytes, its leading space included."""
         def text(piece, kind):
             if kind == "B":
-                return bytes([int(piece[3:5], 16)])
+                return bytes([int(piece[3:5], 16)])  # <0xE2>
             return piece.replace(SPACE, " ").encode() if kind == "N" else b""
         return tuple(map(text, self.pieces, self.kinds))
 
@@ -486,8 +429,7 @@ class TokenTable:
     def count_bytes(self, tokens):
         """Bytes that tokens[1:] print, each after its predecessor; int64 (len(tokens) - 1,)."""
         base, leading, boundary = self.byte_tables
-        previous, target = tokens[:-1], tokens[1:]
-        return base[target] + (leading[target] & ~boundary[previous])
+        return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
 
     def decode(self, tokens):
         """The bytes of one document's tokens: a space is printed except after a boundary."""
@@ -498,40 +440,33 @@ class TokenTable:
             after_boundary = boundary[token]
         return b"".join(parts)
 
-
 def audit_bytes(table, tokens):
     """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to.
 
     A last document that is cut may end inside a character. UserError when a count and a text differ.
     """
-    counts = table.count_bytes(tokens)
-    starts = np.flatnonzero(tokens == table.bos_id)
-    if len(starts) == 0 or starts[0] != 0:
-        raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), as every document does")
+    counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
+    if not len(starts) or starts[0]:
+        raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
-        text = table.decode(tokens[start:stop])
+        text, where = table.decode(tokens[start:stop]), f"validation document at token {start}"
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as error:
-            cut = stop == len(tokens) and error.reason == "unexpected end of data"
-            if not cut:
-                raise UserError(f"validation document at token {start}: {error}; wrong tokenizer?") from error
+            if stop < len(tokens) or error.reason != "unexpected end of data":
+                raise UserError(f"{where}: {error}; shards and tokenizer do not belong together") from error
         counted = int(counts[start:stop - 1].sum())
         if counted != len(text):
-            raise UserError(f"validation document at token {start}: {counted} bytes counted, {len(text)} decoded")
+            raise UserError(f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong")
     return int(counts.sum())
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Data
-#
+# ---- Data --------------------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 of header ([0] magic, [1] version, [2] token count), then uint16
 # tokens; the same inside zstandard when the name ends in .zst. The training stream is the shards in sorted
 # order, read sequentially and cyclically. A step takes the same tokens whatever the number of ranks.
-# ----------------------------------------------------------------------------------------------------------
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-
 
 def read_shard(path, vocab_size):
     """Tokens of one shard, uint16 (n,). UserError for a foreign, truncated or out-of-vocabulary file."""
@@ -540,19 +475,18 @@ def read_shard(path, vocab_size):
         if str(path).endswith(".zst"):
             import zstandard
             data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
-    except Exception as error:  # zstandard raises its own class, which is imported only for .zst files
+    except Exception as error:  # zstandard raises a class of its own
         raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
-    header = np.frombuffer(data[:SHARD_HEADER_BYTES], dtype="<i4") if len(data) >= SHARD_HEADER_BYTES else [0, 0, 0]
+    header = np.frombuffer(data[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), dtype="<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"shard {path} is not a token shard of version {SHARD_VERSION}; make one with `tokenize`")
-    if len(data) != SHARD_HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(f"shard {path} is truncated or padded: its header says {header[2]:,} tokens, "
-                        f"the file has {(len(data) - SHARD_HEADER_BYTES) / 2:,.1f}; download it again")
+        raise UserError(f"shard {path} is no token shard of version {SHARD_VERSION}; make one with `tokenize`")
+    if len(data) != SHARD_HEADER_BYTES + 2 * int(header[2]) or not header[2]:
+        raise UserError(f"shard {path} is truncated, padded or empty: the header says {header[2]:,} tokens, the "
+                        f"file has {(len(data) - SHARD_HEADER_BYTES) / 2:,.1f}; download it again")
     tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
-    if len(tokens) and tokens.max() >= vocab_size:
+    if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
     return tokens
-
 
 def shard_bytes(tokens):
     """A shard file's contents for uint16 tokens: the inverse of read_shard."""
@@ -560,16 +494,14 @@ def shard_bytes(tokens):
     header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
     return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
 
-
 def list_shards(cfg, split):
     """Sorted shard files of `split` ('train' or 'val'); a file wins over its .zst twin."""
-    files = sorted(glob.glob(os.path.join(cfg.data_path, f"fineweb_{split}_*.bin*")))
+    files = sorted(glob.glob(os.path.join(glob.escape(cfg.data_path), f"fineweb_{split}_*.bin*")))
     files = [f for f in files if f.endswith(".bin") or (f.endswith(".bin.zst") and f[:-4] not in files)]
     if not files:
-        raise UserError(f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}; get FineWeb's shards "
+        raise UserError(f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}; get FineWeb's "
                         "(see README), make your own with `tokenize`, or run PRESET=demo, which needs none")
     return files
-
 
 def load_validation(cfg):
     """The validation stream, int64 (n + 1,): all shards in order, cut after VAL_TOKENS predictions."""
@@ -579,81 +511,71 @@ def load_validation(cfg):
             parts.append(read_shard(path, cfg.vocab_size))
     tokens = np.concatenate(parts)[:wanted].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
-        raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window of "
-                        f"EVAL_SEQ_LEN={cfg.eval_seq_len} and its target; raise VAL_TOKENS or add text")
+        raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window and its target: "
+                        f"raise VAL_TOKENS, lower EVAL_SEQ_LEN={cfg.eval_seq_len} or add text")
     return tokens
-
 
 class TrainStream:
     """The training shards as one endless stream, read in order by all ranks alike."""
 
     def __init__(self, cfg):
         self.files, self.vocab_size = list_shards(cfg, "train"), cfg.vocab_size
-        self.next_file, self.offset = 0, 0
-        self.shard = self._load()
-        self.epochs = 0
+        self.opened, self.offset = 0, 0
+        self._open_next()
 
-    def _load(self):
-        return read_shard(self.files[self.next_file % len(self.files)], self.vocab_size).astype(np.int64)
+    @property
+    def epochs(self):
+        """How many times all shards have been read."""
+        return (self.opened - 1) // len(self.files)
+
+    def _open_next(self):
+        if self.opened == 0 or len(self.files) > 1:
+            path = self.files[self.opened % len(self.files)]
+            self.shard = read_shard(path, self.vocab_size).astype(np.int64)
+        self.opened, self.offset = self.opened + 1, 0
 
     def take(self, count):
         """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
         parts, need = [], count + 1
         while need:
-            piece = self.shard[self.offset:self.offset + need]
-            parts.append(piece)
-            need -= len(piece)
-            self.offset += len(piece)
-            if need and self.offset == len(self.shard):
-                self.next_file += 1
-                self.epochs = self.next_file // len(self.files)
-                if len(self.files) > 1:
-                    self.shard = self._load()
-                if self.epochs and not sum(map(len, parts)) and not len(self.shard):
-                    raise UserError("DATA_PATH: the training shards hold no tokens")
-                self.offset = 0
+            if self.offset == len(self.shard):
+                self._open_next()
+            parts.append(self.shard[self.offset:self.offset + need])
+            need, self.offset = need - len(parts[-1]), self.offset + len(parts[-1])
         self.offset -= 1
         return np.concatenate(parts)
-
-
-def micro_batches(tokens, cfg, rt):
-    """This rank's share of one step's tokens as a list of (x, y), each int64 (B, T) on the device.
-
-    The step's sequences are the same for every number of ranks; rank r takes the r-th run of them. They are cut
-    into equal micro-batches of at most MICRO_BATCH_TOKENS.
-    """
-    sequences = len(tokens) // cfg.train_seq_len // rt.world
-    mine = slice(rt.rank * sequences, (rt.rank + 1) * sequences)
-    x, y = (torch.from_numpy(t.reshape(-1, cfg.train_seq_len)[mine]).to(rt.device) for t in (tokens[:-1], tokens[1:]))
-    size = micro_batch_sequences(cfg, rt.world)
-    return list(zip(x.split(size), y.split(size)))
-
 
 def micro_batch_sequences(cfg, world):
     """Sequences in a micro-batch; UsageError when the ranks cannot share a step evenly."""
     sequences, most = cfg.train_batch_tokens // cfg.train_seq_len, cfg.micro_batch_tokens // cfg.train_seq_len
     if sequences % world:
-        raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences of {cfg.train_seq_len} "
-                         f"do not split over {world} ranks; change it or --nproc_per_node")
+        raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split over "
+                         f"{world} ranks; change it or --nproc_per_node")
     share = sequences // world
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
 
+def micro_batches(tokens, cfg, rt):
+    """This rank's share of one step's tokens as a list of (x, y), each int64 (B, T) on the device.
 
-# ----------------------------------------------------------------------------------------------------------
-# Model
-#
+    Rank r takes the r-th run of the step's sequences, in equal micro-batches of at most MICRO_BATCH_TOKENS.
+    """
+    x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
+    mine, size = np.split(np.arange(len(x)), rt.world)[rt.rank], micro_batch_sequences(cfg, rt.world)
+    return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
+
+
+# ---- Model -------------------------------------------------------------------------------------------------
 # An 11-layer GQA transformer with a U-Net of skips. Each mechanism earns bits at this size: XSA takes out of
 # a head's output what the position's own value already says; VRL and value embeddings hand early information
 # to late values; BigramHash and SmearGate give the first layer the previous token for nothing. There is one
 # forward path: training, scoring and TTT call the same function. With `past` it computes only the newest rows
 # of a window over cached keys and values, which is what lets a decoder afford the scorer's own shapes.
 #
-# Parameters of the default: 26,993,766 (embeddings 983,554 with projections, 11 blocks of 2,361,352, value
-# embeddings 163,843, skips 2,560, VRL 10, smear 512 and the bigram scale 1).
-# ----------------------------------------------------------------------------------------------------------
+# Parameters of the default: 26,993,766 (token and bigram embeddings 851,969, smear 512, 11 blocks of
+# 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
 
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
-
+TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
 def pick_attention(device):
     """(attention function, why it was taken): FlashAttention-3 where it is installed, else torch's SDPA."""
@@ -669,7 +591,6 @@ def pick_attention(device):
         return out[0] if isinstance(out, tuple) else out
     return flash_attention, "FlashAttention-3"
 
-
 def sdpa_attention(q, k, v):
     """Causal attention whose last query row sees every key. q (B, T, H, d); k, v (B, T', G, d), T' >= T."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
@@ -683,24 +604,20 @@ def sdpa_attention(q, k, v):
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
 
-
 def rms_norm(x):
     """RMSNorm over the last dimension, without weights."""
     return F.rms_norm(x, (x.size(-1),))
-
 
 def linear(x, weight):
     """x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
     return F.linear(x, weight.to(x.dtype))
 
-
 def exclude_self(y, v):
-    """Exclusive self-attention (XSA): y (B, T, H, d) less its projection on the position's own value (B, T, G, d)."""
+    """Exclusive self-attention (XSA): y (B, T, H, d) less its projection on the own value v (B, T, G, d)."""
     B, T, H, d = y.shape
     direction = F.normalize(v, dim=-1).unsqueeze(3)
     y = y.view(B, T, v.size(2), -1, d)
     return (y - (y * direction).sum(-1, keepdim=True) * direction).view(B, T, H, d)
-
 
 class Rotary(nn.Module):
     """Cosines and sines of the partial rotary embedding, NTK-scaled beyond 1,024 training tokens."""
@@ -720,7 +637,6 @@ class Rotary(nn.Module):
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
-
 class Embedding(nn.Module):
     """Token table + hashed bigram table, RMS-normed, then smeared with the position before."""
 
@@ -739,12 +655,11 @@ class Embedding(nn.Module):
         return F.pad(hashed, (1, 0), value=last)
 
     def forward(self, tokens, dtype):
-        """tokens (B, T) -> x (B, T, D)."""
+        """tokens (B, T) -> (B, T, D); the row before the first counts as zeros."""
         bigram = linear(F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype), self.bigram_proj)
         x = rms_norm(F.embedding(tokens, self.tokens).to(dtype) + self.bigram_scale.to(dtype) * bigram)
         gate = torch.sigmoid(self.smear).to(dtype)
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
-
 
 class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
@@ -787,7 +702,6 @@ class Block(nn.Module):
         h = F.leaky_relu(linear(rms_norm(x) * self.norm_scale, self.mlp_in), 0.5).square()
         return x + self.mlp_scale.to(x.dtype) * linear(h, self.mlp_out), own_v, present
 
-
 class GPT(nn.Module):
     """The model: forward(tokens, past) -> (fp32 logits, keys and values of every layer)."""
 
@@ -800,7 +714,7 @@ class GPT(nn.Module):
         self.rotary = Rotary(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, cfg.model_dim))
-        self.ve_layers = sorted(cfg.ve_layer_set)
+        self.ve_layers = cfg.ve_layer_list
         if self.ve_layers:
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
             self.ve_proj = nn.Parameter(torch.empty(cfg.num_kv_heads * d, cfg.bigram_dim))
@@ -818,6 +732,11 @@ class GPT(nn.Module):
             elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
                 nn.init.orthogonal_(p)
 
+    def _value_embedding(self, tokens):
+        """(B, T, G, d) to be added to the values of VE_LAYERS."""
+        table = F.embedding(tokens, self.ve_table).to(self.dtype)
+        return (self.ve_scale.to(self.dtype) * linear(table, self.ve_proj)).unflatten(-1, (self.kv_heads, -1))
+
     def _extra_value(self, layer, ve, v0):
         """What value embeddings and the value residual add to a layer's values (0 where neither does)."""
         extra = 0
@@ -830,18 +749,14 @@ class GPT(nn.Module):
     def forward(self, tokens, past=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer).
 
-        With `past`, the keys and values of a window's first K rows, `tokens` begins EMBED_CONTEXT tokens before
-        row K: they feed the embeddings, and logits come for the rows from K on.
+        With `past`, the keys and values of a window's first K rows, `tokens` begins EMBED_CONTEXT tokens
+        before row K: they feed the embeddings, and logits come for the rows from K on.
         """
         x = self.embed(tokens, self.dtype)
         if past:
             x, tokens = x[:, EMBED_CONTEXT:], tokens[:, EMBED_CONTEXT:]
-        x0, v0, skips, present = x, None, [], []
-        ve = None
-        if self.ve_layers:
-            ve = self.ve_scale.to(self.dtype) * linear(F.embedding(tokens, self.ve_table).to(self.dtype), self.ve_proj)
-            ve = ve.view(*tokens.shape, self.kv_heads, -1)
-        half = len(self.blocks) // 2
+        ve = self._value_embedding(tokens) if self.ve_layers else None
+        x0, v0, skips, present, half = x, None, [], [], len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
@@ -856,17 +771,16 @@ class GPT(nn.Module):
 
     def matrices(self):
         """{name: parameter} of the block matrices and the two projections: what Muon trains."""
-        return {n: p for n, p in self.named_parameters() if p.ndim == 2 and ("blocks." in n or n.endswith("_proj"))}
+        return {n: p for n, p in self.named_parameters() if p.ndim == 2 and n.startswith("blocks.") or "_proj" in n}
 
     def tables(self):
         """{name: parameter} of the embedding tables."""
-        return {n: p for n, p in self.named_parameters() if n in ("embed.tokens", "embed.bigrams", "ve_table")}
+        return {n: p for n, p in self.named_parameters() if n in TABLES}
 
     def vectors(self):
         """{name: parameter} of everything else: gains, scales and gates."""
         taken = self.matrices().keys() | self.tables().keys()
         return {n: p for n, p in self.named_parameters() if n not in taken}
-
 
 def new_model(cfg, rt):
     """A model with the seed's initial weights, the same on every rank, on the runtime's device."""
@@ -874,14 +788,10 @@ def new_model(cfg, rt):
     return GPT(cfg, rt.attend or sdpa_attention, rt.dtype).to(rt.device)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Complementary objective
-#
-# A token that bigram statistics predict will be predicted by the mixer's n-grams too, so the model is asked to
-# care less about it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033).
-# The statistics are exact integer counts of the training stream before the current step, summed over ranks.
-# ----------------------------------------------------------------------------------------------------------
-
+# ---- Complementary objective -------------------------------------------------------------------------------
+# A token that bigram statistics predict will be predicted by the mixer too, so the model is asked to care less
+# about it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033). The
+# statistics are exact integer counts of the training stream before the current step, over all ranks.
 
 class BigramCounts:
     """Exact counts of (previous, next) over the training stream so far, the same on every rank."""
@@ -904,15 +814,10 @@ class BigramCounts:
         self.totals += new.view(self.vocab_size, self.vocab_size).sum(1)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Optimizers, schedules, averaging
-#
+# ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix; AdamW (torch's own, fp32 state) takes tables and vectors.
-# torch.optim.Muon does the same arithmetic one matrix at a time; ours stacks equal shapes, so that 66 matrices
-# of the record model cost 5 batched products instead of 66 small ones. tests/ holds the two against each other.
-# Schedules are pure functions of the step and the clock.
-# ----------------------------------------------------------------------------------------------------------
-
+# torch.optim.Muon does the same arithmetic one matrix at a time; ours stacks equal shapes into one batched
+# product, and tests/ holds the two against each other. Schedules are pure functions of step and clock.
 
 def orthogonalize(updates, steps=5):
     """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, in bf16. updates (N, rows, cols).
@@ -928,7 +833,6 @@ def orthogonalize(updates, steps=5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if tall else x
-
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / cols)), with decoupled weight decay."""
@@ -954,7 +858,6 @@ class Muon(torch.optim.Optimizer):
         buffer.lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(buffer, momentum)
 
-
 def new_optimizers(model, cfg):
     """[Muon for matrices, AdamW for tables and vectors]; each group remembers its full rate as `peak_lr`."""
     adam_groups = [dict(params=list(model.tables().values()), lr=cfg.tied_embed_lr),
@@ -966,20 +869,17 @@ def new_optimizers(model, cfg):
         group["peak_lr"] = group["lr"]
     return optimizers
 
-
 def lr_scale(step, elapsed_s, cfg):
-    """Learning-rate factor: 1, then linear to 0 over WARMDOWN_ITERS before the end of iterations or of time."""
+    """Learning-rate factor: 1, then linear to 0 over the last WARMDOWN_ITERS of the iterations or the time."""
     left = cfg.iterations - step
     if cfg.max_wallclock_seconds and step:
         left = min(left, (cfg.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
     return min(1.0, max(0.0, left / max(cfg.warmdown_iters, 1)))
 
-
 def muon_momentum(step, cfg):
     """Momentum of Muon: linear from 0.92 (or MUON_MOMENTUM, if less) to MUON_MOMENTUM."""
     start = min(0.92, cfg.muon_momentum)
     return start + (cfg.muon_momentum - start) * min(1.0, step / cfg.muon_momentum_warmup_steps)
-
 
 class WeightAverage:
     """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing."""
@@ -1006,19 +906,14 @@ class WeightAverage:
             torch._foreach_copy_(self.params, self.mean)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Training loop
-#
+# ---- Training loop -----------------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
-# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock decides
+# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock says
 # when time is up, so that all ranks stop at the same step. Kernels are compiled on random tokens before the
 # clock starts; model and optimizers are then put back as they were.
-# ----------------------------------------------------------------------------------------------------------
-
 
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
-
 
 @dataclass
 class TrainResult:
@@ -1028,7 +923,6 @@ class TrainResult:
     tokens: int = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
-
 
 class Trainer:
     """The state of a training run and one step of it."""
@@ -1051,7 +945,7 @@ class Trainer:
         return (weights * nats).mean(), nats.mean().detach()
 
     def gradients(self, batches):
-        """Fill .grad with the gradient of the mean weighted loss over all ranks; returns (weighted, plain)."""
+        """Fill .grad with the gradient of the weighted loss, mean over all ranks; returns (weighted, plain)."""
         totals = torch.zeros(2, device=self.rt.device)
         with quantized_weights(self.model, self.coarseness):
             for x, y in batches:
@@ -1087,22 +981,20 @@ class Trainer:
 
     def warm_up(self):
         """Compile every kernel of a step on random tokens, then restore the weights and forget the rest."""
-        weights = copy.deepcopy(self.model.state_dict())
+        cfg, weights, forward = self.cfg, copy.deepcopy(self.model.state_dict()), self.forward
         random = np.random.default_rng(0)
-        for step in range(self.cfg.warmup_steps):
-            tokens = random.integers(0, self.cfg.vocab_size, self.cfg.train_batch_tokens + 1)
-            self.step(micro_batches(tokens, self.cfg, self.rt), step, scale=0.1)
+        for step in range(cfg.warmup_steps):
+            tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
+            self.step(micro_batches(tokens, cfg, self.rt), step, scale=0.1)
         self.model.load_state_dict(weights)
-        forward = self.forward
-        self.__init__(self.model, self.cfg, self.rt)
+        self.__init__(self.model, cfg, self.rt)
         self.forward = forward
-
 
 def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
 
-    `budget` is the bytes that the artifact may have (late QAT quantizes as coarsely as that will take). Returns
-    TrainResult. On NaN, infinity or Ctrl-C it raises TrainingStopped with the last good weights in the model.
+    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns TrainResult. On NaN,
+    infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model.
     """
     stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
     result, began = TrainResult(), time.perf_counter()
@@ -1110,7 +1002,7 @@ def train(model, cfg, rt, log, budget):
         trainer.warm_up()
         rt.sync()
         result.warmup_seconds = time.perf_counter() - began
-        log(f"compile warm-up: {cfg.warmup_steps} steps on random tokens, {result.warmup_seconds:.1f} s, not timed")
+        log(f"warm-up: {cfg.warmup_steps} steps on random tokens, {result.warmup_seconds:.1f} s, not timed")
     start = time.perf_counter()
     try:
         while result.steps < cfg.iterations:
@@ -1135,32 +1027,28 @@ def train(model, cfg, rt, log, budget):
         log(f"note: the training shards were read {stream.epochs} time(s) over; more shards would help")
     return result
 
-
 def train_line(result, losses, scale, cfg):
     """One line of train.log."""
     per_step_s = result.seconds / result.steps
     eta_s = (cfg.iterations - result.steps) * per_step_s
     if cfg.max_wallclock_seconds:
         eta_s = min(eta_s, cfg.max_wallclock_seconds - result.seconds)
-    return (f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  lr x{scale:.3f}  "
-            f"{result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s  ETA {max(eta_s, 0):.0f} s")
+    return (f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
+            f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s  "
+            f"ETA {max(eta_s, 0):.0f} s")
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Quantization
-#
-# Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. The size
-# is governed by one number, `coarseness`: a row's largest level stands at coarseness times its root mean square.
-# Doubling it costs every weight one bit of precision and saves about one bit of entropy, which LZMA then finds;
+# ---- Quantization ------------------------------------------------------------------------------------------
+# Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
+# number governs the size, `coarseness`: a row's top level stands at coarseness times its root mean square.
+# Doubling it costs each weight one bit of precision and saves about one bit of entropy, which LZMA then finds;
 # it is raised until code + artifact just fit the cap. Late QAT trains through these very functions.
-# ----------------------------------------------------------------------------------------------------------
 
 INT6_MAX, INT8_MAX = 31, 127
 FINEST, COARSEST = 4.0, 64.0  # below 4 a Gaussian row loses more to clipping than it gains in precision
 
-
 def quantize(w, limit, row_max):
-    """w (rows, cols) -> (int8 levels within +-limit, fp16 scales (rows,)); row_max (rows,) is the top level's value.
+    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels within +-limit, fp16 scales (rows,)).
 
     |w - levels * scale| <= scale / 2 wherever |w| <= row_max (up to the fp16 rounding of the scale).
     """
@@ -1168,32 +1056,28 @@ def quantize(w, limit, row_max):
     levels = (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
     return levels, scale
 
-
 def dequantize(levels, scale):
     """fp32 weights of int8 levels and fp16 row scales."""
     return levels.float() * scale.float()[:, None]
-
 
 def encode_tensor(name, w, coarseness):
     """(kind, [tensors to store]) of one parameter: 'int6', 'int8' or 'fp16'."""
     w = w.detach().float()
     if w.ndim == 2 and name.startswith("blocks."):
         return "int6", quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-    if name in ("embed.tokens", "embed.bigrams", "ve_table"):
+    if name in TABLES:
         return "int8", quantize(w, INT8_MAX, w.abs().amax(1))
     return "fp16", (w.half(),)
-
 
 def decode_tensor(kind, stored):
     """fp32 parameter from what encode_tensor stored."""
     return stored[0].float() if kind == "fp16" else dequantize(*stored)
 
-
 @contextlib.contextmanager
 def quantized_weights(model, coarseness):
     """Inside, the model holds its weights as the artifact would return them; None: nothing changes.
 
-    Gradients taken inside and applied outside are the straight-through estimator of quantization-aware training.
+    Gradients taken inside and applied outside are quantization-aware training's straight-through estimator.
     """
     if coarseness is None:
         yield
@@ -1209,51 +1093,35 @@ def quantized_weights(model, coarseness):
             for name, p in model.named_parameters():
                 p.copy_(exact[name])
 
-
 def estimate_coarseness(model, budget_bytes):
-    """The coarseness at which the entropy of all levels, plus LZMA's 3 %, comes to budget_bytes."""
-    def size_bytes(coarseness):
-        bits = 0.0
-        for name, p in model.named_parameters():
-            kind, stored = encode_tensor(name, p, coarseness)
-            if kind == "fp16":
-                bits += 16 * p.numel()
-            else:
-                share = torch.bincount(stored[0].flatten().long() + INT8_MAX).double() / p.numel()
-                bits -= p.numel() * (share * share.clamp(min=1e-12).log2()).sum().item() - 16 * len(stored[1])
-        return 1.03 * bits / 8
+    """The coarseness at which the model would come to budget_bytes if its rows were Gaussian.
 
-    low, high = math.log2(FINEST), math.log2(COARSEST)
-    if size_bytes(FINEST) <= budget_bytes:
-        return FINEST
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size_bytes(2 ** middle) > budget_bytes else (low, middle)
-    return 2 ** high
+    In steps of coarseness / 31 deviations that is log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
+    """
+    sizes = {"int6": 0, "int8": 0, "fp16": 0}
+    for name, p in model.named_parameters():
+        sizes[encode_tensor(name, p, FINEST)[0]] += p.numel()
+    bits = (8 * budget_bytes / 1.03 - 7 * sizes["int8"] - 15 * sizes["fp16"]) / max(sizes["int6"], 1)
+    return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Artifact
-#
+# ---- Artifact ----------------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
 #   4 bytes  format version            4 bytes  length of the header
-#   8 bytes  length of the body        JSON     settings, tokenizer pieces and kinds, [name, kind, shape] of tensors
+#   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] of each tensor
 #  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or values fp16
 #
-# All numbers are little-endian. Nothing in it is executed when it is read; file and script are all a scorer needs.
-# One level a byte: packing 6 bits first hides the byte alignment from LZMA and makes the file larger.
-# ----------------------------------------------------------------------------------------------------------
+# All numbers are little-endian. Reading executes nothing; file and script are all that a scorer needs. One
+# level a byte: packing 6 bits first hides the byte alignment from LZMA and makes the file larger.
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
-
 def stored_settings(cfg):
     """The settings that travel in the artifact: all but those of this machine."""
     groups = {f.name: f.metadata["group"] for f in dataclasses.fields(cfg)}
     return {"preset": cfg.preset, **{n: v for n, v in dataclasses.asdict(cfg).items() if groups[n] != "run"}}
-
 
 def pack_artifact(model, cfg, table, coarseness):
     """The artifact's bytes. The same weights and settings give the same bytes."""
@@ -1264,15 +1132,15 @@ def pack_artifact(model, cfg, table, coarseness):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, kind, list(model.get_parameter(name).shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
-    header = json.dumps({"settings": stored_settings(cfg), "tensors": index, "tokenizer": {
-        "pieces": table.pieces, "kinds": table.kinds, "bos_id": table.bos_id, "sha256": table.digest}}, sort_keys=True)
-    raw = struct.pack("<I", len(header.encode())) + header.encode() + b"".join(payload)
+    tokenizer = {"sha256": table.digest, **dataclasses.asdict(table)}
+    header = json.dumps({"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}, sort_keys=True)
+    raw = struct.pack("<I", len(header)) + header.encode() + b"".join(payload)
     body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), hashlib.sha256(body).digest()) + body
-
+    digest = hashlib.sha256(body).digest()
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
 
 def unpack_artifact(data, path):
-    """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for the error messages."""
+    """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for error messages."""
     def refuse(why):
         raise UserError(f"artifact {path} {why}")
 
@@ -1301,29 +1169,26 @@ def unpack_artifact(data, path):
     t = header["tokenizer"]
     return header["settings"], TokenTable(tuple(t["pieces"]), t["kinds"], t["bos_id"]), weights
 
-
 def read_artifact(path):
     """unpack_artifact of a file; UserError when it cannot be read."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first or set it") from error
+        raise UserError(f"ARTIFACT_PATH: no artifact {path}: {error.strerror}; train first, or set it") from error
     return unpack_artifact(data, path)
-
 
 def code_bytes():
     """Bytes of this script, which count against the cap."""
     return len(Path(__file__).read_bytes())
 
-
 def fit_artifact(model, cfg, table, log):
-    """(artifact bytes, coarseness): the finest artifact found that fits the cap with the code, else the coarsest.
+    """(artifact bytes, coarseness): the finest artifact found that fits the cap with the code, or the coarsest.
 
     Size falls by one bit a block weight each time coarseness doubles, so a secant on its logarithm is there
     in two or three compressions.
     """
     budget = cfg.size_limit_bytes - code_bytes()
-    slope_bytes = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2) / 8
+    slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
     coarseness, best = estimate_coarseness(model, budget), None
     for attempt in range(6):
         data = pack_artifact(model, cfg, table, coarseness)
@@ -1338,7 +1203,6 @@ def fit_artifact(model, cfg, table, log):
         coarseness = min(max(coarseness * 2 ** shift, FINEST), COARSEST)
     return best or (data, coarseness)
 
-
 def load_model(weights, cfg, rt):
     """A model with an artifact's weights, on the runtime's device."""
     model = GPT(cfg, rt.attend or sdpa_attention, rt.dtype)
@@ -1346,20 +1210,16 @@ def load_model(weights, cfg, rt):
     return model.to(rt.device).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# N-gram history
-#
-# Everything the stream has said so far, exactly. Unigrams and bigrams have dense integer counts. For each longer
-# context (the n - 1 tokens before an n-gram's last) there is a hash chain, as in LZ77: prev[i] is the most
-# recent earlier position at which the same context ends, so walking from position t - 1 yields the occurrences
-# before t and nothing later: a whole chunk may be linked before its first position is predicted. The heads of
-# the chains sit in an open-addressing table that compares contexts token by token: no false match, ever.
-# 4 bytes a token and context for prev, 4 to 8 more for heads. All ranks hold the same history.
-# ----------------------------------------------------------------------------------------------------------
-
+# ---- N-gram history ----------------------------------------------------------------------------------------
+# Everything the stream has said so far, exactly. Unigrams and bigrams have dense integer counts. Each longer
+# context (the n - 1 tokens before an n-gram's last) has a hash chain, as in LZ77: prev[i] is the most recent
+# earlier position at which the same context ends. Walking from t - 1 yields the occurrences before t and
+# nothing later, so a whole chunk may be linked before its first position is predicted. The heads of the chains
+# sit in an open-addressing table that compares contexts token by token: no false match, ever. 4 bytes a token
+# and context for prev, up to 9 for heads. All ranks hold the same history.
 
 class HeadTable:
-    """context -> last position at which it ends. A slot holds that position; the context is read off the text."""
+    """context -> last position at which it ends. A slot holds that position; the text has the context."""
 
     def __init__(self, history, length):
         self.history, self.length = history, length
@@ -1367,7 +1227,7 @@ class HeadTable:
         self.used = 0
 
     def swap(self, positions, newest):
-        """For distinct contexts ending at `positions`: their last earlier position or -1; then set it to `newest`."""
+        """Of distinct contexts that end at `positions`: the last earlier position or -1, replaced by `newest`."""
         if self.used + len(positions) > 0.7 * len(self.slots):
             self._grow(self.used + len(positions))
         slot, older = self._find(positions)
@@ -1399,9 +1259,8 @@ class HeadTable:
                                 device=self.slots.device)
         self._find(positions)
 
-
 class NgramHistory:
-    """The stream so far: dense counts for unigrams and bigrams, chains for contexts of 2 to order - 1 tokens."""
+    """The stream so far: dense counts of unigrams and bigrams, chains for contexts of 2 to order - 1 tokens."""
 
     def __init__(self, vocab_size, order, recent, device):
         self.device, self.recent, self.size, self.counted = device, recent, 0, 0
@@ -1440,7 +1299,7 @@ class NgramHistory:
                 self._link(chain, heads, ends)
 
     def _link(self, chain, heads, ends):
-        """Set chain[ends]: equal contexts among `ends` to one another, the first of each to the older text."""
+        """Set chain[ends]: link equal contexts among `ends`, and the first of each to the older text."""
         h, order = torch.sort(self.hashes(ends, heads.length), stable=True)
         ends = ends[order]
         new = torch.ones(len(ends) + 1, dtype=torch.bool, device=self.device)
@@ -1461,8 +1320,8 @@ class NgramHistory:
     def backoff_counts(self, start, stop, min_count):
         """Next-token counts fp32 (stop - start, V) at positions start..stop-1, each from its own strict prefix.
 
-        Of the longest context seen min_count times: exact counts for contexts of 0 and 1 token, the last `recent`
-        occurrences for longer ones. Tokens up to stop - 2 must be in the history. Calls go left to right.
+        Of the longest context seen min_count times: all counts for contexts of 0 and 1 token, of the last
+        `recent` occurrences for longer ones. Tokens up to stop - 2 must be linked. Calls go left to right.
         """
         self.count_up_to(start)
         at = torch.arange(start - 1, stop - 1, device=self.device)  # where the context of each position ends
@@ -1475,7 +1334,8 @@ class NgramHistory:
             if len(rows):
                 occurrences = self._walk(chain, at[rows], self.recent)
                 following = self.tokens[(occurrences + 1).clamp(min=0)]
-                counts[rows] = torch.zeros_like(counts[rows]).scatter_add_(1, following, (occurrences >= 0).float())
+                new = torch.zeros_like(counts[rows])
+                counts[rows] = new.scatter_add_(1, following, (occurrences >= 0).float())
             open_rows = open_rows[~found]
         return counts
 
@@ -1488,7 +1348,7 @@ class NgramHistory:
         return torch.stack(out, 1)
 
     def _dense_counts(self, start, stop, at, min_count):
-        """Bigram counts where the previous token was followed min_count times, else unigram counts; fp32 (R, V)."""
+        """Bigram counts where the previous token was followed min_count times, else unigrams'; fp32 (R, V)."""
         inside = F.one_hot(self.tokens[start:stop - 1], len(self.unigrams)).float()  # seen since count_up_to
         before = torch.ones(stop - start, stop - 1 - start, device=self.device).tril(-1)
         same = before * (self.tokens[at][:, None] == self.tokens[at[:-1]])
@@ -1497,51 +1357,42 @@ class NgramHistory:
         return torch.where(bigram.sum(1, keepdim=True) >= min_count, bigram, unigram)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Mixer and commitment
-#
-# A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the whole
-# vocabulary, so that "normalized" is an equality and a range coder can use the very numbers that were scored.
-# ----------------------------------------------------------------------------------------------------------
+# ---- Mixer and commitment ----------------------------------------------------------------------------------
+# A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
+# vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
 
 TOTAL_BITS = 24
 TOTAL = 1 << TOTAL_BITS
 
-
 def commit(p):
     """Probabilities (R, V), float64 -> frequencies int32 (R, V), each >= 1, each row summing to exactly 2^24.
 
-    Every token gets 1 plus the floor of its share of the rest; what the floors leave goes to the likeliest token.
+    Every token gets 1 plus the floor of its share of the rest; what the floors leave goes to the likeliest.
     """
     V = p.size(-1)
     freqs = (p / p.sum(-1, keepdim=True) * (TOTAL - V)).floor().long() + 1
     freqs.scatter_add_(1, p.argmax(-1, keepdim=True), TOTAL - freqs.sum(-1, keepdim=True))
     return freqs.int()
 
-
 def mix_entropy(p, counts, cfg):
-    """(1 - alpha) p + alpha counts/total, alpha = base + range * sigmoid(2 (H - center)), H the entropy of p in nats.
+    """(1 - alpha) p + alpha counts / total; alpha = base + range * sigmoid(2 (H - center)), H p's entropy in nats.
 
-    p (R, V) float64, counts (R, V). The gate sees p alone, never the token. (PR 1033's rule over the whole vocabulary.)
+    p (R, V) float64, counts (R, V). The gate sees p alone. (PR 1033's rule, over the whole vocabulary.)
     """
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
     return (1 - alpha) * p + alpha * (counts / counts.sum(-1, keepdim=True)).to(p.dtype)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Test-time training
-#
-# After a chunk has been scored the model trains on it, and the next chunk is scored by the Polyak average of the
-# weights so trained. The blocks' matrices below TTT_FREEZE_BLOCKS stay; norms, gains and the token table learn.
-# Ranks share the work but must stay identical to the last bit: each fixed micro-batch yields a summed gradient that
-# is rounded to int64 fixed point, and integers add up the same in any order. The schedule's length is a setting
-# in the artifact, not the length of the text, so a prefix is coded as the whole would be.
-# ----------------------------------------------------------------------------------------------------------
+# ---- Test-time training ------------------------------------------------------------------------------------
+# After a chunk has been scored the model trains on it, and the next chunk is scored by the Polyak average of
+# the weights so trained. Matrices of the first TTT_FREEZE_BLOCKS blocks stay; gains, scales and the token table
+# learn. Ranks share the work but must stay identical to the last bit: each fixed micro-batch yields a summed
+# gradient that is rounded to int64 fixed point, and integers add up the same in any order. The schedule's
+# length is a setting in the artifact, not the text's length, so a prefix is coded as the whole would be.
 
 TTT_MICRO_BATCH_SEQUENCES = 2
 FIXED_POINT_SCALE = 2.0 ** 36
-
 
 class TestTimeTrainer:
     """Adapts a copy of `model` to scored chunks; `model` itself becomes the Polyak average that scores."""
@@ -1558,7 +1409,7 @@ class TestTimeTrainer:
             p.requires_grad_(False)
         for p in self.params:
             p.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, betas=(0.9, 0.999), weight_decay=0.0, foreach=True)
+        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
         self.forward = rt.compiled(self.live)
 
     def _learns(self, name, p):
@@ -1568,12 +1419,12 @@ class TestTimeTrainer:
         return block is not None and block >= self.cfg.ttt_freeze_blocks
 
     def rate(self):
-        """Learning rate of the current chunk: cosine to 0 over the schedule, times a ramp from 1 to 3 in its first 30 %."""
+        """The chunk's learning rate: cosine to 0 over the schedule, times a ramp from 1 to 3 in its first 30 %."""
         done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
         return self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * done)) * (1 + 2 * min(1.0, done / 0.3))
 
     def adapt_chunk(self, tokens):
-        """Train on one scored chunk: tokens int64 (TTT_CHUNK_TOKENS + 1,), its first the last of the chunk before."""
+        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,): it begins with the last token before it."""
         W, lr = self.cfg.eval_seq_len, self.rate()
         self.chunks += 1
         if lr == 0:
@@ -1604,29 +1455,23 @@ class TestTimeTrainer:
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Predictor and scorer
-#
-# Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts position
-# i + 1. The first window scores all its W rows; each later one is W rows of which the last S (a tile) are scored,
-# computed in two passes of fixed shape: the known part, then the tile over its cached keys and values. Windows are
-# grouped by position into batches of fixed composition, padded with dummies, so that the integers depend neither on
-# the number of ranks nor on how much of the stream is known: what is unknown is a dummy that no earlier row sees.
-# ----------------------------------------------------------------------------------------------------------
-
+# ---- Predictor and scorer ----------------------------------------------------------------------------------
+# Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
+# position i + 1. The first window scores all its W rows; of each later one the last S (a tile) are scored, in
+# two passes of fixed shape: the known part, then the tile over its cached keys and values. Windows are grouped
+# by position into batches of fixed composition, padded with dummies, so that the integers depend neither on the
+# number of ranks nor on how much of the stream is known: the unknown is a dummy that no earlier row sees.
 
 class OrderError(RuntimeError):
     """predict, score and update were not called in the order that makes a score honest."""
 
-
 @dataclass
 class Commitment:
-    """Frequencies for positions start..stop-1, as far as this rank computes them: freqs[stage] int32 (R, V)."""
+    """Frequencies for positions start..stop-1, as far as this rank computes them."""
 
     start: int
     stop: int
-    pieces: list  # (index of the batch in this call, first position, last position + 1, {stage: freqs})
-
+    pieces: list  # (index of the batch in the chunk, first position, last + 1, {stage: freqs int32 (R, V)})
 
 @dataclass
 class EvalPass:
@@ -1637,7 +1482,6 @@ class EvalPass:
     ttt: bool = False
     mixer: str = "none"
 
-
 def evaluation_passes(cfg):
     """The passes over the quantized model. Stages that come from the same neural distribution share one."""
     S, W = cfg.eval_stride, cfg.eval_seq_len
@@ -1646,7 +1490,6 @@ def evaluation_passes(cfg):
     if cfg.ttt_enabled:
         return [*passes, EvalPass(("sliding",), S), EvalPass(("ttt", *mixed), S, ttt=True, mixer=cfg.mixer)]
     return [*passes, EvalPass(("sliding", *mixed), S, mixer=cfg.mixer)]
-
 
 class Predictor:
     """The one place where probabilities become commitments. predict -> score -> ... -> update, or OrderError.
@@ -1667,9 +1510,9 @@ class Predictor:
         self.mix_seconds = 0.0
 
     def predict(self, prefix, start, stop):
-        """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each position from what is before it."""
+        """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
         if self.pending is not None:
-            raise OrderError(f"positions {self.pending.start}..{self.pending.stop - 1} are committed but not scored")
+            raise OrderError(f"{self.pending.start}..{self.pending.stop - 1} are committed but not scored")
         if start != self.committed or stop <= start:
             raise OrderError(f"asked to predict {start}..{stop - 1}; next is {self.committed}")
         if stop > self.learned + self.cfg.ttt_chunk_tokens:
@@ -1687,7 +1530,7 @@ class Predictor:
         return self.pending
 
     def score(self, commitment, targets):
-        """{stage: bits} of targets, int64 (stop - start,), under a commitment: the code length, over all ranks."""
+        """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length, over all ranks."""
         if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
@@ -1704,7 +1547,7 @@ class Predictor:
     def update(self, prefix):
         """Learn from a scored chunk; `prefix` int64 is the stream up to and including its last token."""
         if self.pending is not None or self.committed != self.learned + self.cfg.ttt_chunk_tokens:
-            raise OrderError(f"update takes whole scored chunks; {self.learned}..{self.committed - 1} is not one")
+            raise OrderError(f"update takes scored chunks; {self.learned}..{self.committed - 1} is not one")
         if len(prefix) != self.committed:
             raise OrderError(f"update needs the {self.committed} tokens scored so far, not {len(prefix)}")
         if self.ttt:
@@ -1712,7 +1555,7 @@ class Predictor:
         self.learned = self.committed
 
     def _rows(self, starts):
-        """Scored rows of each window in a batch: all W in the window at the stream's start, else the stride."""
+        """Scored rows of a batch's windows: all W of the window at the stream's start, else the stride."""
         return self.cfg.eval_seq_len if starts[0] == 0 else self.plan.stride
 
     def _batches(self, origin):
@@ -1725,12 +1568,13 @@ class Predictor:
 
     @torch.no_grad()
     def _logits(self, prefix, starts):
-        """Logits of the rows that a batch scores, (windows * rows, V), dummies where `prefix` has no token yet."""
+        """Logits of the rows that a batch scores, (R, V), with dummies where `prefix` has no token yet."""
         W, rows = self.cfg.eval_seq_len, self._rows(starts)
         size = 1 if starts[0] == 0 else self.cfg.eval_batch_windows
         first = torch.tensor(starts + [starts[-1]] * (size - len(starts))) + rows - W
         where = first[:, None] + torch.arange(W)
-        tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0).to(self.rt.device)
+        tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0)
+        tokens = tokens.to(self.rt.device)
         known = W - rows
         if known:
             past = self.forward(tokens[:, :known])[1]
@@ -1741,7 +1585,7 @@ class Predictor:
 
     @torch.no_grad()
     def _commit(self, logits, prefix, first, last):
-        """{stage: frequencies} for positions first..last-1 from their logits (R, V) and the history before each."""
+        """{stage: frequencies} for positions first..last-1 from their logits (R, V) and their history."""
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
         freqs = {self.plan.stages[0]: commit(p)}
@@ -1754,7 +1598,6 @@ class Predictor:
             self.rt.sync()
             self.mix_seconds += time.perf_counter() - start_s
         return freqs
-
 
 def evaluate(predictor, tokens, total_bytes, log):
     """Score `tokens`, int64 (n + 1,), in one walk; returns the plan's stages as results.json has them."""
@@ -1779,112 +1622,100 @@ def evaluate(predictor, tokens, total_bytes, log):
              "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in plan.stages]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Texts to shards
-#
-# `tokenize` turns the user's own text into official shards; the demo goes through the same function with the only
-# English that every machine has: the documentation inside Python and its packages. One document in 20, chosen by a
-# checksum of its text, is validation. A tokenizer trained here keeps text as it is (identity, byte fallback).
-# ----------------------------------------------------------------------------------------------------------
+# ---- Texts to shards ---------------------------------------------------------------------------------------
+# `tokenize` turns the user's own text into official shards; the demo goes through the same function with the
+# only English that every machine has: the documentation inside Python and its packages. One document in 20,
+# chosen by a checksum of its text, is validation. A tokenizer trained here reproduces any text byte for byte.
 
 SHARD_TOKENS = 50_000_000
-DEMO_TEXT_BYTES = 6_000_000
+DEMO_TEXT_CHARS = 6_000_000
 TXT_DOCUMENT_CHARS = 4096
-
 
 def read_documents(path):
     """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at blank lines)."""
+    if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+        raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
+    number = 0
     try:
-        if path.endswith((".jsonl", ".jsonl.zst")):
-            with contextlib.ExitStack() as stack:
-                f = stack.enter_context(open(path, "rb"))
-                if path.endswith(".zst"):
-                    import zstandard
-                    f = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(f))
-                for number, line in enumerate(io.TextIOWrapper(f, encoding="utf-8"), 1):
+        with contextlib.ExitStack() as stack:
+            f = stack.enter_context(open(path, "rb"))
+            if path.endswith(".zst"):
+                import zstandard
+                f = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(f))
+            lines = io.TextIOWrapper(f, encoding="utf-8", newline="")
+            if path.endswith(".txt"):
+                yield from cut_at_blank_lines(lines)
+            else:
+                for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield json_text(line, path, number)
-        elif path.endswith(".txt"):
-            parts, size = [], 0
-            for paragraph in Path(path).read_text(encoding="utf-8").split("\n\n"):
-                parts.append(paragraph)
-                size += len(paragraph)
-                if size >= TXT_DOCUMENT_CHARS:
-                    yield "\n\n".join(parts)
-                    parts, size = [], 0
-            if size:
-                yield "\n\n".join(parts)
-        else:
-            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
-    except (OSError, UnicodeDecodeError) as error:
+                        text = json.loads(line)["text"]
+                        if not isinstance(text, str):
+                            raise TypeError("text is not a string")
+                        yield text
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'tokenize: {path}, line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}} '
+                        f"({error})") from error
+    except Exception as error:  # OSError, or zstandard's own class
         raise UserError(f"tokenize: cannot read {path}: {error}") from error
 
-
-def json_text(line, path, number):
-    """The "text" field of one line of JSON."""
-    try:
-        text = json.loads(line)["text"]
-        if isinstance(text, str):
-            return text
-    except (ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f'tokenize: {path} line {number} is not a JSON object with a "text" string')
-
+def cut_at_blank_lines(lines):
+    """Yield runs of lines of TXT_DOCUMENT_CHARS or more that end in a blank line, and what is left."""
+    parts, size = [], 0
+    for line in lines:
+        parts.append(line)
+        size += len(line)
+        if size >= TXT_DOCUMENT_CHARS and not line.strip():
+            yield "".join(parts)
+            parts, size = [], 0
+    yield "".join(parts)
 
 def docstrings(path):
-    """The docstrings of a Python file of 80 characters or more, joined; '' if it has none or does not parse."""
-    import ast
-    import inspect
-    with contextlib.suppress(SyntaxError, UnicodeDecodeError, ValueError, RecursionError):
+    """The docstrings of 80 or more characters in a Python file, joined; '' if there are none."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
         nodes = ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
-        kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        found = [ast.get_docstring(n) or "" for n in nodes if isinstance(n, kinds)]
-        return "\n\n".join(d for d in found if len(d) >= 80)
+        documented = (n for n in nodes if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)))
+        return "\n\n".join(d for d in map(ast.get_docstring, documented) if d and len(d) >= 80)
     return ""
 
-
 def demo_documents():
-    """English on this machine in a fixed order: pydoc's topics, then the docstrings of stdlib, numpy and torch."""
-    import sysconfig
+    """English on this machine, in order: pydoc's topics, the docstrings of stdlib, numpy and torch."""
     from pydoc_data import topics
-    documents = [topics.topics[name] for name in sorted(topics.topics)]
-    roots = [Path(sysconfig.get_paths()["stdlib"]), Path(np.__file__).parent, Path(torch.__file__).parent]
-    skip = ("site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor")
-    files = [p for root in roots for p in sorted(root.rglob("*.py"))
-             if not any(part in skip for part in p.relative_to(root).parts)]
+    documents = [text for _, text in sorted(topics.topics.items())]
+    roots = [sysconfig.get_paths()["stdlib"], Path(np.__file__).parent, Path(torch.__file__).parent]
+    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
+    files = [p for root in roots for p in sorted(Path(root).rglob("*.py"))
+             if not skipped & set(p.relative_to(root).parts)]
+    size = sum(map(len, documents))
     with multiprocessing.get_context("spawn").Pool() as pool:
-        size = sum(map(len, documents))
         for text in pool.imap(docstrings, files, chunksize=32):
-            if text and size < DEMO_TEXT_BYTES:
+            if text and size < DEMO_TEXT_CHARS:
                 documents.append(text)
                 size += len(text)
     return documents
 
-
 def train_tokenizer(documents, vocab_size, path):
-    """Train a SentencePiece BPE model that reproduces any text byte for byte, and write it to `path`."""
+    """Train a SentencePiece BPE model with byte fallback and no normalization, and write it to `path`."""
     import sentencepiece
-    lines = (line for text in documents for line in text.splitlines() if line.strip())
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-            input_sentence_size=200_000, max_sentence_length=16_384, num_threads=os.cpu_count(), minloglevel=2)
+            sentence_iterator=(line for text in documents for line in text.splitlines() if line.strip()),
+            model_writer=model, model_type="bpe", vocab_size=vocab_size, byte_fallback=True, minloglevel=2,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=os.cpu_count(),
+            allow_whitespace_only_pieces=True, input_sentence_size=200_000, max_sentence_length=16_384)
     except RuntimeError as error:
-        raise UserError(f"VOCAB_SIZE={vocab_size}: SentencePiece cannot train on so little text ({error})") from error
+        raise UserError(f"VOCAB_SIZE={vocab_size}: SentencePiece cannot learn that many pieces from this text; "
+                        f"lower it or add text ({error})") from error
     write_atomically(path, model.getvalue())
 
-
 def write_shards(documents, out_dir, cfg, log):
-    """Tokenize `documents` (a list of str) into OUT_DIR/fineweb_{train,val}_*.bin; trains a tokenizer if need be."""
+    """Tokenize a list of texts into out_dir/fineweb_{train,val}_*.bin; trains a tokenizer if there is none."""
     import sentencepiece
-    import zlib
-    held = [zlib.crc32(d.encode()) % 20 == 0 for d in documents]
-    if not any(held) or all(held):
-        held = [i == len(documents) - 1 for i in range(len(documents))]
     if len(documents) < 2:
-        raise UserError("tokenize: one document is not enough, since validation text must not be trained on")
+        raise UserError("tokenize: two documents are the least, since validation text must not be trained on")
+    held = np.array([zlib.crc32(d.encode()) % 20 == 0 for d in documents])
+    if held.all() or not held.any():
+        held = np.arange(len(documents)) == len(documents) - 1
     if not Path(cfg.tokenizer_path).exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
         train_tokenizer([d for d, h in zip(documents, held) if not h], cfg.vocab_size, cfg.tokenizer_path)
@@ -1898,215 +1729,198 @@ def write_shards(documents, out_dir, cfg, log):
         log(f"tokenize: {progress_line(first + len(batch), len(documents), start_s, 'documents')}")
     for split, parts in tokens.items():
         stream = np.concatenate(parts)
-        for number, first in enumerate(range(0, len(stream), SHARD_TOKENS)):
-            path = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
-            write_atomically(path, shard_bytes(stream[first:first + SHARD_TOKENS]))
+        for number, piece in enumerate(np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))):
+            write_atomically(Path(out_dir) / f"fineweb_{split}_{number:06d}.bin", shard_bytes(piece))
         log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
-
 
 def prepare_demo(cfg, rt, log):
     """Make the demo's shards in its cache, once, on rank 0; the other ranks wait."""
     wants_demo = cfg.preset == "demo" and cfg.data_path == DEMO_CACHE
-    if wants_demo and rt.is_main and not glob.glob(f"{DEMO_CACHE}/fineweb_train_*.bin"):
+    if wants_demo and rt.is_main and not glob.glob(f"{DEMO_CACHE}/fineweb_val_*.bin"):
         log("demo: gathering English from the documentation on this machine")
         write_shards(demo_documents(), DEMO_CACHE, cfg, log)
     rt.from_main(0.0)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Report
-# ----------------------------------------------------------------------------------------------------------
+# ---- Report ------------------------------------------------------------------------------------------------
+# train.log is for people, results.json for programs. Both are written as the run goes, so that nothing that
+# was measured is lost. The ledger holds every second and byte against the competition's limits.
 
 TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
 
-
 class Report:
-    """What a run has shown so far. Kept on disk after every stage, so that nothing measured is lost."""
+    """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
 
-    def __init__(self, cfg, rt, log, command):
-        self.cfg, self.rt, self.log = cfg, rt, log
+    def __init__(self, cfg, rt, command):
+        self.cfg, self.rt, self.log = cfg, rt, Log(cfg.run_dir / f"{command}.log", rt.is_main)
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         self.results = {
             "run_id": cfg.resolved_run_id, "seed": cfg.seed, "command": command,
             "settings": dict(sorted(dataclasses.asdict(cfg).items())),
-            "environment": {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
-                            "world_size": rt.world, "source_sha256": source},
+            "environment": {"python": platform.python_version(), "torch": torch.__version__, "source_sha256": source,
+                            "device": rt.notes[0], "world_size": rt.world, "dtype": str(rt.dtype)},
             "train": None, "artifact": None, "stages": [], "val_bpb": None}
-        log(f"run {cfg.resolved_run_id} ({command}), {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
-        log(f"python {platform.python_version()}, torch {torch.__version__}, source sha256 {source[:16]}")
-        for note in rt.notes:
-            log(note)
-        for name, value in self.results["settings"].items():
-            log(f"  {name.upper()}={value}")
+        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self.log(f"{command} {cfg.resolved_run_id}, {now}, python {platform.python_version()}, "
+                 f"torch {torch.__version__}, source sha256 {source[:16]}")
+        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in self.results["settings"].items())):
+            self.log(line)
 
-    def trained(self, result, quantize_s):
-        """Record training and quantization times."""
-        self.results["train"] = {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds,
-                                 "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-                                 "warmup_seconds": result.warmup_seconds, "quantize_seconds": quantize_s}
+    def trained(self, result, quantize_seconds):
+        """Record what training and quantization took."""
+        self.results["train"] = {**dataclasses.asdict(result), "quantize_seconds": quantize_seconds,
+                                 "tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
 
     def artifact(self, path, data):
         """Record the artifact's bytes; UserError if code + weights are over the cap (the file stays)."""
         code, limit = code_bytes(), self.cfg.size_limit_bytes
-        total = code + len(data)
+        total, digest = code + len(data), hashlib.sha256(data).hexdigest()
         self.results["artifact"] = {"path": str(path), "weights_bytes": len(data), "code_bytes": code,
-                                    "total_bytes": total, "limit_bytes": limit,
-                                    "sha256": hashlib.sha256(data).hexdigest()}
+                                    "total_bytes": total, "limit_bytes": limit, "sha256": digest}
         self.log(f"artifact {path}: {len(data):,} B weights + {code:,} B code = {total:,} of {limit:,} B")
         if total > limit:
-            raise UserError(f"artifact {path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES={limit:,} at the coarsest "
-                            "quantization; lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE")
+            raise UserError(f"artifact {path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES={limit:,}: "
+                            "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again")
 
     def stages(self, stages):
         """Add scored stages and write results.json."""
         self.results["stages"] += stages
-        self.results["val_bpb"] = self.results["stages"][-1]["val_bpb"]
+        self.results["val_bpb"] = stages[-1]["val_bpb"]
         for s in stages:
-            self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, val_loss {s['val_loss']:.6f}, {s['seconds']:.1f} s")
+            self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, {s['seconds']:.1f} s")
         if self.rt.is_main:
-            write_atomically(self.cfg.run_dir / "results.json", (json.dumps(self.results, indent=1) + "\n").encode())
+            write_json(self.cfg.run_dir / "results.json", self.results)
 
     def finish(self):
         """Log the table of stages and the budget ledger."""
-        self.log(f"\n{'stage':<12}{'val_bpb':>10}{'delta':>10}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
-        before = None
+        self.log(f"\n{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
+        before, artifact, train = None, self.results["artifact"], self.results["train"]
         for s in self.results["stages"]:
             delta = f"{s['val_bpb'] - before:+.6f}" if before else ""
             before = s["val_bpb"]
-            self.log(f"{s['name']:<12}{before:>10.6f}{delta:>10}{s['val_loss']:>10.6f}{s['tokens']:>12,}"
-                     f"{s['seconds']:>9.1f}")
-        train, artifact = self.results["train"], self.results["artifact"]
-        spent = [] if not train else [("train", train["seconds"], TRAIN_LIMIT_S),
-                                      ("quantize", train["quantize_seconds"], None)]
-        spent.append(("evaluation", sum(s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant"), EVAL_LIMIT_S))
-        self.log("\nbudget (the competition's limits, on its 8xH100)")
-        for name, seconds, limit in spent:
-            self.log(f"{name:<12}{seconds:>10.1f} s" + (f" of {limit:.0f} s" if limit else ""))
-        self.log(f"{'bytes':<12}{artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
-
+            self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{delta:>11}{s['val_loss']:>10.6f}"
+                     f"{s['tokens']:>12,}{s['seconds']:>9.1f}")
+        self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
+        if train:
+            self.log(f"train       {train['seconds']:>10.1f} s of {TRAIN_LIMIT_S:.0f} s")
+            self.log(f"quantize    {train['quantize_seconds']:>10.1f} s")
+        evaluation_s = sum(s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
+        self.log(f"evaluation  {evaluation_s:>10.1f} s of {EVAL_LIMIT_S:.0f} s (without pre_quant)")
+        self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 def summarize(paths, out_path):
-    """Gather results.json files of several seeds into a submission.json; returns its contents."""
+    """Gather the results.json of several seeds into a submission.json; returns its contents."""
     runs = []
     for path in paths:
         try:
             run = json.loads(Path(path).read_text())
-            runs.append(dict(seed=run["seed"], val_bpb=run["val_bpb"], val_loss=run["stages"][-1]["val_loss"],
-                             stage=run["stages"][-1]["name"], tokens=run["stages"][-1]["tokens"],
-                             bytes_total=run["artifact"]["total_bytes"], bytes_code=run["artifact"]["code_bytes"],
-                             preset=run["settings"]["preset"], device=run["environment"]["device"]))
+            last, artifact = run["stages"][-1], run["artifact"]
+            runs.append(dict(
+                seed=run["seed"], val_bpb=run["val_bpb"], val_loss=last["val_loss"], stage=last["name"],
+                val_tokens=last["tokens"], bytes_total=artifact["total_bytes"], bytes_code=artifact["code_bytes"],
+                preset=run["settings"]["preset"], device=run["environment"]["device"]))
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"summarize: {path} is not the results.json of a finished run ({error!r})") from error
-    for same in ("preset", "stage", "tokens"):
+            raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
+    for same in ("preset", "stage", "val_tokens"):
         if len({r[same] for r in runs}) > 1:
             raise UserError(f"summarize: the runs differ in {same}: {sorted({str(r[same]) for r in runs})}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
-    bpb, last = [r["val_bpb"] for r in runs], runs[0]
     kept = json.loads(Path(out_path).read_text()) if Path(out_path).exists() else {}
+    bpb = [r["val_bpb"] for r in runs]
     summary = {name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")}
-    summary |= {
-        "date": time.strftime("%Y-%m-%d", time.gmtime()), "val_loss": statistics.mean(r["val_loss"] for r in runs),
-        "val_bpb": statistics.mean(bpb), "bytes_total": max(r["bytes_total"] for r in runs),
-        "bytes_code": max(r["bytes_code"] for r in runs), "val_bpb_std": statistics.stdev(bpb) if runs[1:] else None,
-        "preset": last["preset"], "device": last["device"], "stage": last["stage"], "val_tokens": last["tokens"],
-        "seeds": {str(r["seed"]): {k: r[k] for k in ("val_loss", "val_bpb", "bytes_total")} for r in runs}}
+    summary |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
+    summary |= {n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")}
+    summary |= {n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")}
+    summary |= {"val_bpb_std": statistics.stdev(bpb) if len(bpb) > 1 else None}
+    summary |= {n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")}
+    shown = ("val_loss", "val_bpb", "bytes_total")
+    summary["seeds"] = {str(r["seed"]): {n: r[n] for n in shown} for r in runs}
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
-    write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
+    write_json(out_path, summary)
     return summary
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Commands
-# ----------------------------------------------------------------------------------------------------------
-
+# ---- Commands ----------------------------------------------------------------------------------------------
 
 def check_tokenizer(table, cfg):
     """UserError when tokenizer and model disagree on the vocabulary."""
-    if len(table.pieces) != cfg.vocab_size:
-        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer {cfg.tokenizer_path} has {len(table.pieces)} "
-                        "pieces; set one to fit the other")
-    if table.bos_id < 0:
-        raise UserError(f"TOKENIZER_PATH: {cfg.tokenizer_path} has no BOS token, which starts every document")
+    if len(table.pieces) != cfg.vocab_size or table.bos_id < 0:
+        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer {cfg.tokenizer_path} has "
+                        f"{len(table.pieces)} pieces (BOS: {table.bos_id}); set one to fit the other")
 
+def open_run(cfg, environ, command, table=None):
+    """Check all that can be checked before long work: device, disk, tokenizer, validation text and its bytes.
 
-def run_passes(plans, load, cfg, table, rt, tokens, total_bytes, report):
-    """Evaluate each pass with a fresh model from `load`, and report its stages."""
-    for plan in plans:
-        report.stages(evaluate(Predictor(load(), cfg, table, rt, plan), tokens, total_bytes, report.log))
-
+    Returns (Runtime, Report, TokenTable, validation tokens, their bytes). `table` is the artifact's, if any.
+    """
+    rt = start_runtime(cfg, environ)
+    if rt.is_main:
+        check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
+    report = Report(cfg, rt, command)
+    prepare_demo(cfg, rt, report.log)
+    if table is None or Path(cfg.tokenizer_path).exists():
+        on_disk = TokenTable.from_model(cfg.tokenizer_path)
+        if table and table.digest != on_disk.digest:
+            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact was trained with another tokenizer")
+        table = on_disk
+    check_tokenizer(table, cfg)
+    tokens = load_validation(cfg)
+    total_bytes = audit_bytes(table, tokens)
+    report.log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has")
+    return rt, report, table, tokens, total_bytes
 
 def train_command(environ):
     """Train, quantize, write the artifact, read it back, evaluate every stage, report."""
     cfg = config_from_env(environ)
-    rt = start_runtime(cfg, environ)
-    if rt.is_main:
-        check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
-    log = Log(cfg.run_dir / "train.log", rt.is_main)
-    report = Report(cfg, rt, log, "train")
-    prepare_demo(cfg, rt, log)
-    table = TokenTable.from_model(cfg.tokenizer_path)
-    check_tokenizer(table, cfg)
-    tokens = load_validation(cfg)
-    total_bytes = audit_bytes(table, tokens)
+    rt, report, table, tokens, total_bytes = open_run(cfg, environ, "train")
     micro_batch_sequences(cfg, rt.world)
-    log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, audited against the decoded text")
     model = new_model(cfg, rt)
-    log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     try:
-        result = train(model, cfg, rt, log, cfg.size_limit_bytes - code_bytes())
+        result = train(model, cfg, rt, report.log, cfg.size_limit_bytes - code_bytes())
     except TrainingStopped as stop:
         path = cfg.run_dir / "stopped.int6.lzma"
         if rt.is_main:
             write_atomically(path, pack_artifact(model, cfg, table, FINEST))
-        raise TrainingStopped(f"{stop}; the last good weights are in {path}") from None
-    start_s = time.perf_counter()
-    path = cfg.resolved_artifact_path
+        raise TrainingStopped(f"{stop}; the last good weights are in {path}, for ARTIFACT_PATH") from None
+    path, start_s = cfg.resolved_artifact_path, time.perf_counter()
     if rt.is_main:
-        write_atomically(path, fit_artifact(model, cfg, table, log)[0])
+        write_atomically(path, fit_artifact(model, cfg, table, report.log)[0])
     rt.from_main(0.0)  # the others wait for the file
     report.trained(result, time.perf_counter() - start_s)
     report.artifact(path, path.read_bytes())
-    run_passes([EvalPass(("pre_quant",), cfg.eval_seq_len)], lambda: model.eval(), cfg, table, rt, tokens, total_bytes, report)
-    _, table, weights = read_artifact(path)
-    run_passes(evaluation_passes(cfg), lambda: load_model(weights, cfg, rt), cfg, table, rt, tokens, total_bytes, report)
-    report.finish()
+    plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
+    report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
+    evaluate_artifact(path, cfg, rt, report, tokens, total_bytes)
 
+def evaluate_artifact(path, cfg, rt, report, tokens, total_bytes):
+    """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
+    _, table, weights = read_artifact(path)
+    for plan in evaluation_passes(cfg):
+        predictor = Predictor(load_model(weights, cfg, rt), cfg, table, rt, plan)
+        report.stages(evaluate(predictor, tokens, total_bytes, report.log))
+    report.finish()
 
 def eval_command(environ):
     """Evaluate the artifact at ARTIFACT_PATH; settings of the eval group may be overridden."""
-    asked = config_from_env(environ)
-    path = asked.resolved_artifact_path
-    settings, table, weights = read_artifact(path)
+    path = config_from_env(environ).resolved_artifact_path
+    settings, table, _ = read_artifact(path)
     cfg = config_from_env(environ, stored=settings)
     cfg = dataclasses.replace(cfg, run_id=cfg.run_id or f"{cfg.resolved_run_id}_eval")
-    rt = start_runtime(cfg, environ)
-    if rt.is_main:
-        check_writable(cfg.run_dir, 1_000_000)
-    log = Log(cfg.run_dir / "eval.log", rt.is_main)
-    report = Report(cfg, rt, log, "eval")
-    prepare_demo(cfg, rt, log)
-    if Path(cfg.tokenizer_path).exists() and TokenTable.from_model(cfg.tokenizer_path).digest != table.digest:
-        raise UserError(f"artifact {path} was trained with another tokenizer than {cfg.tokenizer_path}; set TOKENIZER_PATH")
-    tokens = load_validation(cfg)
-    total_bytes = audit_bytes(table, tokens)
-    log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, audited against the decoded text")
+    rt, report, _, tokens, total_bytes = open_run(cfg, environ, "eval", table)
     report.artifact(path, path.read_bytes())
-    run_passes(evaluation_passes(cfg), lambda: load_model(weights, cfg, rt), cfg, table, rt, tokens, total_bytes, report)
-    report.finish()
-
+    evaluate_artifact(path, cfg, rt, report, tokens, total_bytes)
 
 def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
-    cfg, log = config_from_env(environ), Log()
-    documents, start_s = [], time.perf_counter()
+    cfg, log, documents, start_s = config_from_env(environ), Log(), [], time.perf_counter()
     for number, path in enumerate(paths, 1):
         documents += [d for d in read_documents(path) if d.strip()]
-        log(f"read {path}: {len(documents):,} documents so far; {progress_line(number, len(paths), start_s, 'files')}")
+        log(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
     write_shards(documents, out_dir, cfg, log)
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}")
-
 
 def dispatch(args, environ):
     """Run one command line."""
@@ -2122,29 +1936,24 @@ def dispatch(args, environ):
         case ["-h" | "--help" | "help"]:
             print(__doc__)
             for f in dataclasses.fields(Config):
-                print(f"  {f.name.upper():<28} {f.metadata['doc']} (default {f.default!r})")
+                print(f"  {f.name.upper():<28} {f.metadata['doc']} (record: {f.default!r})")
         case _:
-            raise UsageError(f"unknown or incomplete command {' '.join(args)!r}; see `python train_gpt.py --help`")
-
+            raise UsageError(f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help")
 
 def main():
     """Run the command line; returns the exit status. What a user can mend is one line on stderr."""
-    is_main = os.environ.get("RANK", "0") == "0"
+    status, message = 0, ""
     try:
         dispatch(sys.argv[1:], os.environ)
-        return 0
     except UserError as error:
-        if is_main:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_status
+        status, message = error.exit_status, str(error)
     except KeyboardInterrupt:
-        if is_main:
-            print("error: interrupted; logs and files written so far are kept", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
+        status, message = 130, "interrupted; logs and files written so far are kept"
+    if status and os.environ.get("RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
 
 if __name__ == "__main__":
     sys.exit(main())
