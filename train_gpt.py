@@ -27,31 +27,29 @@ Shapes: B batch, T rows of a window, W window, S stride, D model width, H query 
 d head width, V vocabulary, R positions.
 """
 
-import ast
 import contextlib
 import copy
 import dataclasses
 import difflib
 import functools
-import glob
 import hashlib
 import inspect
 import io
 import json
 import lzma
 import math
-import multiprocessing
 import os
 import platform
+import re
 import shutil
 import statistics
 import struct
 import sys
-import sysconfig
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin where ranks share cores
 
 import numpy as np
 import torch
@@ -64,25 +62,21 @@ from torch import nn
 # A setting belongs to a group. `run` says where things are on this machine and stays out of the artifact;
 # `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code length and can be
 # overridden by the `eval` command. All but `run` are stored in the artifact, which is therefore complete.
-
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
-
     exit_status = 1
 
 class UsageError(UserError):
     """A bad command line or setting."""
-
     exit_status = 2
 
 def option(default, group, doc, low=0):
     """A Config field: its default, group, one line of documentation and, for a number, its least value."""
     return dataclasses.field(default=default, metadata={"group": group, "doc": doc, "low": low})
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Config:
     """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
-
     preset: str = option("record", "run", "record, bench or demo")
     device: str = option("auto", "run", "auto, cuda or cpu")
     data_path: str = option("data/datasets/fineweb10B_sp1024", "run", "folder of the shards")
@@ -146,82 +140,76 @@ class Config:
     mixer: str = option("entropy", "eval", "entropy or none")
     ngram_order: int = option(10, "eval", "longest n-gram, in tokens, the predicted one included", 2)
     ngram_recent: int = option(16, "eval", "occurrences that a context of two or more tokens looks at", 1)
-    min_count: int = option(2, "eval", "occurrences that a context needs, else back off", 1)
+    min_count: int = option(1, "eval", "occurrences that a context needs, else back off", 1)
     alpha_base: float = option(0.0, "eval", "mixer: alpha = base + range * sigmoid(2 (H - center))")
-    alpha_range: float = option(0.30, "eval", "mixer")
-    alpha_center: float = option(4.0, "eval", "mixer, nats of neural entropy H")
+    alpha_range: float = option(0.10, "eval", "mixer")
+    alpha_center: float = option(1.0, "eval", "mixer, nats of neural entropy H")
 
     def __post_init__(self):
         check_config(self)
 
     @property
-    def resolved_run_id(self):
-        return self.run_id or f"{self.preset}_seed{self.seed}"
-
-    @property
     def run_dir(self):
-        return Path(self.log_dir) / self.resolved_run_id
+        """Where this run's log, results and artifact go."""
+        return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
 
     @property
-    def resolved_artifact_path(self):
+    def artifact(self):
+        """Path of the artifact, to be written or to be evaluated."""
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
-
-    @property
-    def ve_layer_list(self):
-        return sorted({int(i) for i in self.ve_layers.split(",") if i.strip()})
 
 DEMO_CACHE = ".cache/demo"
 PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
     "bench": dict(
-        val_tokens=131_072, size_limit_bytes=2_000_000, log_every=50, iterations=1600,
-        max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, warmup_steps=0,
-        warmdown_iters=800, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.98, swa_every=20,
-        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64, ve_layers="4,5",
-        train_seq_len=512, eval_seq_len=512, eval_batch_windows=4, ttt_chunk_tokens=8192,
-        ttt_schedule_chunks=64, ttt_freeze_blocks=4),
+        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600, warmup_steps=0,
+        max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
+        warmdown_iters=300, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20,
+        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64,
+        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=4, ttt_chunk_tokens=8192, ttt_lr=1e-4,
+        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
-        size_limit_bytes=1_000_000, log_every=20, iterations=200, max_wallclock_seconds=60.0,
-        train_batch_tokens=8192, micro_batch_tokens=8192, warmup_steps=0, warmdown_iters=100,
-        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.95, swa_every=10, num_layers=4,
+        size_limit_bytes=1_000_000, log_every=10, iterations=90, warmup_steps=0, max_wallclock_seconds=80.0,
+        train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
+        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
         model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", train_seq_len=256, eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048,
+        ve_layers="3", eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048,
         ttt_schedule_chunks=64, ttt_freeze_blocks=2),
 }
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
-    kinds = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number", "str": "text"}
     kind = field.type.__name__
     try:
-        value = {"0": False, "1": True}[text] if kind == "bool" else field.type(text)
+        words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
+        value = words[text] if kind == "bool" else field.type(text)
         if kind != "float" or math.isfinite(value):
             return value
     except (ValueError, KeyError):
         pass
-    raise UsageError(f"{field.name.upper()}={text!r}: expected {kinds[kind]}")
+    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[kind]
+    raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 def config_from_env(environ, stored=None):
     """Config: defaults, then the preset, then `stored` (an artifact's settings), then environment variables.
-
-    A variable that is one slip away from a setting, or against the artifact's model, is a UsageError.
-    """
-    fields = {f.name.upper(): f for f in dataclasses.fields(Config)}
+    A variable that is one slip away from a setting, or against the artifact's model, is a UsageError."""
+    fields, stored = {f.name.upper(): f for f in dataclasses.fields(Config)}, stored or {}
     for name in environ.keys() - fields.keys():
         for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ}
-    preset = given.get("preset") or (stored or {}).get("preset") or "record"
+    preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    for f in fields.values():
-        if stored and f.name in given and f.metadata["group"] == "model" and given[f.name] != stored[f.name]:
-            raise UsageError(f"{f.name.upper()}={given[f.name]}: the artifact's model has {stored[f.name]}; "
+    for name, f in fields.items():
+        fixed = f.name in stored and f.metadata["group"] in ("model", "train")
+        if fixed and given.get(f.name, stored[f.name]) != stored[f.name]:
+            raise UsageError(f"{name}={given[f.name]}: the artifact has {stored[f.name]}; "
                              "unset it or train again")
-    return Config(**{**PRESETS[preset], **(stored or {}), **given, "preset": preset})
+    return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 def check_config(c):
     """Raise UsageError for the first impossible value or combination."""
@@ -232,42 +220,33 @@ def check_config(c):
     for f in dataclasses.fields(c):
         value, low = getattr(c, f.name), f.metadata["low"]
         need(isinstance(value, str) or value >= low, f.name, f"must be at least {low}")
-    head_dim = c.model_dim // c.num_heads
-    need(c.device in ("auto", "cuda", "cpu"), "device", "there are auto, cuda and cpu")
-    need(c.mixer in ("entropy", "none"), "mixer", "there are entropy and none")
-    need(c.vocab_size <= 65_536, "vocab_size", "must be at most 65536 (tokens are uint16)")
-    need(c.mixer == "none" or c.vocab_size <= 16_384, "vocab_size",
-         "exact bigram counts take at most 16384; set MIXER=none")
-    need(c.model_dim % c.num_heads == 0, "model_dim", f"NUM_HEADS={c.num_heads} must divide it")
-    need(c.num_heads % c.num_kv_heads == 0, "num_heads", f"NUM_KV_HEADS={c.num_kv_heads} must divide it")
-    need(c.rope_dims % 2 == 0 and c.rope_dims <= head_dim, "rope_dims", f"must be even, at most {head_dim}")
-    for name in ("xsa_last_n", "ttt_freeze_blocks"):
-        need(getattr(c, name) <= c.num_layers, name, f"must be at most NUM_LAYERS={c.num_layers}")
+    for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
+                        ("train_batch_tokens", "train_seq_len"), ("micro_batch_tokens", "train_seq_len"),
+                        ("eval_seq_len", "eval_stride"), ("ttt_chunk_tokens", "eval_seq_len")):
+        need(getattr(c, whole) % getattr(c, part) == 0, whole,
+             f"must be a multiple of {part.upper()}={getattr(c, part)}")
     layers = c.ve_layers.split(",") if c.ve_layers.strip() else []
     need(all(i.strip().isdigit() and int(i) < c.num_layers for i in layers), "ve_layers",
          f"must be comma-separated layers below NUM_LAYERS={c.num_layers}")
-    for name in ("train_batch_tokens", "micro_batch_tokens"):
-        need(getattr(c, name) % c.train_seq_len == 0, name, f"TRAIN_SEQ_LEN={c.train_seq_len} must divide it")
-    need(c.eval_seq_len % c.eval_stride == 0, "eval_stride", f"must divide EVAL_SEQ_LEN={c.eval_seq_len}")
+    for name, allowed in (("device", ("auto", "cuda", "cpu")), ("mixer", ("entropy", "none"))):
+        need(getattr(c, name) in allowed, name, f"there are {', '.join(allowed)}")
+    need(c.rope_dims % 2 == 0, "rope_dims", "must be even")
     need(c.eval_seq_len - c.eval_stride != 1, "eval_stride", "must leave no or 2 rows of a window known")
-    need(c.ttt_chunk_tokens % c.eval_seq_len == 0, "ttt_chunk_tokens", f"EVAL_SEQ_LEN={c.eval_seq_len} must divide it")
-    for name in ("ema_decay", "polyak_decay", "muon_momentum"):
-        need(getattr(c, name) < 1, name, "must be below 1")
-    for name in ("complement_alpha", "late_qat_threshold"):
-        need(getattr(c, name) <= 1, name, "must be at most 1")
-    need(c.alpha_base + c.alpha_range <= 1, "alpha_range", f"with ALPHA_BASE={c.alpha_base} it must be at most 1")
-    need(c.min_count <= c.ngram_recent, "min_count", f"must be at most NGRAM_RECENT={c.ngram_recent}")
-
+    for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers),
+                       ("rope_dims", c.model_dim // c.num_heads), ("complement_alpha", 1),
+                       ("late_qat_threshold", 1), ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9),
+                       ("muon_momentum", 1 - 1e-9), ("alpha_range", 1 - c.alpha_base),
+                       ("min_count", c.ngram_recent),
+                       ("vocab_size", 65_536 if c.mixer == "none" else 16_384)):
+        need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
 # Rank, device and dtype are decided once and said aloud. Every process uses the same number of CPU threads
 # however many ranks there are: the split of a matrix product over threads can change its last bit, and from
 # one artifact 1 rank and 8 ranks must commit the very same integers.
-
-@dataclass
+@dataclasses.dataclass
 class Runtime:
     """Where this process runs: rank of world, device, compute dtype and the attention kernel."""
-
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
@@ -277,6 +256,7 @@ class Runtime:
 
     @property
     def is_main(self):
+        """Whether this is rank 0, which writes the files."""
         return self.rank == 0
 
     def sum_over_ranks(self, tensor):
@@ -290,14 +270,24 @@ class Runtime:
         box = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(box).item()
 
-    def sync(self):
-        """Wait until the device has done its work, so that a clock read now means something."""
+    def clock(self):
+        """Seconds on a clock, read once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        return time.perf_counter()
 
     def compiled(self, function):
         """`function` through torch.compile where that pays (CUDA); as it is elsewhere."""
-        return torch.compile(function, dynamic=False) if self.device.type == "cuda" else function
+        if self.device.type != "cuda":
+            return function
+        torch._dynamo.config.recompile_limit = 64  # past it torch takes other kernels, hence other bits
+        return torch.compile(function, dynamic=False)
+
+    def be_deterministic(self):
+        """From here on kernels give the same bits every time: a decoder must get the scorer's integers."""
+        if self.device.type == "cuda":
+            torch.use_deterministic_algorithms(True)
+            torch._inductor.config.deterministic = True  # no choice of kernels by the clock
 
 def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
@@ -310,33 +300,21 @@ def start_runtime(cfg, environ):
                          "or insist with DEVICE=cpu")
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, for be_deterministic()
         torch.cuda.set_device(device)
         name, dtype, why = torch.cuda.get_device_name(), torch.bfloat16, "tensor cores, and fp32's range"
     else:
-        device, can = torch.device("cpu"), torch.cpu.get_capabilities()
         torch.set_num_threads(os.cpu_count())
-        name, dtype, why = can.get("cpu_name", platform.machine()), torch.float32, "no bfloat16 in this CPU"
-        if can.get("avx512_bf16") or can.get("amx_bf16"):
-            dtype, why = torch.bfloat16, "this CPU multiplies it in hardware"
+        device, can = torch.device("cpu"), torch.cpu.get_capabilities()
+        fast = can.get("avx512_bf16") or can.get("amx_bf16")
+        name, dtype = can.get("cpu_name", platform.machine()), torch.bfloat16 if fast else torch.float32
+        why = "this CPU multiplies it in hardware" if fast else "no bfloat16 in this CPU"
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
     attend, attention_note = pick_attention(device)
     notes = (f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
              f"dtype {dtype}: {why}", f"attention {attention_note}")
     return Runtime(rank, world, device, dtype, attend, notes)
-
-class Log:
-    """Lines for people: on the screen and appended to a file, by rank 0 alone. `path` None: screen only."""
-
-    def __init__(self, path=None, is_main=True):
-        self.is_main = is_main
-        self.file = open(path, "a", encoding="utf-8") if path and is_main else None
-
-    def __call__(self, line=""):
-        if self.is_main:
-            print(line, flush=True)
-        if self.file:
-            print(line, file=self.file, flush=True)
 
 def progress_line(done, total, start_s, unit):
     """'done/total unit, rate, elapsed, ETA' for long work that began at time.perf_counter() == start_s."""
@@ -361,10 +339,6 @@ def write_atomically(path, data):
         with contextlib.suppress(OSError):
             temporary.unlink()
 
-def write_json(path, value):
-    """write_atomically of a value as JSON."""
-    write_atomically(path, (json.dumps(value, indent=1) + "\n").encode())
-
 def check_writable(folder, need_bytes):
     """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
     write_atomically(folder / ".probe", b"probe")
@@ -374,32 +348,32 @@ def check_writable(folder, need_bytes):
         raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free and the run needs {need_bytes:,}; "
                         "free space or set LOG_DIR elsewhere")
 
-
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. The table holds each piece as
 # the bytes it stands for; a leading space counts only where a decoder would print one, that is not after a
 # boundary (BOS, control, unknown). The sum is checked against the decoded text of every document.
-
 SPACE = "\u2581"
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TokenTable:
     """The tokenizer as data, enough to count bytes and to decode: pieces[i] and its kind kinds[i], which is
     N (normal), U (unknown), C (control), X (unused) or B (byte)."""
-
     pieces: tuple
     kinds: str
     bos_id: int
 
     @staticmethod
-    def from_model(path):
-        """The table of a SentencePiece model; UserError when there is none at `path`."""
+    def from_model(path, vocab_size):
+        """The table of a SentencePiece model; UserError when there is none that fits."""
         import sentencepiece
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
             raise UserError(f"TOKENIZER_PATH: {path} is missing or is no SentencePiece model; get FineWeb's "
                             "(see README) or use PRESET=demo") from error
+        if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
+            raise UserError(f"VOCAB_SIZE={vocab_size}, but the tokenizer {path} has {sp.vocab_size()} pieces "
+                            f"(BOS: {sp.bos_id()}); set one to fit the other")
         tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
         ids = range(sp.vocab_size())
         kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
@@ -412,12 +386,10 @@ class TokenTable:
 
     @functools.cached_property
     def texts(self):
-        """What each token prints, as bytes, its leading space included."""
-        def text(piece, kind):
-            if kind == "B":
-                return bytes([int(piece[3:5], 16)])  # <0xE2>
-            return piece.replace(SPACE, " ").encode() if kind == "N" else b""
-        return tuple(map(text, self.pieces, self.kinds))
+        """What each token prints, as bytes, its leading space included: nothing, where it is a boundary."""
+        return tuple(bytes([int(piece[3:5], 16)]) if kind == "B" else  # <0xE2>
+                     piece.replace(SPACE, " ").encode() if kind == "N" else b""
+                     for piece, kind in zip(self.pieces, self.kinds))
 
     @functools.cached_property
     def byte_tables(self):
@@ -442,9 +414,7 @@ class TokenTable:
 
 def audit_bytes(table, tokens):
     """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to.
-
-    A last document that is cut may end inside a character. UserError when a count and a text differ.
-    """
+    A last document that is cut may end inside a character. UserError when a count and a text differ."""
     counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
@@ -455,34 +425,43 @@ def audit_bytes(table, tokens):
         except UnicodeDecodeError as error:
             if stop < len(tokens) or error.reason != "unexpected end of data":
                 raise UserError(f"{where}: {error}; shards and tokenizer do not belong together") from error
-        counted = int(counts[start:stop - 1].sum())
+        counted = int(counts[start:stop].sum())  # the next BOS included
         if counted != len(text):
             raise UserError(f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong")
     return int(counts.sum())
-
 
 # ---- Data --------------------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 of header ([0] magic, [1] version, [2] token count), then uint16
 # tokens; the same inside zstandard when the name ends in .zst. The training stream is the shards in sorted
 # order, read sequentially and cyclically. A step takes the same tokens whatever the number of ranks.
-
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+
+def read_bytes(path):
+    """A file's contents, decompressed when its name ends in .zst; EOFError when a frame is cut."""
+    data, parts = Path(path).read_bytes(), []
+    if not str(path).endswith(".zst"):
+        return data
+    import zstandard
+    while data:
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        parts.append(frame.decompress(data))
+        if not frame.eof:
+            raise EOFError("its end is missing")
+        data = frame.unused_data
+    return b"".join(parts)
 
 def read_shard(path, vocab_size):
     """Tokens of one shard, uint16 (n,). UserError for a foreign, truncated or out-of-vocabulary file."""
     try:
-        data = Path(path).read_bytes()
-        if str(path).endswith(".zst"):
-            import zstandard
-            data = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+        data = read_bytes(path)
     except Exception as error:  # zstandard raises a class of its own
         raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
     header = np.frombuffer(data[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), dtype="<i4")
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"shard {path} is no token shard of version {SHARD_VERSION}; make one with `tokenize`")
+        raise UserError(f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`")
     if len(data) != SHARD_HEADER_BYTES + 2 * int(header[2]) or not header[2]:
-        raise UserError(f"shard {path} is truncated, padded or empty: the header says {header[2]:,} tokens, the "
-                        f"file has {(len(data) - SHARD_HEADER_BYTES) / 2:,.1f}; download it again")
+        raise UserError(f"shard {path} is truncated, padded or empty: its header says {header[2]:,} tokens, "
+                        f"it has {(len(data) - SHARD_HEADER_BYTES) / 2:,.1f}; download it again")
     tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
@@ -496,7 +475,7 @@ def shard_bytes(tokens):
 
 def list_shards(cfg, split):
     """Sorted shard files of `split` ('train' or 'val'); a file wins over its .zst twin."""
-    files = sorted(glob.glob(os.path.join(glob.escape(cfg.data_path), f"fineweb_{split}_*.bin*")))
+    files = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
     files = [f for f in files if f.endswith(".bin") or (f.endswith(".bin.zst") and f[:-4] not in files)]
     if not files:
         raise UserError(f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}; get FineWeb's "
@@ -511,58 +490,45 @@ def load_validation(cfg):
             parts.append(read_shard(path, cfg.vocab_size))
     tokens = np.concatenate(parts)[:wanted].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
-        raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window and its target: "
+        raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
                         f"raise VAL_TOKENS, lower EVAL_SEQ_LEN={cfg.eval_seq_len} or add text")
     return tokens
 
 class TrainStream:
     """The training shards as one endless stream, read in order by all ranks alike."""
-
     def __init__(self, cfg):
         self.files, self.vocab_size = list_shards(cfg, "train"), cfg.vocab_size
-        self.opened, self.offset = 0, 0
-        self._open_next()
+        self.tokens, self.opened = np.zeros(0, dtype=np.uint16), 0
+        self.take(0)  # a bad first shard is found out before long work
 
     @property
     def epochs(self):
         """How many times all shards have been read."""
         return (self.opened - 1) // len(self.files)
 
-    def _open_next(self):
-        if self.opened == 0 or len(self.files) > 1:
-            path = self.files[self.opened % len(self.files)]
-            self.shard = read_shard(path, self.vocab_size).astype(np.int64)
-        self.opened, self.offset = self.opened + 1, 0
-
     def take(self, count):
         """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
-        parts, need = [], count + 1
-        while need:
-            if self.offset == len(self.shard):
-                self._open_next()
-            parts.append(self.shard[self.offset:self.offset + need])
-            need, self.offset = need - len(parts[-1]), self.offset + len(parts[-1])
-        self.offset -= 1
-        return np.concatenate(parts)
+        while len(self.tokens) <= count:
+            shard = read_shard(self.files[self.opened % len(self.files)], self.vocab_size)
+            self.tokens, self.opened = np.concatenate([self.tokens, shard]), self.opened + 1
+        taken, self.tokens = self.tokens[:count + 1], self.tokens[count:]
+        return taken.astype(np.int64)
 
 def micro_batch_sequences(cfg, world):
     """Sequences in a micro-batch; UsageError when the ranks cannot share a step evenly."""
     sequences, most = cfg.train_batch_tokens // cfg.train_seq_len, cfg.micro_batch_tokens // cfg.train_seq_len
     if sequences % world:
-        raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split over "
-                         f"{world} ranks; change it or --nproc_per_node")
+        raise UsageError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split "
+                         f"over {world} ranks; change it or --nproc_per_node")
     share = sequences // world
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
 
 def micro_batches(tokens, cfg, rt):
     """This rank's share of one step's tokens as a list of (x, y), each int64 (B, T) on the device.
-
-    Rank r takes the r-th run of the step's sequences, in equal micro-batches of at most MICRO_BATCH_TOKENS.
-    """
+    Rank r takes the r-th run of the step's sequences, in equal micro-batches up to MICRO_BATCH_TOKENS."""
     x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
     mine, size = np.split(np.arange(len(x)), rt.world)[rt.rank], micro_batch_sequences(cfg, rt.world)
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
-
 
 # ---- Model -------------------------------------------------------------------------------------------------
 # An 11-layer GQA transformer with a U-Net of skips. Each mechanism earns bits at this size: XSA takes out of
@@ -570,10 +536,8 @@ def micro_batches(tokens, cfg, rt):
 # to late values; BigramHash and SmearGate give the first layer the previous token for nothing. There is one
 # forward path: training, scoring and TTT call the same function. With `past` it computes only the newest rows
 # of a window over cached keys and values, which is what lets a decoder afford the scorer's own shapes.
-#
 # Parameters of the default: 26,993,766 (token and bigram embeddings 851,969, smear 512, 11 blocks of
 # 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
-
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
@@ -587,7 +551,8 @@ def pick_attention(device):
         return sdpa_attention, "torch SDPA: FlashAttention-3 (flash_attn_interface) is not installed"
 
     def flash_attention(q, k, v):
-        out = flash_attn_func(q, k, v, causal=True)
+        same_bits = torch.are_deterministic_algorithms_enabled()
+        out = flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
         return out[0] if isinstance(out, tuple) else out
     return flash_attention, "FlashAttention-3"
 
@@ -621,25 +586,21 @@ def exclude_self(y, v):
 
 class Rotary(nn.Module):
     """Cosines and sines of the partial rotary embedding, NTK-scaled beyond 1,024 training tokens."""
-
     def __init__(self, dims, train_seq_len, max_len):
         super().__init__()
         base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-        frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
-        angle = torch.arange(max_len, dtype=torch.float64)[:, None] * frequency
-        self.register_buffer("cos", angle.cos().float(), persistent=False)
-        self.register_buffer("sin", angle.sin().float(), persistent=False)
+        angle = torch.arange(max_len).double()[:, None] * base ** (-torch.arange(0, dims, 2).double() / dims)
+        self.register_buffer("turns", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
 
     def forward(self, x, first_row):
         """Rotate the leading dims of x (B, T, heads, d) at rows first_row, first_row + 1, ..."""
-        half = self.cos.size(1)
-        cos, sin = (t[first_row:first_row + x.size(1), None].to(x.dtype) for t in (self.cos, self.sin))
+        cos, sin = self.turns[:, first_row:first_row + x.size(1), None].to(x.dtype)
+        half = cos.size(-1)
         a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
         return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 class Embedding(nn.Module):
     """Token table + hashed bigram table, RMS-normed, then smeared with the position before."""
-
     def __init__(self, cfg):
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim) * 0.005)
@@ -663,7 +624,6 @@ class Embedding(nn.Module):
 
 class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
-
     def __init__(self, cfg, layer):
         super().__init__()
         D, d = cfg.model_dim, cfg.model_dim // cfg.num_heads
@@ -683,9 +643,7 @@ class Block(nn.Module):
 
     def forward(self, x, x0, extra_v, rotary, attend, past):
         """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
-
-        Returns (output, this layer's own value projection, (k, v) of all rows so far).
-        """
+        Returns (output, this layer's own value projection, (k, v) of all rows so far)."""
         B, T, _ = x.shape
         x = self.mix_x.to(x.dtype) * x + self.mix_x0.to(x.dtype) * x0
         h = rms_norm(x) * self.norm_scale
@@ -704,7 +662,6 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The model: forward(tokens, past) -> (fp32 logits, keys and values of every layer)."""
-
     def __init__(self, cfg, attend=sdpa_attention, dtype=torch.float32):
         super().__init__()
         self.attend, self.dtype, self.softcap = attend, dtype, cfg.logit_softcap
@@ -714,7 +671,7 @@ class GPT(nn.Module):
         self.rotary = Rotary(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, cfg.model_dim))
-        self.ve_layers = cfg.ve_layer_list
+        self.ve_layers = sorted({int(i) for i in cfg.ve_layers.split(",") if i.strip()})
         if self.ve_layers:
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
             self.ve_proj = nn.Parameter(torch.empty(cfg.num_kv_heads * d, cfg.bigram_dim))
@@ -722,46 +679,36 @@ class GPT(nn.Module):
             self.ve_layer_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
         if self.vrl_enabled:
             self.vrl_scales = nn.Parameter(torch.zeros(layers - 1))
-        self._init_matrices()
-
-    def _init_matrices(self):
-        """Orthogonal matrices; residual output projections start at zero, so a new block is the identity."""
         for name, p in self.named_parameters():
             if name.endswith(("attn_out", "mlp_out")):
-                nn.init.zeros_(p)
+                nn.init.zeros_(p)  # a new block is the identity
             elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
                 nn.init.orthogonal_(p)
 
-    def _value_embedding(self, tokens):
-        """(B, T, G, d) to be added to the values of VE_LAYERS."""
-        table = F.embedding(tokens, self.ve_table).to(self.dtype)
-        return (self.ve_scale.to(self.dtype) * linear(table, self.ve_proj)).unflatten(-1, (self.kv_heads, -1))
-
-    def _extra_value(self, layer, ve, v0):
+    def _extra_value(self, layer, tokens, v0):
         """What value embeddings and the value residual add to a layer's values (0 where neither does)."""
-        extra = 0
+        extra, dtype = 0, self.dtype
         if layer in self.ve_layers:
-            extra = self.ve_layer_scales[self.ve_layers.index(layer)].to(self.dtype) * ve
+            scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(layer)]).to(dtype)
+            ve = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
+            extra = scale * ve.unflatten(-1, (self.kv_heads, -1))
         if self.vrl_enabled and layer:
-            extra = extra + self.vrl_scales[layer - 1].to(self.dtype) * v0
+            extra = extra + self.vrl_scales[layer - 1].to(dtype) * v0
         return extra
 
     def forward(self, tokens, past=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer).
-
         With `past`, the keys and values of a window's first K rows, `tokens` begins EMBED_CONTEXT tokens
-        before row K: they feed the embeddings, and logits come for the rows from K on.
-        """
+        before row K: they feed the embeddings, and logits come for the rows from K on."""
         x = self.embed(tokens, self.dtype)
         if past:
             x, tokens = x[:, EMBED_CONTEXT:], tokens[:, EMBED_CONTEXT:]
-        ve = self._value_embedding(tokens) if self.ve_layers else None
         x0, v0, skips, present, half = x, None, [], [], len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v = self._extra_value(i, ve, v0)
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, self.attend, past[i] if past else None)
+            extra_v, before = self._extra_value(i, tokens, v0), past[i] if past else None
+            x, own_v, kv = block(x, x0, extra_v, self.rotary, self.attend, before)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -769,33 +716,28 @@ class GPT(nn.Module):
         z = linear(rms_norm(x), self.embed.tokens).float()
         return self.softcap * torch.tanh(z / self.softcap), present
 
-    def matrices(self):
-        """{name: parameter} of the block matrices and the two projections: what Muon trains."""
-        return {n: p for n, p in self.named_parameters() if p.ndim == 2 and n.startswith("blocks.") or "_proj" in n}
+    def parameter_groups(self):
+        """(matrices, tables, vectors), each {name: parameter}: block matrices and the two projections, which
+        Muon trains; embedding tables; and everything else: gains, scales, gates and skip weights."""
+        named = dict(self.named_parameters())
+        matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.") or "_proj" in n}
+        tables = {n: p for n, p in named.items() if n in TABLES}
+        return matrices, tables, {n: p for n, p in named.items() if n not in matrices and n not in tables}
 
-    def tables(self):
-        """{name: parameter} of the embedding tables."""
-        return {n: p for n, p in self.named_parameters() if n in TABLES}
-
-    def vectors(self):
-        """{name: parameter} of everything else: gains, scales and gates."""
-        taken = self.matrices().keys() | self.tables().keys()
-        return {n: p for n, p in self.named_parameters() if n not in taken}
-
-def new_model(cfg, rt):
-    """A model with the seed's initial weights, the same on every rank, on the runtime's device."""
+def new_model(cfg, rt, weights=None):
+    """A model on the runtime's device: with an artifact's weights, or the seed's, the same on every rank."""
     torch.manual_seed(cfg.seed)
-    return GPT(cfg, rt.attend or sdpa_attention, rt.dtype).to(rt.device)
-
+    model = GPT(cfg, rt.attend or sdpa_attention, rt.dtype)
+    if weights:
+        model.load_state_dict(weights)
+    return model.to(rt.device)
 
 # ---- Complementary objective -------------------------------------------------------------------------------
-# A token that bigram statistics predict will be predicted by the mixer too, so the model is asked to care less
-# about it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033). The
-# statistics are exact integer counts of the training stream before the current step, over all ranks.
-
+# A token that bigram statistics predict will be predicted by the mixer too, so the model is to care less for
+# it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033). The statistics
+# are exact integer counts of the training stream before the current step, over all ranks.
 class BigramCounts:
     """Exact counts of (previous, next) over the training stream so far, the same on every rank."""
-
     def __init__(self, vocab_size, rt):
         self.rt, self.vocab_size = rt, vocab_size
         self.counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32, device=rt.device)
@@ -813,17 +755,13 @@ class BigramCounts:
         self.counts += new
         self.totals += new.view(self.vocab_size, self.vocab_size).sum(1)
 
-
 # ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix; AdamW (torch's own, fp32 state) takes tables and vectors.
 # torch.optim.Muon does the same arithmetic one matrix at a time; ours stacks equal shapes into one batched
 # product, and tests/ holds the two against each other. Schedules are pure functions of step and clock.
-
 def orthogonalize(updates, steps=5):
     """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, in bf16. updates (N, rows, cols).
-
-    The quintic's coefficients are those of Muon (Jordan et al., 2024); singular values end near 1, not at it.
-    """
+    The quintic is Muon's (Jordan et al., 2024): singular values end near 1, not at it."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = updates.bfloat16()
     tall = x.size(1) > x.size(2)
@@ -836,7 +774,6 @@ def orthogonalize(updates, steps=5):
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / cols)), with decoupled weight decay."""
-
     def __init__(self, params, lr, momentum, weight_decay):
         super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
@@ -848,21 +785,18 @@ class Muon(torch.optim.Optimizer):
             for p in group["params"]:
                 shapes.setdefault(p.shape, []).append(p)
             for shape, params in shapes.items():
-                updates = torch.stack([self._nesterov(p, group["momentum"]) for p in params])
+                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(buffers, [p.grad for p in params], 1 - group["momentum"])
+                updates = torch.stack([p.grad.lerp(b, group["momentum"]) for p, b in zip(params, buffers)])
                 scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
                 for p, update in zip(params, orthogonalize(updates)):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p.dtype), alpha=-scale)
 
-    def _nesterov(self, p, momentum):
-        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
-        buffer.lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(buffer, momentum)
-
 def new_optimizers(model, cfg):
     """[Muon for matrices, AdamW for tables and vectors]; each group remembers its full rate as `peak_lr`."""
-    adam_groups = [dict(params=list(model.tables().values()), lr=cfg.tied_embed_lr),
-                   dict(params=list(model.vectors().values()), lr=cfg.scalar_lr)]
-    optimizers = [Muon(model.matrices().values(), cfg.matrix_lr, cfg.muon_momentum, cfg.muon_wd),
+    matrices, tables, vectors = (list(group.values()) for group in model.parameter_groups())
+    adam_groups = [dict(params=tables, lr=cfg.tied_embed_lr), dict(params=vectors, lr=cfg.scalar_lr)]
+    optimizers = [Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, cfg.muon_wd),
                   torch.optim.AdamW(adam_groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd,
                                     fused=next(model.parameters()).is_cuda)]
     for group in (g for o in optimizers for g in o.param_groups):
@@ -870,7 +804,7 @@ def new_optimizers(model, cfg):
     return optimizers
 
 def lr_scale(step, elapsed_s, cfg):
-    """Learning-rate factor: 1, then linear to 0 over the last WARMDOWN_ITERS of the iterations or the time."""
+    """Learning-rate factor: 1, then linear to 0 over the last WARMDOWN_ITERS of iterations or time."""
     left = cfg.iterations - step
     if cfg.max_wallclock_seconds and step:
         left = min(left, (cfg.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
@@ -883,7 +817,6 @@ def muon_momentum(step, cfg):
 
 class WeightAverage:
     """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing."""
-
     def __init__(self, model, cfg):
         self.cfg, self.params = cfg, list(model.parameters())
         self.mean = [p.detach().clone() for p in self.params]
@@ -905,20 +838,17 @@ class WeightAverage:
         if self.snapshots or (self.cfg.ema_decay and not self.cfg.swa_enabled):
             torch._foreach_copy_(self.params, self.mean)
 
-
 # ---- Training loop -----------------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
 # loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock says
 # when time is up, so that all ranks stop at the same step. Kernels are compiled on random tokens before the
 # clock starts; model and optimizers are then put back as they were.
-
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
 
-@dataclass
+@dataclasses.dataclass
 class TrainResult:
     """What training did: steps, tokens, seconds on the clock (compilation not among them)."""
-
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
@@ -926,30 +856,27 @@ class TrainResult:
 
 class Trainer:
     """The state of a training run and one step of it."""
-
     def __init__(self, model, cfg, rt):
         self.model, self.cfg, self.rt = model, cfg, rt
-        self.forward = rt.compiled(model)
+        self.loss = rt.compiled(self._loss)
         self.optimizers = new_optimizers(model, cfg)
         self.average = WeightAverage(model, cfg)
         self.bigrams = BigramCounts(cfg.vocab_size, rt) if cfg.complement_alpha else None
         self.coarseness = None  # of late QAT, once it has begun
 
-    def losses(self, x, y):
-        """(weighted, plain) mean loss of a micro-batch in nats a token; they are equal at alpha 0."""
-        logits, _ = self.forward(x)
-        nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
-        if self.bigrams is None:
-            return nats.mean(), nats.mean().detach()
-        weights = self.bigrams.weights(x, y, self.cfg.complement_alpha).flatten()
-        return (weights * nats).mean(), nats.mean().detach()
+    def _loss(self, x, y, weights):
+        """(weighted, plain) mean loss of a micro-batch, nats a token; `weights` like y, or None for ones."""
+        nats = F.cross_entropy(self.model(x)[0].flatten(0, 1), y.flatten(), reduction="none")
+        plain = nats.mean()
+        return plain if weights is None else (weights.flatten() * nats).mean(), plain.detach()
 
     def gradients(self, batches):
-        """Fill .grad with the gradient of the weighted loss, mean over all ranks; returns (weighted, plain)."""
+        """Fill .grad with the weighted loss's gradient, mean over all ranks; returns (weighted, plain)."""
         totals = torch.zeros(2, device=self.rt.device)
         with quantized_weights(self.model, self.coarseness):
             for x, y in batches:
-                weighted, plain = self.losses(x, y)
+                weights = self.bigrams.weights(x, y, self.cfg.complement_alpha) if self.bigrams else None
+                weighted, plain = self.loss(x, y, weights)
                 (weighted / len(batches) / self.rt.world).backward()
                 totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
         grads = [p.grad for p in self.model.parameters()]
@@ -981,27 +908,24 @@ class Trainer:
 
     def warm_up(self):
         """Compile every kernel of a step on random tokens, then restore the weights and forget the rest."""
-        cfg, weights, forward = self.cfg, copy.deepcopy(self.model.state_dict()), self.forward
+        cfg, loss, weights = self.cfg, self.loss, copy.deepcopy(self.model.state_dict())
         random = np.random.default_rng(0)
         for step in range(cfg.warmup_steps):
             tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
             self.step(micro_batches(tokens, cfg, self.rt), step, scale=0.1)
         self.model.load_state_dict(weights)
         self.__init__(self.model, cfg, self.rt)
-        self.forward = forward
+        self.loss = loss
 
 def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
-
-    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns TrainResult. On NaN,
-    infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model.
-    """
+    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns TrainResult. On
+    NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
     stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
     result, began = TrainResult(), time.perf_counter()
     if cfg.warmup_steps:
         trainer.warm_up()
-        rt.sync()
-        result.warmup_seconds = time.perf_counter() - began
+        result.warmup_seconds = rt.clock() - began
         log(f"warm-up: {cfg.warmup_steps} steps on random tokens, {result.warmup_seconds:.1f} s, not timed")
     start = time.perf_counter()
     try:
@@ -1037,24 +961,19 @@ def train_line(result, losses, scale, cfg):
             f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s  "
             f"ETA {max(eta_s, 0):.0f} s")
 
-
 # ---- Quantization ------------------------------------------------------------------------------------------
 # Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
 # number governs the size, `coarseness`: a row's top level stands at coarseness times its root mean square.
-# Doubling it costs each weight one bit of precision and saves about one bit of entropy, which LZMA then finds;
-# it is raised until code + artifact just fit the cap. Late QAT trains through these very functions.
-
+# Doubling it costs each weight one bit of precision and saves about one bit of entropy, which LZMA finds; it
+# is raised until code + artifact just fit the cap. Late QAT trains through these very functions.
 INT6_MAX, INT8_MAX = 31, 127
 FINEST, COARSEST = 4.0, 64.0  # below 4 a Gaussian row loses more to clipping than it gains in precision
 
 def quantize(w, limit, row_max):
-    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels within +-limit, fp16 scales (rows,)).
-
-    |w - levels * scale| <= scale / 2 wherever |w| <= row_max (up to the fp16 rounding of the scale).
-    """
+    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels in +-limit, fp16 scales (rows,)).
+    |w - levels * scale| <= scale / 2 wherever |w| <= row_max (up to the fp16 rounding of the scale)."""
     scale = (row_max / limit).clamp(2.0 ** -24, 65_504.0).half()
-    levels = (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8)
-    return levels, scale
+    return (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8), scale
 
 def dequantize(levels, scale):
     """fp32 weights of int8 levels and fp16 row scales."""
@@ -1076,34 +995,29 @@ def decode_tensor(kind, stored):
 @contextlib.contextmanager
 def quantized_weights(model, coarseness):
     """Inside, the model holds its weights as the artifact would return them; None: nothing changes.
-
-    Gradients taken inside and applied outside are quantization-aware training's straight-through estimator.
-    """
+    Gradients taken inside and applied outside are QAT's straight-through estimator."""
     if coarseness is None:
         yield
         return
-    exact = {n: p.detach().clone() for n, p in model.named_parameters()}
+    params = dict(model.named_parameters())
+    exact = [p.detach().clone() for p in params.values()]
     with torch.no_grad():
-        for name, p in model.named_parameters():
+        for name, p in params.items():
             p.copy_(decode_tensor(*encode_tensor(name, p, coarseness)))
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, p in model.named_parameters():
-                p.copy_(exact[name])
+            torch._foreach_copy_(list(params.values()), exact)
 
 def estimate_coarseness(model, budget_bytes):
     """The coarseness at which the model would come to budget_bytes if its rows were Gaussian.
-
-    In steps of coarseness / 31 deviations that is log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
-    """
+    In steps of coarseness / 31 deviations that is log2(4.133 * 31 / coarseness) bits; LZMA adds 3 %."""
     sizes = {"int6": 0, "int8": 0, "fp16": 0}
     for name, p in model.named_parameters():
         sizes[encode_tensor(name, p, FINEST)[0]] += p.numel()
     bits = (8 * budget_bytes / 1.03 - 7 * sizes["int8"] - 15 * sizes["fp16"]) / max(sizes["int6"], 1)
     return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
-
 
 # ---- Artifact ----------------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
@@ -1113,27 +1027,23 @@ def estimate_coarseness(model, budget_bytes):
 #
 # All numbers are little-endian. Reading executes nothing; file and script are all that a scorer needs. One
 # level a byte: packing 6 bits first hides the byte alignment from LZMA and makes the file larger.
-
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-
-def stored_settings(cfg):
-    """The settings that travel in the artifact: all but those of this machine."""
-    groups = {f.name: f.metadata["group"] for f in dataclasses.fields(cfg)}
-    return {"preset": cfg.preset, **{n: v for n, v in dataclasses.asdict(cfg).items() if groups[n] != "run"}}
 
 def pack_artifact(model, cfg, table, coarseness):
     """The artifact's bytes. The same weights and settings give the same bytes."""
     index, payload = [], []
     kinds = {n: encode_tensor(n, p, coarseness) for n, p in model.named_parameters()}
     for name, (kind, stored) in sorted(kinds.items(), key=lambda item: (item[1][0], item[0])):
-        if not all(bool(t.isfinite().all()) for t in stored):
+        if not all(bool(t.isfinite().all()) for t in (model.get_parameter(name), *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, kind, list(model.get_parameter(name).shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
+    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
+                if f.metadata["group"] != "run" or f.name == "preset"}
     tokenizer = {"sha256": table.digest, **dataclasses.asdict(table)}
-    header = json.dumps({"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}, sort_keys=True)
+    header = json.dumps({"settings": settings, "tensors": index, "tokenizer": tokenizer}, sort_keys=True)
     raw = struct.pack("<I", len(header)) + header.encode() + b"".join(payload)
     body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     digest = hashlib.sha256(body).digest()
@@ -1174,7 +1084,7 @@ def read_artifact(path):
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"ARTIFACT_PATH: no artifact {path}: {error.strerror}; train first, or set it") from error
+        raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first") from error
     return unpack_artifact(data, path)
 
 def code_bytes():
@@ -1182,11 +1092,8 @@ def code_bytes():
     return len(Path(__file__).read_bytes())
 
 def fit_artifact(model, cfg, table, log):
-    """(artifact bytes, coarseness): the finest artifact found that fits the cap with the code, or the coarsest.
-
-    Size falls by one bit a block weight each time coarseness doubles, so a secant on its logarithm is there
-    in two or three compressions.
-    """
+    """(artifact bytes, coarseness): the finest found that fits the cap with the code, else the coarsest.
+    A doubling takes one bit off each block weight, so a secant on the logarithm is there in few steps."""
     budget = cfg.size_limit_bytes - code_bytes()
     slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
     coarseness, best = estimate_coarseness(model, budget), None
@@ -1203,33 +1110,27 @@ def fit_artifact(model, cfg, table, log):
         coarseness = min(max(coarseness * 2 ** shift, FINEST), COARSEST)
     return best or (data, coarseness)
 
-def load_model(weights, cfg, rt):
-    """A model with an artifact's weights, on the runtime's device."""
-    model = GPT(cfg, rt.attend or sdpa_attention, rt.dtype)
-    model.load_state_dict(weights)
-    return model.to(rt.device).eval()
-
-
 # ---- N-gram history ----------------------------------------------------------------------------------------
 # Everything the stream has said so far, exactly. Unigrams and bigrams have dense integer counts. Each longer
 # context (the n - 1 tokens before an n-gram's last) has a hash chain, as in LZ77: prev[i] is the most recent
 # earlier position at which the same context ends. Walking from t - 1 yields the occurrences before t and
-# nothing later, so a whole chunk may be linked before its first position is predicted. The heads of the chains
-# sit in an open-addressing table that compares contexts token by token: no false match, ever. 4 bytes a token
+# nothing later, so a whole chunk may be linked before its first position is predicted. The heads of chains
+# are in an open-addressing table that compares contexts token by token: no false match, ever. 4 bytes a token
 # and context for prev, up to 9 for heads. All ranks hold the same history.
-
 class HeadTable:
     """context -> last position at which it ends. A slot holds that position; the text has the context."""
-
     def __init__(self, history, length):
         self.history, self.length = history, length
         self.slots = torch.full((1024,), -1, dtype=torch.int32, device=history.device)
         self.used = 0
 
     def swap(self, positions, newest):
-        """Of distinct contexts that end at `positions`: the last earlier position or -1, replaced by `newest`."""
-        if self.used + len(positions) > 0.7 * len(self.slots):
-            self._grow(self.used + len(positions))
+        """Distinct contexts end at `positions`: return their last earlier positions or -1, store `newest`."""
+        entries = self.used + len(positions)
+        if entries > 0.7 * len(self.slots):
+            known = self.slots[self.slots >= 0].long()
+            self.slots = self.slots.new_full((1 << math.ceil(math.log2(entries / 0.45)),), -1)
+            self._find(known)
         slot, older = self._find(positions)
         self.slots[slot] = newest.int()
         self.used += int((older < 0).sum())
@@ -1237,37 +1138,30 @@ class HeadTable:
 
     def _find(self, positions):
         """(slot, position found there or -1) of each context; empty slots are claimed by linear probing."""
+        tokens, back = self.history.tokens, torch.arange(self.length, device=positions.device)
         mask = len(self.slots) - 1
         slot = self.history.hashes(positions, self.length) & mask
-        older = torch.full_like(positions, -1)
-        todo = torch.arange(len(positions), device=positions.device)
+        older, todo = torch.full_like(positions, -1), torch.arange(len(positions), device=positions.device)
         while len(todo):
             at, mine = slot[todo], positions[todo]
             found = self.slots[at].long()
             empty = found < 0
             self.slots[at[empty]] = mine[empty].int()
             won = empty & (self.slots[at].long() == mine)  # of several claims on one slot a single one stays
-            same = ~empty & self.history.same_context(found.clamp(min=0), mine, self.length)
+            there, here = (tokens[ends[:, None] - back] for ends in (found.clamp(min=self.length - 1), mine))
+            same = ~empty & (there == here).all(1)
             older[todo[same]] = found[same]
             todo = todo[~(won | same)]
             slot[todo] = (slot[todo] + 1) & mask
         return slot, older
 
-    def _grow(self, entries):
-        positions = self.slots[self.slots >= 0].long()
-        self.slots = torch.full((1 << math.ceil(math.log2(entries / 0.45)),), -1, dtype=torch.int32,
-                                device=self.slots.device)
-        self._find(positions)
-
 class NgramHistory:
-    """The stream so far: dense counts of unigrams and bigrams, chains for contexts of 2 to order - 1 tokens."""
-
+    """The stream so far: dense counts of unigrams and bigrams, chains for longer contexts, to order - 1."""
     def __init__(self, vocab_size, order, recent, device):
         self.device, self.recent, self.size, self.counted = device, recent, 0, 0
-        self.lengths = list(range(2, order))  # context lengths with chains
         self.tokens = torch.zeros(0, dtype=torch.int64, device=device)
-        self.prev = torch.zeros(len(self.lengths), 0, dtype=torch.int32, device=device)
-        self.heads = [HeadTable(self, length) for length in self.lengths]
+        self.heads = [HeadTable(self, length) for length in range(2, order)]
+        self.prev = torch.zeros(len(self.heads), 0, dtype=torch.int32, device=device)
         self.unigrams = torch.zeros(vocab_size, dtype=torch.int32, device=device)
         self.bigrams = torch.zeros(vocab_size, vocab_size, dtype=torch.int32, device=device)
 
@@ -1279,11 +1173,6 @@ class NgramHistory:
             h = h ^ ((h >> 29) & 0x7FFFFFFFF)
         return h
 
-    def same_context(self, a, b, length):
-        """Whether the contexts of `length` tokens that end at a and at b are the same tokens."""
-        back = torch.arange(length, device=self.device)
-        return (self.tokens[a[:, None] - back] == self.tokens[b[:, None] - back]).all(1)
-
     def extend(self, prefix):
         """Link the tokens of `prefix` (the stream from its start, int64) that are not in the history yet."""
         first, last = self.size, len(prefix)
@@ -1293,36 +1182,32 @@ class NgramHistory:
             self.prev = F.pad(self.prev, (0, room), value=-1)
         self.tokens[first:last] = prefix[first:].to(self.device)
         self.size = last
+        group = self.tokens[first:last]  # equal contexts have equal numbers, one token longer in each round
         for chain, heads in zip(self.prev, self.heads):
-            ends = torch.arange(max(first, heads.length - 1), last, device=self.device)
+            ends = torch.arange(min(max(first, heads.length - 1), last), last, device=self.device)
+            key = group[len(group) - len(ends):] * len(self.unigrams) + self.tokens[ends - heads.length + 1]
+            group = torch.unique(key, return_inverse=True)[1]
             if len(ends):
-                self._link(chain, heads, ends)
+                self._link(chain, heads, ends, group)
 
-    def _link(self, chain, heads, ends):
-        """Set chain[ends]: link equal contexts among `ends`, and the first of each to the older text."""
-        h, order = torch.sort(self.hashes(ends, heads.length), stable=True)
-        ends = ends[order]
-        new = torch.ones(len(ends) + 1, dtype=torch.bool, device=self.device)
-        new[1:-1] = (h[1:] != h[:-1]) | ~self.same_context(ends[1:], ends[:-1], heads.length)
+    def _link(self, chain, heads, ends, group):
+        """Set chain[ends]: link the contexts of equal group, and the first of each to the older text."""
+        group, order = torch.sort(group, stable=True)
+        ends, new = ends[order], F.pad(group[1:] != group[:-1], (1, 1), value=True)
         chain[ends[1:]] = torch.where(new[1:-1], -1, ends[:-1]).int()
         chain[ends[new[:-1]]] = heads.swap(ends[new[:-1]], newest=ends[new[1:]]).int()
 
     def count_up_to(self, stop):
         """Take the tokens before position `stop` into the dense counts (they never go back)."""
-        seen = self.tokens[self.counted:stop]
-        self.unigrams += torch.bincount(seen, minlength=len(self.unigrams)).int()
-        pairs = self.tokens[max(self.counted - 1, 0):stop]
-        if len(pairs) > 1:
-            V = len(self.unigrams)
-            self.bigrams += torch.bincount(pairs[:-1] * V + pairs[1:], minlength=V * V).view(V, V).int()
+        V, pairs = len(self.unigrams), self.tokens[max(self.counted - 1, 0):stop]
+        self.unigrams += torch.bincount(self.tokens[self.counted:stop], minlength=V).int()
+        self.bigrams += torch.bincount(pairs[:-1] * V + pairs[1:], minlength=V * V).view(V, V).int()
         self.counted = stop
 
     def backoff_counts(self, start, stop, min_count):
-        """Next-token counts fp32 (stop - start, V) at positions start..stop-1, each from its own strict prefix.
-
+        """Next-token counts, float64 (R, V), at positions start..stop-1, each from its own strict prefix.
         Of the longest context seen min_count times: all counts for contexts of 0 and 1 token, of the last
-        `recent` occurrences for longer ones. Tokens up to stop - 2 must be linked. Calls go left to right.
-        """
+        `recent` occurrences for longer ones. Tokens up to stop - 2 must be linked. Calls go left to right."""
         self.count_up_to(start)
         at = torch.arange(start - 1, stop - 1, device=self.device)  # where the context of each position ends
         counts = self._dense_counts(start, stop, at, min_count)
@@ -1331,11 +1216,9 @@ class NgramHistory:
             walk = self._walk(chain, at[open_rows], min_count)
             found = walk[:, -1] >= 0
             rows = open_rows[found]
-            if len(rows):
-                occurrences = self._walk(chain, at[rows], self.recent)
-                following = self.tokens[(occurrences + 1).clamp(min=0)]
-                new = torch.zeros_like(counts[rows])
-                counts[rows] = new.scatter_add_(1, following, (occurrences >= 0).float())
+            occurrences = self._walk(chain, at[rows], self.recent)
+            following, real = self.tokens[(occurrences + 1).clamp(min=0)], (occurrences >= 0).double()
+            counts[rows] = torch.zeros_like(counts[rows]).scatter_add_(1, following, real)
             open_rows = open_rows[~found]
         return counts
 
@@ -1348,78 +1231,60 @@ class NgramHistory:
         return torch.stack(out, 1)
 
     def _dense_counts(self, start, stop, at, min_count):
-        """Bigram counts where the previous token was followed min_count times, else unigrams'; fp32 (R, V)."""
+        """Bigram counts where the token before was followed min_count times, else unigrams'; (R, V)."""
         inside = F.one_hot(self.tokens[start:stop - 1], len(self.unigrams)).float()  # seen since count_up_to
         before = torch.ones(stop - start, stop - 1 - start, device=self.device).tril(-1)
         same = before * (self.tokens[at][:, None] == self.tokens[at[:-1]])
-        bigram = self.bigrams[self.tokens[at]].float() + same @ inside  # < 2^24: exact in fp32
-        unigram = self.unigrams.float() + before @ inside
+        bigram = self.bigrams[self.tokens[at]].double() + same @ inside  # products below 2^24: exact in fp32
+        unigram = self.unigrams.double() + before @ inside
         return torch.where(bigram.sum(1, keepdim=True) >= min_count, bigram, unigram)
-
 
 # ---- Mixer and commitment ----------------------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
 # vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
-
-TOTAL_BITS = 24
-TOTAL = 1 << TOTAL_BITS
+TOTAL_BITS, TOTAL = 24, 1 << 24
 
 def commit(p):
     """Probabilities (R, V), float64 -> frequencies int32 (R, V), each >= 1, each row summing to exactly 2^24.
-
-    Every token gets 1 plus the floor of its share of the rest; what the floors leave goes to the likeliest.
-    """
+    Every token gets 1 plus the floor of its share of the rest; the likeliest, what the floors leave."""
     V = p.size(-1)
     freqs = (p / p.sum(-1, keepdim=True) * (TOTAL - V)).floor().long() + 1
     freqs.scatter_add_(1, p.argmax(-1, keepdim=True), TOTAL - freqs.sum(-1, keepdim=True))
     return freqs.int()
 
 def mix_entropy(p, counts, cfg):
-    """(1 - alpha) p + alpha counts / total; alpha = base + range * sigmoid(2 (H - center)), H p's entropy in nats.
-
-    p (R, V) float64, counts (R, V). The gate sees p alone. (PR 1033's rule, over the whole vocabulary.)
-    """
+    """(1 - alpha) p + alpha counts / total, where alpha = base + range * sigmoid(2 (H - center)).
+    p, counts (R, V) float64, H p's entropy in nats: the gate sees p alone. PR 1033's rule, on all tokens."""
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
-    return (1 - alpha) * p + alpha * (counts / counts.sum(-1, keepdim=True)).to(p.dtype)
-
+    return (1 - alpha) * p + alpha * counts / counts.sum(-1, keepdim=True)
 
 # ---- Test-time training ------------------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it, and the next chunk is scored by the Polyak average of
-# the weights so trained. Matrices of the first TTT_FREEZE_BLOCKS blocks stay; gains, scales and the token table
+# the weights so trained. The first TTT_FREEZE_BLOCKS blocks' matrices stay; gains, scales and the token table
 # learn. Ranks share the work but must stay identical to the last bit: each fixed micro-batch yields a summed
 # gradient that is rounded to int64 fixed point, and integers add up the same in any order. The schedule's
 # length is a setting in the artifact, not the text's length, so a prefix is coded as the whole would be.
-
-TTT_MICRO_BATCH_SEQUENCES = 2
-FIXED_POINT_SCALE = 2.0 ** 36
+TTT_MICRO_BATCH_SEQUENCES, FIXED_POINT_SCALE = 2, 2.0 ** 36
 
 class TestTimeTrainer:
     """Adapts a copy of `model` to scored chunks; `model` itself becomes the Polyak average that scores."""
-
-    __test__ = False  # not a pytest class, in spite of its name
-
     def __init__(self, model, cfg, table, rt):
         self.cfg, self.table, self.rt, self.chunks = cfg, table, rt, 0
         self.live = copy.deepcopy(model)
-        names = [n for n, p in model.named_parameters() if self._learns(n, p)]
+        frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
+        names = [n for n, p in model.named_parameters() if p.ndim < 2 or n == "embed.tokens" or
+                 n.startswith("blocks.") and not n.startswith(frozen)]
         self.params = [self.live.get_parameter(n) for n in names]
         self.average = [model.get_parameter(n) for n in names]
-        for p in self.live.parameters():
-            p.requires_grad_(False)
+        self.live.requires_grad_(False)
         for p in self.params:
             p.requires_grad_(True)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
         self.forward = rt.compiled(self.live)
 
-    def _learns(self, name, p):
-        block = int(name.split(".")[1]) if name.startswith("blocks.") else None
-        if p.ndim < 2 or name == "embed.tokens":
-            return True
-        return block is not None and block >= self.cfg.ttt_freeze_blocks
-
     def rate(self):
-        """The chunk's learning rate: cosine to 0 over the schedule, times a ramp from 1 to 3 in its first 30 %."""
+        """The chunk's learning rate: cosine to 0 over the schedule, times 1 to 3 in its first 30 %."""
         done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
         return self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * done)) * (1 + 2 * min(1.0, done / 0.3))
 
@@ -1434,14 +1299,13 @@ class TestTimeTrainer:
                    for t in (tokens[:-1], tokens[1:], weights))
         mine = slice(self.rt.rank, None, self.rt.world)
         for _ in range(self.cfg.ttt_epochs):
-            self._step(list(zip(x[mine], y[mine], w[mine])), lr, total_weight=int(weights.sum()))
+            self._step(list(zip(x[mine], y[mine], w[mine])), lr, total_weight=max(1, int(weights.sum())))
 
     def _step(self, batches, lr, total_weight):
         """One AdamW step on the byte-weighted mean loss over all ranks' batches, then the Polyak average."""
         flat = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.int64, device=self.rt.device)
         for x, y, w in batches:
-            logits, _ = self.forward(x)
-            nats = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+            nats = F.cross_entropy(self.forward(x)[0].flatten(0, 1), y.flatten(), reduction="none")
             grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
             flat += torch.cat([(g.flatten().double() * FIXED_POINT_SCALE).round().long() for g in grads])
         self.rt.sum_over_ranks(flat)
@@ -1454,49 +1318,39 @@ class TestTimeTrainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
 
-
 # ---- Predictor and scorer ----------------------------------------------------------------------------------
 # Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
 # position i + 1. The first window scores all its W rows; of each later one the last S (a tile) are scored, in
-# two passes of fixed shape: the known part, then the tile over its cached keys and values. Windows are grouped
-# by position into batches of fixed composition, padded with dummies, so that the integers depend neither on the
+# two passes of fixed shape: the known part, then the tile over its cached keys and values. Windows go by
+# position into batches of fixed composition, padded with dummies, so that the integers depend neither on the
 # number of ranks nor on how much of the stream is known: the unknown is a dummy that no earlier row sees.
-
 class OrderError(RuntimeError):
     """predict, score and update were not called in the order that makes a score honest."""
 
-@dataclass
+@dataclasses.dataclass
 class Commitment:
     """Frequencies for positions start..stop-1, as far as this rank computes them."""
-
     start: int
     stop: int
     pieces: list  # (index of the batch in the chunk, first position, last + 1, {stage: freqs int32 (R, V)})
 
-@dataclass
+@dataclasses.dataclass
 class EvalPass:
     """One walk over the stream: which stages it scores, window stride, and what learns on the way."""
-
     stages: tuple
     stride: int
     ttt: bool = False
-    mixer: str = "none"
 
 def evaluation_passes(cfg):
     """The passes over the quantized model. Stages that come from the same neural distribution share one."""
-    S, W = cfg.eval_stride, cfg.eval_seq_len
-    mixed = ("mixer",) if cfg.mixer != "none" else ()
-    passes = [EvalPass(("round_trip",), W)]
-    if cfg.ttt_enabled:
-        return [*passes, EvalPass(("sliding",), S), EvalPass(("ttt", *mixed), S, ttt=True, mixer=cfg.mixer)]
-    return [*passes, EvalPass(("sliding", *mixed), S, mixer=cfg.mixer)]
+    passes = [["round_trip"], ["sliding"], ["ttt"]][:3 if cfg.ttt_enabled else 2]
+    passes[-1] += ["mixer"] if cfg.mixer != "none" else []
+    return [EvalPass(tuple(stages), cfg.eval_seq_len if stages[0] == "round_trip" else cfg.eval_stride,
+                     ttt=stages[0] == "ttt") for stages in passes]
 
 class Predictor:
     """The one place where probabilities become commitments. predict -> score -> ... -> update, or OrderError.
-
-    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same arguments.
-    """
-
+    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same arguments."""
     def __init__(self, model, cfg, table, rt, plan):
         self.model, self.cfg, self.rt, self.plan = model, cfg, rt, plan
         self.learned = 1     # first position that update has not seen
@@ -1505,7 +1359,7 @@ class Predictor:
         self.forward = rt.compiled(model)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if plan.ttt else None
         self.history = None
-        if plan.mixer != "none":
+        if "mixer" in plan.stages:
             self.history = NgramHistory(cfg.vocab_size, cfg.ngram_order, cfg.ngram_recent, rt.device)
         self.mix_seconds = 0.0
 
@@ -1521,17 +1375,18 @@ class Predictor:
             raise OrderError(f"a prefix of {len(prefix)} tokens for positions up to {stop - 1}")
         pieces = []
         for index, starts in enumerate(self._batches(self.learned - 1)):
-            rows = self._rows(starts)
-            first, last = max(start, starts[0] + 1), min(stop, starts[0] + 1 + rows * len(starts))
+            first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + self._rows(starts))
             if first < last and index % self.rt.world == self.rt.rank:
-                logits = self._logits(prefix, starts)[first - starts[0] - 1:last - starts[0] - 1]
-                pieces.append((index, first, last, self._commit(logits, prefix, first, last)))
+                rows = slice(first - starts[0] - 1, last - starts[0] - 1)
+                freqs = self._commit(self._logits(prefix, starts), prefix, first, last, rows)
+                pieces.append((index, first, last, freqs))
         self.pending, self.committed = Commitment(start, stop, pieces), stop
         return self.pending
 
     def score(self, commitment, targets):
-        """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length, over all ranks."""
-        if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
+        """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length."""
+        size = commitment.stop - commitment.start if commitment else None
+        if commitment is not self.pending or len(targets) != size:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
         batches = len(self._batches(self.learned - 1))
@@ -1574,29 +1429,28 @@ class Predictor:
         first = torch.tensor(starts + [starts[-1]] * (size - len(starts))) + rows - W
         where = first[:, None] + torch.arange(W)
         tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0)
-        tokens = tokens.to(self.rt.device)
-        known = W - rows
-        if known:
-            past = self.forward(tokens[:, :known])[1]
-            logits, _ = self.forward(tokens[:, known - EMBED_CONTEXT:], past)
-        else:
-            logits, _ = self.forward(tokens)
+        tokens, known = tokens.to(self.rt.device), W - rows
+        past = self.forward(tokens[:, :known])[1] if known else None
+        logits, _ = self.forward(tokens[:, known - EMBED_CONTEXT:] if known else tokens, past)
         return logits[:len(starts)].flatten(0, 1)
 
     @torch.no_grad()
-    def _commit(self, logits, prefix, first, last):
-        """{stage: frequencies} for positions first..last-1 from their logits (R, V) and their history."""
+    def _commit(self, logits, prefix, first, last, rows):
+        """{stage: frequencies} of positions first..last-1, which are `rows` of a batch's logits (R, V). All R
+        rows are computed, wanted or not: a sum over a row may round otherwise where there are fewer rows."""
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
-        freqs = {self.plan.stages[0]: commit(p)}
+        if not p.isfinite().all():
+            raise UserError(f"the model's logits are not finite before token {last}: TTT_LR is too high, "
+                            "or the artifact's weights are useless")
+        freqs = {self.plan.stages[0]: commit(p)[rows]}
         if self.history:
-            self.rt.sync()
-            start_s = time.perf_counter()
+            start_s = self.rt.clock()
             self.history.extend(prefix[:last - 1])
-            counts = self.history.backoff_counts(first, last, self.cfg.min_count)
-            freqs["mixer"] = commit(mix_entropy(p, counts, self.cfg))
-            self.rt.sync()
-            self.mix_seconds += time.perf_counter() - start_s
+            counts = torch.ones_like(p)
+            counts[rows] = self.history.backoff_counts(first, last, self.cfg.min_count)
+            freqs["mixer"] = commit(mix_entropy(p, counts, self.cfg))[rows]
+            self.mix_seconds += self.rt.clock() - start_s
         return freqs
 
 def evaluate(predictor, tokens, total_bytes, log):
@@ -1615,44 +1469,31 @@ def evaluate(predictor, tokens, total_bytes, log):
         if time.perf_counter() - said_s > 15:
             said_s = time.perf_counter()
             log(f"{'+'.join(plan.stages)}: {progress_line(stop - 1, n, start_s, 'tokens')}")
-    predictor.rt.sync()
-    seconds = time.perf_counter() - start_s
+    seconds = predictor.rt.clock() - start_s
     added_s = {plan.stages[0]: seconds - predictor.mix_seconds, "mixer": predictor.mix_seconds}
     return [{"name": stage, "val_loss": bits[stage] * math.log(2) / n, "val_bpb": bits[stage] / total_bytes,
              "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in plan.stages]
 
-
 # ---- Texts to shards ---------------------------------------------------------------------------------------
 # `tokenize` turns the user's own text into official shards; the demo goes through the same function with the
 # only English that every machine has: the documentation inside Python and its packages. One document in 20,
-# chosen by a checksum of its text, is validation. A tokenizer trained here reproduces any text byte for byte.
-
-SHARD_TOKENS = 50_000_000
-DEMO_TEXT_CHARS = 6_000_000
-TXT_DOCUMENT_CHARS = 4096
+# chosen by a checksum of its text, is validation. A tokenizer trained here reproduces any text but U+2581.
+SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
     """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at blank lines)."""
-    if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
-        raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
-    number = 0
+    number, lines = 0, []
     try:
-        with contextlib.ExitStack() as stack:
-            f = stack.enter_context(open(path, "rb"))
-            if path.endswith(".zst"):
-                import zstandard
-                f = stack.enter_context(zstandard.ZstdDecompressor().stream_reader(f))
-            lines = io.TextIOWrapper(f, encoding="utf-8", newline="")
+        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+            line = line.decode("utf-8")
             if path.endswith(".txt"):
-                yield from cut_at_blank_lines(lines)
-            else:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        text = json.loads(line)["text"]
-                        if not isinstance(text, str):
-                            raise TypeError("text is not a string")
-                        yield text
-    except (ValueError, KeyError, TypeError) as error:
+                lines.append(line)
+            elif line.strip():
+                text = json.loads(line)["text"]
+                text.encode()  # a string, and no half of a surrogate pair
+                yield text
+        yield from cut_at_blank_lines(lines)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'tokenize: {path}, line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}} '
                         f"({error})") from error
     except Exception as error:  # OSError, or zstandard's own class
@@ -1669,29 +1510,20 @@ def cut_at_blank_lines(lines):
             parts, size = [], 0
     yield "".join(parts)
 
-def docstrings(path):
-    """The docstrings of 80 or more characters in a Python file, joined; '' if there are none."""
-    with contextlib.suppress(SyntaxError, ValueError, RecursionError):
-        nodes = ast.walk(ast.parse(Path(path).read_text(encoding="utf-8")))
-        documented = (n for n in nodes if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef)))
-        return "\n\n".join(d for d in map(ast.get_docstring, documented) if d and len(d) >= 80)
-    return ""
-
 def demo_documents():
-    """English on this machine, in order: pydoc's topics, the docstrings of stdlib, numpy and torch."""
+    """English on this machine, in order: pydoc's topics, then for each module of the standard library, numpy
+    and torch its docstrings of 80 or more characters as one document."""
     from pydoc_data import topics
     documents = [text for _, text in sorted(topics.topics.items())]
-    roots = [sysconfig.get_paths()["stdlib"], Path(np.__file__).parent, Path(torch.__file__).parent]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    files = [p for root in roots for p in sorted(Path(root).rglob("*.py"))
-             if not skipped & set(p.relative_to(root).parts)]
-    size = sum(map(len, documents))
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        for text in pool.imap(docstrings, files, chunksize=32):
-            if text and size < DEMO_TEXT_CHARS:
-                documents.append(text)
-                size += len(text)
-    return documents
+    roots = [Path(module.__file__).parent for module in (os, np, torch)]
+    files = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))]
+    for path in (path for root, path in files if not skipped & set(path.relative_to(root).parts)):
+        if sum(map(len, documents)) >= DEMO_TEXT_CHARS:
+            break
+        found = re.findall('"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"), re.DOTALL)
+        documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
+    return list(filter(None, documents))
 
 def train_tokenizer(documents, vocab_size, path):
     """Train a SentencePiece BPE model with byte fallback and no normalization, and write it to `path`."""
@@ -1704,22 +1536,24 @@ def train_tokenizer(documents, vocab_size, path):
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=os.cpu_count(),
             allow_whitespace_only_pieces=True, input_sentence_size=200_000, max_sentence_length=16_384)
     except RuntimeError as error:
-        raise UserError(f"VOCAB_SIZE={vocab_size}: SentencePiece cannot learn that many pieces from this text; "
-                        f"lower it or add text ({error})") from error
+        raise UserError(f"VOCAB_SIZE={vocab_size}: SentencePiece cannot make such a vocabulary of this text; "
+                        f"raise or lower it, or add text ({error})") from error
     write_atomically(path, model.getvalue())
 
 def write_shards(documents, out_dir, cfg, log):
-    """Tokenize a list of texts into out_dir/fineweb_{train,val}_*.bin; trains a tokenizer if there is none."""
+    """Tokenize a list of texts to out_dir/fineweb_{train,val}_*.bin; trains a tokenizer if there is none."""
     import sentencepiece
     if len(documents) < 2:
         raise UserError("tokenize: two documents are the least, since validation text must not be trained on")
+    if any(Path(out_dir).glob("fineweb_*.bin*")):
+        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
     held = np.array([zlib.crc32(d.encode()) % 20 == 0 for d in documents])
     if held.all() or not held.any():
         held = np.arange(len(documents)) == len(documents) - 1
     if not Path(cfg.tokenizer_path).exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
         train_tokenizer([d for d, h in zip(documents, held) if not h], cfg.vocab_size, cfg.tokenizer_path)
-    check_tokenizer(TokenTable.from_model(cfg.tokenizer_path), cfg)
+    TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)  # refuses a tokenizer that does not fit
     sp = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_path))
     tokens, start_s = {"train": [], "val": []}, time.perf_counter()
     for first in range(0, len(documents), 2000):
@@ -1732,44 +1566,36 @@ def write_shards(documents, out_dir, cfg, log):
         for number, piece in enumerate(np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))):
             write_atomically(Path(out_dir) / f"fineweb_{split}_{number:06d}.bin", shard_bytes(piece))
         log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
-
-def prepare_demo(cfg, rt, log):
-    """Make the demo's shards in its cache, once, on rank 0; the other ranks wait."""
-    wants_demo = cfg.preset == "demo" and cfg.data_path == DEMO_CACHE
-    if wants_demo and rt.is_main and not glob.glob(f"{DEMO_CACHE}/fineweb_val_*.bin"):
-        log("demo: gathering English from the documentation on this machine")
-        write_shards(demo_documents(), DEMO_CACHE, cfg, log)
-    rt.from_main(0.0)
-
+    log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}")
 
 # ---- Report ------------------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Both are written as the run goes, so that nothing that
 # was measured is lost. The ledger holds every second and byte against the competition's limits.
-
 TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
 
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
-
     def __init__(self, cfg, rt, command):
-        self.cfg, self.rt, self.log = cfg, rt, Log(cfg.run_dir / f"{command}.log", rt.is_main)
+        self.cfg, self.rt = cfg, rt
+        log_path = cfg.run_dir / f"{command}.log"
+        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.is_main else []
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        environment = {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
+                       "world_size": rt.world, "dtype": str(rt.dtype), "source_sha256": source}
         self.results = {
-            "run_id": cfg.resolved_run_id, "seed": cfg.seed, "command": command,
-            "settings": dict(sorted(dataclasses.asdict(cfg).items())),
-            "environment": {"python": platform.python_version(), "torch": torch.__version__, "source_sha256": source,
-                            "device": rt.notes[0], "world_size": rt.world, "dtype": str(rt.dtype)},
+            "run_id": cfg.run_dir.name, "seed": cfg.seed, "command": command,
+            "settings": dict(sorted(dataclasses.asdict(cfg).items())), "environment": environment,
             "train": None, "artifact": None, "stages": [], "val_bpb": None}
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.log(f"{command} {cfg.resolved_run_id}, {now}, python {platform.python_version()}, "
+        self.log(f"{command} {cfg.run_dir.name}, {now}, python {platform.python_version()}, "
                  f"torch {torch.__version__}, source sha256 {source[:16]}")
         for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in self.results["settings"].items())):
             self.log(line)
 
-    def trained(self, result, quantize_seconds):
-        """Record what training and quantization took."""
-        self.results["train"] = {**dataclasses.asdict(result), "quantize_seconds": quantize_seconds,
-                                 "tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
+    def log(self, line=""):
+        """Show a line to people: on the screen and in the log file, by rank 0 alone."""
+        for file in self.files:
+            print(line, file=file, flush=True)
 
     def artifact(self, path, data):
         """Record the artifact's bytes; UserError if code + weights are over the cap (the file stays)."""
@@ -1789,22 +1615,22 @@ class Report:
         for s in stages:
             self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, {s['seconds']:.1f} s")
         if self.rt.is_main:
-            write_json(self.cfg.run_dir / "results.json", self.results)
+            text = json.dumps(self.results, indent=1) + "\n"
+            write_atomically(self.cfg.run_dir / "results.json", text.encode())
 
     def finish(self):
         """Log the table of stages and the budget ledger."""
+        stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
         self.log(f"\n{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
-        before, artifact, train = None, self.results["artifact"], self.results["train"]
-        for s in self.results["stages"]:
-            delta = f"{s['val_bpb'] - before:+.6f}" if before else ""
-            before = s["val_bpb"]
+        for before, s in zip([None, *stages], stages):
+            delta = f"{s['val_bpb'] - before['val_bpb']:+.6f}" if before else ""
             self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{delta:>11}{s['val_loss']:>10.6f}"
                      f"{s['tokens']:>12,}{s['seconds']:>9.1f}")
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
             self.log(f"train       {train['seconds']:>10.1f} s of {TRAIN_LIMIT_S:.0f} s")
             self.log(f"quantize    {train['quantize_seconds']:>10.1f} s")
-        evaluation_s = sum(s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
+        evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
         self.log(f"evaluation  {evaluation_s:>10.1f} s of {EVAL_LIMIT_S:.0f} s (without pre_quant)")
         self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
@@ -1815,10 +1641,15 @@ def summarize(paths, out_path):
         try:
             run = json.loads(Path(path).read_text())
             last, artifact = run["stages"][-1], run["artifact"]
-            runs.append(dict(
-                seed=run["seed"], val_bpb=run["val_bpb"], val_loss=last["val_loss"], stage=last["name"],
-                val_tokens=last["tokens"], bytes_total=artifact["total_bytes"], bytes_code=artifact["code_bytes"],
-                preset=run["settings"]["preset"], device=run["environment"]["device"]))
+            if last["name"] != evaluation_passes(Config(**run["settings"]))[-1].stages[-1]:
+                raise ValueError(f"it ends at stage {last['name']}")
+            if artifact["total_bytes"] > artifact["limit_bytes"]:
+                raise ValueError("its artifact is over the cap")
+            runs.append({
+                "seed": run["seed"], "val_bpb": run["val_bpb"], "preset": run["settings"]["preset"],
+                "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
+                "device": run["environment"]["device"], "bytes_total": artifact["total_bytes"],
+                "bytes_code": artifact["code_bytes"]})
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
     for same in ("preset", "stage", "val_tokens"):
@@ -1826,46 +1657,42 @@ def summarize(paths, out_path):
             raise UserError(f"summarize: the runs differ in {same}: {sorted({str(r[same]) for r in runs})}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
-    kept = json.loads(Path(out_path).read_text()) if Path(out_path).exists() else {}
-    bpb = [r["val_bpb"] for r in runs]
+    try:
+        kept = dict(json.loads(Path(out_path).read_text())) if Path(out_path).exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
     summary = {name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")}
     summary |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
     summary |= {n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")}
     summary |= {n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")}
-    summary |= {"val_bpb_std": statistics.stdev(bpb) if len(bpb) > 1 else None}
+    summary |= {"val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None}
     summary |= {n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")}
     shown = ("val_loss", "val_bpb", "bytes_total")
     summary["seeds"] = {str(r["seed"]): {n: r[n] for n in shown} for r in runs}
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
-    write_json(out_path, summary)
+    write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
-
 # ---- Commands ----------------------------------------------------------------------------------------------
-
-def check_tokenizer(table, cfg):
-    """UserError when tokenizer and model disagree on the vocabulary."""
-    if len(table.pieces) != cfg.vocab_size or table.bos_id < 0:
-        raise UserError(f"VOCAB_SIZE={cfg.vocab_size}, but the tokenizer {cfg.tokenizer_path} has "
-                        f"{len(table.pieces)} pieces (BOS: {table.bos_id}); set one to fit the other")
-
+# All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
 def open_run(cfg, environ, command, table=None):
-    """Check all that can be checked before long work: device, disk, tokenizer, validation text and its bytes.
-
-    Returns (Runtime, Report, TokenTable, validation tokens, their bytes). `table` is the artifact's, if any.
-    """
+    """Start a run: (Runtime, Report, TokenTable, validation tokens, their bytes). `table`: the artifact's."""
     rt = start_runtime(cfg, environ)
     if rt.is_main:
         check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
     report = Report(cfg, rt, command)
-    prepare_demo(cfg, rt, report.log)
+    demo = Path(DEMO_CACHE)
+    if rt.is_main and Path(cfg.data_path) == demo and not any(demo.glob("fineweb_val_*.bin")):
+        report.log("demo: gathering English from the documentation on this machine")
+        shutil.rmtree(demo, ignore_errors=True)  # what an interrupted run has left
+        write_shards(demo_documents(), demo, cfg, report.log)
+    rt.from_main(0.0)  # the others wait
     if table is None or Path(cfg.tokenizer_path).exists():
-        on_disk = TokenTable.from_model(cfg.tokenizer_path)
+        on_disk = TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
         if table and table.digest != on_disk.digest:
-            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact was trained with another tokenizer")
+            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact has another tokenizer")
         table = on_disk
-    check_tokenizer(table, cfg)
     tokens = load_validation(cfg)
     total_bytes = audit_bytes(table, tokens)
     report.log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has")
@@ -1882,45 +1709,58 @@ def train_command(environ):
         result = train(model, cfg, rt, report.log, cfg.size_limit_bytes - code_bytes())
     except TrainingStopped as stop:
         path = cfg.run_dir / "stopped.int6.lzma"
-        if rt.is_main:
-            write_atomically(path, pack_artifact(model, cfg, table, FINEST))
-        raise TrainingStopped(f"{stop}; the last good weights are in {path}, for ARTIFACT_PATH") from None
-    path, start_s = cfg.resolved_artifact_path, time.perf_counter()
+        kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
+        try:
+            if rt.is_main:
+                write_atomically(path, pack_artifact(model, cfg, table, FINEST))
+        except UserError as error:
+            kept = f"its weights are lost ({error})"
+        raise TrainingStopped(f"{stop}; {kept}") from None
+    start_s = time.perf_counter()
     if rt.is_main:
-        write_atomically(path, fit_artifact(model, cfg, table, report.log)[0])
+        write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0])
     rt.from_main(0.0)  # the others wait for the file
-    report.trained(result, time.perf_counter() - start_s)
-    report.artifact(path, path.read_bytes())
+    report.results["train"] = {
+        **dataclasses.asdict(result), "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+        "quantize_seconds": time.perf_counter() - start_s}
+    report.artifact(cfg.artifact, cfg.artifact.read_bytes())
     plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
-    evaluate_artifact(path, cfg, rt, report, tokens, total_bytes)
+    evaluate_artifact(cfg, rt, report, tokens, total_bytes)
 
-def evaluate_artifact(path, cfg, rt, report, tokens, total_bytes):
+def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
-    _, table, weights = read_artifact(path)
+    rt.be_deterministic()
+    _, table, weights = read_artifact(cfg.artifact)
     for plan in evaluation_passes(cfg):
-        predictor = Predictor(load_model(weights, cfg, rt), cfg, table, rt, plan)
+        predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, plan)
         report.stages(evaluate(predictor, tokens, total_bytes, report.log))
     report.finish()
 
 def eval_command(environ):
     """Evaluate the artifact at ARTIFACT_PATH; settings of the eval group may be overridden."""
-    path = config_from_env(environ).resolved_artifact_path
+    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
+    path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
     settings, table, _ = read_artifact(path)
     cfg = config_from_env(environ, stored=settings)
-    cfg = dataclasses.replace(cfg, run_id=cfg.run_id or f"{cfg.resolved_run_id}_eval")
+    if not cfg.run_id or path.parent == cfg.run_dir:  # never over the results of the run that trained
+        cfg = dataclasses.replace(cfg, run_id=f"{cfg.run_dir.name}_eval")
+    cfg = dataclasses.replace(cfg, artifact_path=str(path))
     rt, report, _, tokens, total_bytes = open_run(cfg, environ, "eval", table)
     report.artifact(path, path.read_bytes())
-    evaluate_artifact(path, cfg, rt, report, tokens, total_bytes)
+    evaluate_artifact(cfg, rt, report, tokens, total_bytes)
 
 def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
-    cfg, log, documents, start_s = config_from_env(environ), Log(), [], time.perf_counter()
+    cfg, log = config_from_env(environ), functools.partial(print, flush=True)
+    documents, start_s = [], time.perf_counter()
+    for path in paths:
+        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
     for number, path in enumerate(paths, 1):
         documents += [d for d in read_documents(path) if d.strip()]
         log(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
     write_shards(documents, out_dir, cfg, log)
-    log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}")
 
 def dispatch(args, environ):
     """Run one command line."""
