@@ -13,13 +13,13 @@ writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs) and mo
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
                                                                                      |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
-                          '--> update: TTT and n-gram history learn from what has been scored
+          '--> update: TTT learns from what has been scored, the n-gram history follows the prefix
 
 The figure of merit is bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text.
 What makes it the length of a code that a decoder can read:
   1. causal       the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
   2. complete     every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
-  3. score first  position t's bits are final before any state has seen x_t;
+  3. score first  position t's frequencies are final before any state behind them has seen x_t;
   4. one pass     left to right, once.
 `Predictor` is the only place where frequencies are made, and it raises when it is used out of order.
 
@@ -58,10 +58,10 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door through which settings come in: nothing else reads the environment.
+# One frozen dataclass is the only door through which settings come in; torchrun's variables come beside it.
 # A setting belongs to a group. `run` says where things are on this machine and stays out of the artifact;
 # `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code length and can be
-# overridden by the `eval` command. All but `run` are stored in the artifact, which is therefore complete.
+# overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
@@ -110,11 +110,11 @@ class Config:
     late_qat_threshold: float = option(0.15, "train", "learning-rate scale below which QAT starts")
     complement_alpha: float = option(0.5, "train", "complementary loss; 0: plain cross-entropy")
 
-    vocab_size: int = option(1024, "model", "V", 2)
-    num_layers: int = option(11, "model", "transformer blocks", 1)
-    model_dim: int = option(512, "model", "D", 1)
-    num_heads: int = option(8, "model", "H", 1)
-    num_kv_heads: int = option(4, "model", "G", 1)
+    vocab_size: int = option(1024, "model", "tokens in the vocabulary (V)", 2)
+    num_layers: int = option(11, "model", "transformer blocks", 2)
+    model_dim: int = option(512, "model", "width of the residual stream (D)", 1)
+    num_heads: int = option(8, "model", "query heads (H)", 1)
+    num_kv_heads: int = option(4, "model", "key and value heads (G)", 1)
     mlp_mult: int = option(3, "model", "hidden width of the MLP in units of D", 1)
     xsa_last_n: int = option(4, "model", "last layers with exclusive self-attention")
     rope_dims: int = option(16, "model", "leading dimensions of a head that are rotated", 4)
@@ -235,7 +235,7 @@ def check_config(c):
     for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers),
                        ("rope_dims", c.model_dim // c.num_heads), ("complement_alpha", 1),
                        ("late_qat_threshold", 1), ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9),
-                       ("muon_momentum", 1 - 1e-9), ("alpha_range", 1 - c.alpha_base),
+                       ("muon_momentum", 1 - 1e-9), ("alpha_base", 1), ("alpha_range", 1 - c.alpha_base),
                        ("min_count", c.ngram_recent),
                        ("vocab_size", 65_536 if c.mixer == "none" else 16_384)):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
@@ -270,6 +270,17 @@ class Runtime:
         box = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(box).item()
 
+    def on_main(self, work):
+        """work() on rank 0 while the others wait; where it raises UserError, every rank does: none hangs."""
+        failure = None
+        try:
+            if self.is_main:
+                work()
+        except UserError as error:
+            failure = error
+        if self.from_main(float(failure is not None)):
+            raise failure or UserError("rank 0 has failed")
+
     def clock(self):
         """Seconds on a clock, read once the device has done its work."""
         if self.device.type == "cuda":
@@ -280,21 +291,20 @@ class Runtime:
         """`function` through torch.compile where that pays (CUDA); as it is elsewhere."""
         if self.device.type != "cuda":
             return function
-        torch._dynamo.config.recompile_limit = 64  # past it torch takes other kernels, hence other bits
-        return torch.compile(function, dynamic=False)
+        torch._dynamo.config.recompile_limit = 64  # past it torch would refuse
+        return torch.compile(function, dynamic=False, fullgraph=True)
 
     def be_deterministic(self):
         """From here on kernels give the same bits every time: a decoder must get the scorer's integers."""
         if self.device.type == "cuda":
-            torch.use_deterministic_algorithms(True)
-            torch._inductor.config.deterministic = True  # no choice of kernels by the clock
+            torch.use_deterministic_algorithms(True)  # Inductor then chooses no kernel by the clock either
 
 def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    cuda = cfg.device != "cpu" and torch.cuda.is_available()
+    cuda = cfg.device != "cpu" and torch.cuda.device_count() >= int(environ.get("LOCAL_WORLD_SIZE", 1))
     if cfg.device == "cuda" and not cuda:
-        raise UsageError("DEVICE=cuda: torch sees no CUDA device here; set DEVICE=cpu")
+        raise UsageError("DEVICE=cuda: torch sees no CUDA device for each rank here; set DEVICE=cpu")
     if cfg.preset == "record" and not cuda and cfg.device != "cpu":
         raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
                          "or insist with DEVICE=cpu")
@@ -406,20 +416,20 @@ class TokenTable:
     def decode(self, tokens):
         """The bytes of one document's tokens: a space is printed except after a boundary."""
         _, leading, boundary = self.byte_tables
-        parts, after_boundary = [], True
-        for token in tokens.tolist():
-            parts.append(self.texts[token][1:] if leading[token] and after_boundary else self.texts[token])
-            after_boundary = boundary[token]
-        return b"".join(parts)
+        cut = leading[tokens] & np.append(True, boundary[tokens[:-1]])
+        return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
 
-def audit_bytes(table, tokens):
-    """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to.
-    A last document that is cut may end inside a character. UserError when a count and a text differ."""
+def audit_bytes(table, tokens, decode=None):
+    """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to: by
+    `decode`, SentencePiece's own, where there is one. A last document that is cut may end inside a character
+    (and is decoded by the table). UserError when a count and a text differ."""
     counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
-        text, where = table.decode(tokens[start:stop]), f"validation document at token {start}"
+        document, where = tokens[start:stop], f"validation document at token {start}"
+        whole = decode and stop < len(tokens)
+        text = decode(document[1:].tolist()).encode() if whole else table.decode(document)
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -751,9 +761,8 @@ class BigramCounts:
     def add(self, batches):
         """Count this step's pairs, over all ranks. Call it after the step has used weights()."""
         pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
-        new = self.rt.sum_over_ranks(torch.bincount(pairs, minlength=len(self.counts)).int())
-        self.counts += new
-        self.totals += new.view(self.vocab_size, self.vocab_size).sum(1)
+        self.counts += self.rt.sum_over_ranks(torch.bincount(pairs, minlength=len(self.counts)).int())
+        self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
 
 # ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix; AdamW (torch's own, fp32 state) takes tables and vectors.
@@ -816,7 +825,8 @@ def muon_momentum(step, cfg):
     return start + (cfg.muon_momentum - start) * min(1.0, step / cfg.muon_momentum_warmup_steps)
 
 class WeightAverage:
-    """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing."""
+    """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing.
+    The EMA's decay is step / (step + 10) at first, so that it does not remember the initial weights."""
     def __init__(self, model, cfg):
         self.cfg, self.params = cfg, list(model.parameters())
         self.mean = [p.detach().clone() for p in self.params]
@@ -881,8 +891,7 @@ class Trainer:
                 totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
         grads = [p.grad for p in self.model.parameters()]
         flat = self.rt.sum_over_ranks(torch.cat([*(g.flatten() for g in grads), totals]))
-        for grad, piece in zip(grads, flat[:-2].split([g.numel() for g in grads])):
-            grad.copy_(piece.view_as(grad))
+        nn.utils.vector_to_parameters(flat[:-2], grads)  # each .grad becomes a view of its piece
         return flat[-2:].tolist()
 
     def step(self, batches, step, scale):
@@ -894,11 +903,10 @@ class Trainer:
                                   "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR")
         if self.cfg.grad_clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.grad_clip_norm, norm)
+        self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
-        self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
-        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.bigrams:
@@ -941,10 +949,13 @@ def train(model, cfg, rt, log, budget):
             result.seconds = rt.from_main(time.perf_counter() - start)
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
                 log(train_line(result, losses, scale, cfg))
-            if cfg.max_wallclock_seconds and result.seconds >= cfg.max_wallclock_seconds:
+            after_next_s = result.seconds * (1 + 1 / result.steps)
+            if cfg.max_wallclock_seconds and after_next_s > cfg.max_wallclock_seconds:
                 break
-    except KeyboardInterrupt:
-        raise TrainingStopped(f"interrupted at step {result.steps}") from None
+    except TrainingStopped:
+        raise
+    except (KeyboardInterrupt, UserError) as error:  # Ctrl-C, or a shard that cannot be read
+        raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
     finally:
         trainer.average.install()
     if stream.epochs:
@@ -996,19 +1007,15 @@ def decode_tensor(kind, stored):
 def quantized_weights(model, coarseness):
     """Inside, the model holds its weights as the artifact would return them; None: nothing changes.
     Gradients taken inside and applied outside are QAT's straight-through estimator."""
-    if coarseness is None:
-        yield
-        return
-    params = dict(model.named_parameters())
-    exact = [p.detach().clone() for p in params.values()]
-    with torch.no_grad():
-        for name, p in params.items():
-            p.copy_(decode_tensor(*encode_tensor(name, p, coarseness)))
+    params = {} if coarseness is None else dict(model.named_parameters())
+    exact = {name: p.detach().clone() for name, p in params.items()}
+    for name, p in params.items():
+        p.data.copy_(decode_tensor(*encode_tensor(name, p, coarseness)))
     try:
         yield
     finally:
-        with torch.no_grad():
-            torch._foreach_copy_(list(params.values()), exact)
+        for name, p in params.items():
+            p.data.copy_(exact[name])
 
 def estimate_coarseness(model, budget_bytes):
     """The coarseness at which the model would come to budget_bytes if its rows were Gaussian.
@@ -1051,19 +1058,15 @@ def pack_artifact(model, cfg, table, coarseness):
 
 def unpack_artifact(data, path):
     """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for error messages."""
-    def refuse(why):
-        raise UserError(f"artifact {path} {why}")
-
-    if len(data) < ARTIFACT_HEAD.size or data[:8] != ARTIFACT_MAGIC:
-        refuse("is not an artifact of this program, or is cut within its first bytes")
-    _, version, length, digest = ARTIFACT_HEAD.unpack_from(data)
-    body = data[ARTIFACT_HEAD.size:]
-    if version != ARTIFACT_VERSION:
-        refuse(f"has format version {version}; this program reads version {ARTIFACT_VERSION}")
-    if len(body) != length:
-        refuse(f"is truncated or padded: {len(body):,} bytes where {length:,} were written; copy it again")
-    if hashlib.sha256(body).digest() != digest:
-        refuse("is corrupt: its checksum does not match; copy it again")
+    head, body = data[:ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0"), data[ARTIFACT_HEAD.size:]
+    magic, version, length, digest = ARTIFACT_HEAD.unpack(head)
+    for fault, why in (
+            (magic != ARTIFACT_MAGIC, "is not an artifact of this program"),
+            (version != ARTIFACT_VERSION, f"has format version {version}, not {ARTIFACT_VERSION}"),
+            (len(body) != length, f"is cut or padded: {len(body):,} bytes of {length:,}; copy it again"),
+            (hashlib.sha256(body).digest() != digest, "is corrupt: its checksum differs; copy it again")):
+        if fault:
+            raise UserError(f"artifact {path} {why}")
     raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     header_end = 4 + struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4:header_end])
@@ -1092,7 +1095,7 @@ def code_bytes():
     return len(Path(__file__).read_bytes())
 
 def fit_artifact(model, cfg, table, log):
-    """(artifact bytes, coarseness): the finest found that fits the cap with the code, else the coarsest.
+    """(artifact bytes, coarseness): the finest found that fits the cap with the code, else the last tried.
     A doubling takes one bit off each block weight, so a secant on the logarithm is there in few steps."""
     budget = cfg.size_limit_bytes - code_bytes()
     slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
@@ -1116,7 +1119,7 @@ def fit_artifact(model, cfg, table, log):
 # earlier position at which the same context ends. Walking from t - 1 yields the occurrences before t and
 # nothing later, so a whole chunk may be linked before its first position is predicted. The heads of chains
 # are in an open-addressing table that compares contexts token by token: no false match, ever. 4 bytes a token
-# and context for prev, up to 9 for heads. All ranks hold the same history.
+# and context for prev (8 with spare room), up to 9 for heads. What a rank links late it links the same way.
 class HeadTable:
     """context -> last position at which it ends. A slot holds that position; the text has the context."""
     def __init__(self, history, length):
@@ -1145,13 +1148,11 @@ class HeadTable:
         while len(todo):
             at, mine = slot[todo], positions[todo]
             found = self.slots[at].long()
-            empty = found < 0
-            self.slots[at[empty]] = mine[empty].int()
-            won = empty & (self.slots[at].long() == mine)  # of several claims on one slot a single one stays
-            there, here = (tokens[ends[:, None] - back] for ends in (found.clamp(min=self.length - 1), mine))
-            same = ~empty & (there == here).all(1)
+            self.slots[at[found < 0]] = mine[found < 0].int()  # of several claims on a slot one stays
+            there, here = (tokens[ends[:, None] - back] for ends in (self.slots[at].long(), mine))
+            same = (there == here).all(1)  # also where the claim has just been won
             older[todo[same]] = found[same]
-            todo = todo[~(won | same)]
+            todo = todo[~same]
             slot[todo] = (slot[todo] + 1) & mask
         return slot, older
 
@@ -1186,16 +1187,13 @@ class NgramHistory:
         for chain, heads in zip(self.prev, self.heads):
             ends = torch.arange(min(max(first, heads.length - 1), last), last, device=self.device)
             key = group[len(group) - len(ends):] * len(self.unigrams) + self.tokens[ends - heads.length + 1]
-            group = torch.unique(key, return_inverse=True)[1]
-            if len(ends):
-                self._link(chain, heads, ends, group)
-
-    def _link(self, chain, heads, ends, group):
-        """Set chain[ends]: link the contexts of equal group, and the first of each to the older text."""
-        group, order = torch.sort(group, stable=True)
-        ends, new = ends[order], F.pad(group[1:] != group[:-1], (1, 1), value=True)
-        chain[ends[1:]] = torch.where(new[1:-1], -1, ends[:-1]).int()
-        chain[ends[new[:-1]]] = heads.swap(ends[new[:-1]], newest=ends[new[1:]]).int()
+            if not len(ends):
+                break  # no context of this length yet, hence no longer one
+            key, order = torch.sort(key, stable=True)
+            ends, new = ends[order], F.pad(key[1:] != key[:-1], (1, 1), value=True)
+            group = torch.empty_like(key).scatter_(0, order, new[:-1].cumsum(0))
+            chain[ends[1:]] = torch.where(new[1:-1], -1, ends[:-1]).int()  # within these tokens
+            chain[ends[new[:-1]]] = heads.swap(ends[new[:-1]], newest=ends[new[1:]]).int()  # to older ones
 
     def count_up_to(self, stop):
         """Take the tokens before position `stop` into the dense counts (they never go back)."""
@@ -1213,22 +1211,15 @@ class NgramHistory:
         counts = self._dense_counts(start, stop, at, min_count)
         open_rows = torch.arange(len(at), device=self.device)
         for chain in reversed(self.prev):
-            walk = self._walk(chain, at[open_rows], min_count)
-            found = walk[:, -1] >= 0
-            rows = open_rows[found]
-            occurrences = self._walk(chain, at[rows], self.recent)
-            following, real = self.tokens[(occurrences + 1).clamp(min=0)], (occurrences >= 0).double()
+            walk = [at[open_rows]]  # then the earlier occurrences of these contexts, newest first, then -1
+            for _ in range(self.recent):
+                walk.append(torch.where(walk[-1] >= 0, chain[walk[-1].clamp(min=0)].long(), -1))
+            found = walk[min_count] >= 0
+            rows, earlier = open_rows[found], torch.stack(walk[1:], 1)[found]
+            following, real = self.tokens[(earlier + 1).clamp(min=0)], (earlier >= 0).double()
             counts[rows] = torch.zeros_like(counts[rows]).scatter_add_(1, following, real)
             open_rows = open_rows[~found]
         return counts
-
-    def _walk(self, chain, ends, steps):
-        """The last `steps` earlier occurrences of the contexts ending at `ends`, newest first, then -1."""
-        out, at = [], ends
-        for _ in range(steps):
-            at = torch.where(at >= 0, chain[at.clamp(min=0)].long(), -1)
-            out.append(at)
-        return torch.stack(out, 1)
 
     def _dense_counts(self, start, stop, at, min_count):
         """Bigram counts where the token before was followed min_count times, else unigrams'; (R, V)."""
@@ -1277,9 +1268,8 @@ class TestTimeTrainer:
                  n.startswith("blocks.") and not n.startswith(frozen)]
         self.params = [self.live.get_parameter(n) for n in names]
         self.average = [model.get_parameter(n) for n in names]
-        self.live.requires_grad_(False)
-        for p in self.params:
-            p.requires_grad_(True)
+        for n, p in self.live.named_parameters():
+            p.requires_grad_(n in names)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
         self.forward = rt.compiled(self.live)
 
@@ -1339,14 +1329,13 @@ class EvalPass:
     """One walk over the stream: which stages it scores, window stride, and what learns on the way."""
     stages: tuple
     stride: int
-    ttt: bool = False
 
 def evaluation_passes(cfg):
     """The passes over the quantized model. Stages that come from the same neural distribution share one."""
     passes = [["round_trip"], ["sliding"], ["ttt"]][:3 if cfg.ttt_enabled else 2]
     passes[-1] += ["mixer"] if cfg.mixer != "none" else []
-    return [EvalPass(tuple(stages), cfg.eval_seq_len if stages[0] == "round_trip" else cfg.eval_stride,
-                     ttt=stages[0] == "ttt") for stages in passes]
+    return [EvalPass(tuple(stages), cfg.eval_seq_len if stages[0] == "round_trip" else cfg.eval_stride)
+            for stages in passes]
 
 class Predictor:
     """The one place where probabilities become commitments. predict -> score -> ... -> update, or OrderError.
@@ -1357,22 +1346,18 @@ class Predictor:
         self.committed = 1   # first position without a commitment
         self.pending = None  # the commitment that waits for its score
         self.forward = rt.compiled(model)
-        self.ttt = TestTimeTrainer(model, cfg, table, rt) if plan.ttt else None
-        self.history = None
-        if "mixer" in plan.stages:
-            self.history = NgramHistory(cfg.vocab_size, cfg.ngram_order, cfg.ngram_recent, rt.device)
+        self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
+        self.history = NgramHistory(cfg.vocab_size, cfg.ngram_order, cfg.ngram_recent, rt.device) \
+            if "mixer" in plan.stages else None
         self.mix_seconds = 0.0
 
     def predict(self, prefix, start, stop):
         """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
-        if self.pending is not None:
-            raise OrderError(f"{self.pending.start}..{self.pending.stop - 1} are committed but not scored")
-        if start != self.committed or stop <= start:
-            raise OrderError(f"asked to predict {start}..{stop - 1}; next is {self.committed}")
+        if self.pending is not None or not self.committed == start < stop or len(prefix) != stop - 1:
+            raise OrderError(f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
+                             f"{self.committed}, once all before it is scored, from all before the last")
         if stop > self.learned + self.cfg.ttt_chunk_tokens:
             raise OrderError(f"asked to predict up to {stop - 1}; update is due at {self.learned}")
-        if len(prefix) != stop - 1:
-            raise OrderError(f"a prefix of {len(prefix)} tokens for positions up to {stop - 1}")
         pieces = []
         for index, starts in enumerate(self._batches(self.learned - 1)):
             first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + self._rows(starts))
@@ -1392,19 +1377,24 @@ class Predictor:
         batches = len(self._batches(self.learned - 1))
         bits = torch.zeros(len(self.plan.stages), batches, dtype=torch.float64)
         for index, first, last, freqs in commitment.pieces:
+            if freqs is None:
+                bits[:, index] = math.nan
+                continue
             target = targets[first - commitment.start:last - commitment.start].to(self.rt.device)
             for s, stage in enumerate(self.plan.stages):
                 freq = freqs[stage].gather(1, target[:, None]).double()
                 bits[s, index] = (TOTAL_BITS - freq.log2()).sum().item()
         bits = self.rt.sum_over_ranks(bits.to(self.rt.device))  # one rank a batch: the sum adds zeros only
+        if bits.isnan().any():
+            raise UserError(f"logits are not finite between tokens {commitment.start} and {commitment.stop}: "
+                            "TTT_LR is too high, or the artifact's weights are useless")
         return {stage: sum(row) for stage, row in zip(self.plan.stages, bits.tolist())}
 
     def update(self, prefix):
         """Learn from a scored chunk; `prefix` int64 is the stream up to and including its last token."""
-        if self.pending is not None or self.committed != self.learned + self.cfg.ttt_chunk_tokens:
-            raise OrderError(f"update takes scored chunks; {self.learned}..{self.committed - 1} is not one")
-        if len(prefix) != self.committed:
-            raise OrderError(f"update needs the {self.committed} tokens scored so far, not {len(prefix)}")
+        whole = self.committed == self.learned + self.cfg.ttt_chunk_tokens == len(prefix)
+        if self.pending is not None or not whole:
+            raise OrderError(f"update takes scored chunks; {self.learned}..{len(prefix) - 1} is not one")
         if self.ttt:
             self.ttt.adapt_chunk(prefix[self.learned - 1:])
         self.learned = self.committed
@@ -1441,8 +1431,7 @@ class Predictor:
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
         if not p.isfinite().all():
-            raise UserError(f"the model's logits are not finite before token {last}: TTT_LR is too high, "
-                            "or the artifact's weights are useless")
+            return None  # score() says so, on all ranks
         freqs = {self.plan.stages[0]: commit(p)[rows]}
         if self.history:
             start_s = self.rt.clock()
@@ -1481,34 +1470,27 @@ def evaluate(predictor, tokens, total_bytes, log):
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
-    """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at blank lines)."""
-    number, lines = 0, []
+    """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
+    TXT_DOCUMENT_CHARS or more)."""
+    number, parts = 0, []
     try:
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
             line = line.decode("utf-8")
             if path.endswith(".txt"):
-                lines.append(line)
+                parts.append(line)
+                if not line.strip() and sum(map(len, parts)) >= TXT_DOCUMENT_CHARS:
+                    yield "".join(parts)
+                    parts = []
             elif line.strip():
                 text = json.loads(line)["text"]
                 text.encode()  # a string, and no half of a surrogate pair
                 yield text
-        yield from cut_at_blank_lines(lines)
+        yield "".join(parts)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'tokenize: {path}, line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}} '
                         f"({error})") from error
     except Exception as error:  # OSError, or zstandard's own class
         raise UserError(f"tokenize: cannot read {path}: {error}") from error
-
-def cut_at_blank_lines(lines):
-    """Yield runs of lines of TXT_DOCUMENT_CHARS or more that end in a blank line, and what is left."""
-    parts, size = [], 0
-    for line in lines:
-        parts.append(line)
-        size += len(line)
-        if size >= TXT_DOCUMENT_CHARS and not line.strip():
-            yield "".join(parts)
-            parts, size = [], 0
-    yield "".join(parts)
 
 def demo_documents():
     """English on this machine, in order: pydoc's topics, then for each module of the standard library, numpy
@@ -1582,10 +1564,9 @@ class Report:
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         environment = {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
                        "world_size": rt.world, "dtype": str(rt.dtype), "source_sha256": source}
-        self.results = {
-            "run_id": cfg.run_dir.name, "seed": cfg.seed, "command": command,
-            "settings": dict(sorted(dataclasses.asdict(cfg).items())), "environment": environment,
-            "train": None, "artifact": None, "stages": [], "val_bpb": None}
+        settings = dict(sorted(dataclasses.asdict(cfg).items()))
+        self.results = dict(run_id=cfg.run_dir.name, seed=cfg.seed, command=command, settings=settings,
+                            environment=environment, train=None, artifact=None, stages=[], val_bpb=None)
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.log(f"{command} {cfg.run_dir.name}, {now}, python {platform.python_version()}, "
                  f"torch {torch.__version__}, source sha256 {source[:16]}")
@@ -1614,9 +1595,8 @@ class Report:
         self.results["val_bpb"] = stages[-1]["val_bpb"]
         for s in stages:
             self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, {s['seconds']:.1f} s")
-        if self.rt.is_main:
-            text = json.dumps(self.results, indent=1) + "\n"
-            write_atomically(self.cfg.run_dir / "results.json", text.encode())
+        text = json.dumps(self.results, indent=1) + "\n"
+        self.rt.on_main(lambda: write_atomically(self.cfg.run_dir / "results.json", text.encode()))
 
     def finish(self):
         """Log the table of stages and the budget ledger."""
@@ -1643,18 +1623,24 @@ def summarize(paths, out_path):
             last, artifact = run["stages"][-1], run["artifact"]
             if last["name"] != evaluation_passes(Config(**run["settings"]))[-1].stages[-1]:
                 raise ValueError(f"it ends at stage {last['name']}")
-            if artifact["total_bytes"] > artifact["limit_bytes"]:
+            if artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes):
                 raise ValueError("its artifact is over the cap")
-            runs.append({
-                "seed": run["seed"], "val_bpb": run["val_bpb"], "preset": run["settings"]["preset"],
-                "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
-                "device": run["environment"]["device"], "bytes_total": artifact["total_bytes"],
-                "bytes_code": artifact["code_bytes"]})
+            if artifact.get("overridden"):
+                raise ValueError(f"its {', '.join(artifact['overridden'])} are not the artifact's")
+            runs.append({"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": run["settings"]["preset"],
+                         "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
+                         "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
+                         "device": run["environment"]["device"], "settings": run["settings"]})
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
     for same in ("preset", "stage", "val_tokens"):
         if len({r[same] for r in runs}) > 1:
             raise UserError(f"summarize: the runs differ in {same}: {sorted({str(r[same]) for r in runs})}")
+    free = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "run"} | {"seed"}
+    settings = runs[0]["settings"]
+    odd = {n for r in runs for n, v in r["settings"].items() if n not in free and v != settings.get(n)}
+    if odd:
+        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     try:
@@ -1676,25 +1662,32 @@ def summarize(paths, out_path):
 
 # ---- Commands ----------------------------------------------------------------------------------------------
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
+def prepare_demo(cfg, log):
+    """Make the demo's shards in its cache, once."""
+    demo = Path(DEMO_CACHE)
+    if Path(cfg.data_path) == demo and not any(demo.glob("fineweb_val_*.bin")):
+        log("demo: gathering English from the documentation on this machine")
+        shutil.rmtree(demo, ignore_errors=True)  # what an interrupted run has left
+        write_shards(demo_documents(), demo, cfg, log)
+
 def open_run(cfg, environ, command, table=None):
     """Start a run: (Runtime, Report, TokenTable, validation tokens, their bytes). `table`: the artifact's."""
     rt = start_runtime(cfg, environ)
-    if rt.is_main:
-        check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
+    rt.on_main(lambda: check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes))
+    if table is None:
+        micro_batch_sequences(cfg, rt.world)
+        rt.on_main(lambda: check_writable(cfg.artifact.parent, 2 * cfg.size_limit_bytes))
     report = Report(cfg, rt, command)
-    demo = Path(DEMO_CACHE)
-    if rt.is_main and Path(cfg.data_path) == demo and not any(demo.glob("fineweb_val_*.bin")):
-        report.log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(demo, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), demo, cfg, report.log)
-    rt.from_main(0.0)  # the others wait
+    rt.on_main(lambda: prepare_demo(cfg, report.log))
+    decode = None
     if table is None or Path(cfg.tokenizer_path).exists():
         on_disk = TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
         if table and table.digest != on_disk.digest:
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact has another tokenizer")
-        table = on_disk
+        import sentencepiece
+        table, decode = on_disk, sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path).decode
     tokens = load_validation(cfg)
-    total_bytes = audit_bytes(table, tokens)
+    total_bytes = audit_bytes(table, tokens, decode)
     report.log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has")
     return rt, report, table, tokens, total_bytes
 
@@ -1702,7 +1695,6 @@ def train_command(environ):
     """Train, quantize, write the artifact, read it back, evaluate every stage, report."""
     cfg = config_from_env(environ)
     rt, report, table, tokens, total_bytes = open_run(cfg, environ, "train")
-    micro_batch_sequences(cfg, rt.world)
     model = new_model(cfg, rt)
     report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
     try:
@@ -1712,17 +1704,17 @@ def train_command(environ):
         kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
         try:
             if rt.is_main:
-                write_atomically(path, pack_artifact(model, cfg, table, FINEST))
+                coarseness = estimate_coarseness(model, 0.9 * (cfg.size_limit_bytes - code_bytes()))
+                write_atomically(path, pack_artifact(model, cfg, table, coarseness))
         except UserError as error:
             kept = f"its weights are lost ({error})"
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            rt.from_main(0.0)  # torchrun kills the writer as soon as another rank leaves
         raise TrainingStopped(f"{stop}; {kept}") from None
     start_s = time.perf_counter()
-    if rt.is_main:
-        write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0])
-    rt.from_main(0.0)  # the others wait for the file
-    report.results["train"] = {
-        **dataclasses.asdict(result), "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-        "quantize_seconds": time.perf_counter() - start_s}
+    rt.on_main(lambda: write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0]))
+    speeds = {"tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
+    report.results["train"] = {**vars(result), **speeds, "quantize_seconds": time.perf_counter() - start_s}
     report.artifact(cfg.artifact, cfg.artifact.read_bytes())
     plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
@@ -1731,7 +1723,11 @@ def train_command(environ):
 def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
     rt.be_deterministic()
-    _, table, weights = read_artifact(cfg.artifact)
+    settings, table, weights = read_artifact(cfg.artifact)
+    other = [n.upper() for n, v in settings.items() if n != "preset" and getattr(cfg, n) != v]
+    report.results["artifact"]["overridden"] = other
+    if other:
+        report.log(f"note: {', '.join(other)} are not the artifact's: its decoder would not get these bits")
     for plan in evaluation_passes(cfg):
         predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, plan)
         report.stages(evaluate(predictor, tokens, total_bytes, report.log))
@@ -1743,7 +1739,7 @@ def eval_command(environ):
     path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
     settings, table, _ = read_artifact(path)
     cfg = config_from_env(environ, stored=settings)
-    if not cfg.run_id or path.parent == cfg.run_dir:  # never over the results of the run that trained
+    if not cfg.run_id or path.resolve().parent == cfg.run_dir.resolve():  # keep the training run's results
         cfg = dataclasses.replace(cfg, run_id=f"{cfg.run_dir.name}_eval")
     cfg = dataclasses.replace(cfg, artifact_path=str(path))
     rt, report, _, tokens, total_bytes = open_run(cfg, environ, "eval", table)
@@ -1792,7 +1788,9 @@ def main():
     if status and os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        if not status:
+            dist.barrier()
+        os._exit(status)  # no goodbye: a rank in a collective would keep it waiting, and gloo's can abort
     return status
 
 if __name__ == "__main__":

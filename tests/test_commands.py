@@ -220,8 +220,12 @@ def test_settings_of_evaluation_may_change(command, trained, tmp_path):
     artifact = str(trained / "model.int6.lzma")
     assert command("eval", ARTIFACT_PATH=artifact, TTT_ENABLED="0", MIXER="none") == (0, "")
     before = bpb_of(results_of(trained))
-    assert bpb_of(results_of(tmp_path / "logs" / "run")) == {n: before[n] for n in ("round_trip", "sliding")}
+    results = results_of(tmp_path / "logs" / "run")
+    assert bpb_of(results) == {n: before[n] for n in ("round_trip", "sliding")}
     assert (tmp_path / "logs" / "run" / "eval.log").exists()
+    assert results["artifact"]["overridden"] == ["MIXER", "TTT_ENABLED"]  # no decoder of the file gets these figures
+    assert results_of(trained)["artifact"]["overridden"] == []
+    assert "MIXER, TTT_ENABLED" in error_line(command("summarize", tmp_path / "logs" / "run" / "results.json"), 1)
 
 
 def test_settings_of_evaluation_are_judged_with_the_artifact(command, trained):
@@ -443,3 +447,33 @@ def test_a_shard_that_goes_bad(command, corpus, tmp_path):
     bad.write_bytes(train_gpt.shard_bytes(np.arange(401)))
     message = error_line(command(DATA_PATH=str(tmp_path / "data")), 1)
     assert str(bad) in message and "VOCAB_SIZE=400" in message
+
+
+def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
+    """The second shard is foreign: the run ends with one line, and rank 0 has kept the weights of the first."""
+    (tmp_path / "data").mkdir()
+    for path in Path(corpus["DATA_PATH"]).glob("fineweb_*_000000.bin"):
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    good = tmp_path / "data" / "fineweb_train_000000.bin"
+    good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
+    (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"no shard")
+    settings = dict(corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run")
+    status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
+    message, = (line for line in err.splitlines() if line.startswith("error: "))
+    assert status and "fineweb_train_000001.bin" in message and "stopped.int6.lzma" in message
+    assert train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[0]["vocab_size"] == 400
+
+
+def test_a_stopped_run_can_be_evaluated(command, monkeypatch, tmp_path):
+    """What a run leaves when it is stopped fits the cap, so that `eval` takes it."""
+    original = train_gpt.Trainer.step
+    monkeypatch.setattr(train_gpt.Trainer, "step", lambda self, batches, step, scale: (
+        original(self, batches, step, scale) if step < 2 else (_ for _ in ()).throw(KeyboardInterrupt)))
+    budget, path = 180_000, tmp_path / "logs" / "run" / "stopped.int6.lzma"
+    settings = dict(SIZE_LIMIT_BYTES=str(train_gpt.code_bytes() + budget), MODEL_DIM="128", TTT_ENABLED="0")
+    assert path.name in error_line(command(**settings), 1)
+    _, table, weights = train_gpt.read_artifact(path)
+    cfg = train_gpt.config_from_env(os.environ)
+    model = train_gpt.new_model(cfg, train_gpt.Runtime(), weights)
+    assert len(train_gpt.pack_artifact(model, cfg, table, train_gpt.FINEST)) > budget
+    assert command("eval", ARTIFACT_PATH=str(path), RUN_ID="again", **settings) == (0, "")

@@ -607,3 +607,14 @@ def test_two_ranks_commit_what_one_commits(run_ranks):
         assert [bool(chunk) for chunk in second["pieces"]] == [True, True, False] and all(first["pieces"])
     start = train_gpt.unpack_artifact(artifact, "")[2]
     assert [same(report["weights"], start) for report in alone] == [True, True, True, False]
+
+
+def test_a_broken_model_has_no_score():
+    """Logits that are not finite are refused, by name, when they would be scored."""
+    predictor = new_predictor(PLANS["sliding+mixer"])
+    with torch.no_grad():
+        predictor.model.blocks[1].q.fill_(math.nan)
+    stream = torch.from_numpy(STREAM)
+    commitment = predictor.predict(stream[:CHUNK], 1, CHUNK + 1)
+    with pytest.raises(train_gpt.UserError, match="logits are not finite between tokens 1 and 33"):
+        predictor.score(commitment, stream[1:CHUNK + 1])

@@ -97,8 +97,8 @@ def test_each_tensor_has_its_kind():
 
 
 @pytest.mark.parametrize("changes", [
-    dict(), dict(num_layers=1, ve_layers="", vrl_enabled=False, xsa_last_n=0, ttt_freeze_blocks=0),
-    dict(num_layers=1, ve_layers="0", xsa_last_n=1, ttt_freeze_blocks=1)])
+    dict(), dict(num_layers=2, ve_layers="", vrl_enabled=False, xsa_last_n=0, ttt_freeze_blocks=0),
+    dict(num_layers=2, ve_layers="0", xsa_last_n=1, ttt_freeze_blocks=1)])
 def test_artifact_round_trip(tmp_path, changes):
     """A file gives back settings, tokenizer and exactly the dequantized weights; the same model, the same bytes."""
     cfg = tiny_config(seed=7, ttt_lr=0.00321, data_path=str(tmp_path), **changes)
@@ -517,6 +517,15 @@ def test_audit_refuses_wrong_counts(tokenizer, stream, change):
     train_gpt.audit_bytes(counting(table, lambda *arrays: None), stream)
 
 
+def test_audit_asks_sentencepiece(tokenizer, stream, texts):
+    """A table that is wrong in itself counts what it prints; SentencePiece's own decoder finds it out."""
+    _, sp, table = tokenizer
+    wrong = dataclasses.replace(table, kinds=table.kinds.replace("B", "N"))
+    assert train_gpt.audit_bytes(wrong, stream) > train_gpt.audit_bytes(table, stream, sp.decode)
+    assert train_gpt.audit_bytes(table, stream, sp.decode) == sum(len(text.encode()) for text in texts)
+    assert "bytes counted" in refusal(train_gpt.audit_bytes, wrong, stream, sp.decode)
+
+
 def test_audit_refuses_foreign_streams(tokenizer, stream):
     """A stream without BOS at its start, or with bytes that are no UTF-8 before its end, is of another tokenizer."""
     table = tokenizer[2]
@@ -658,7 +667,8 @@ def test_environment_against_an_artifact():
 
 def write_results(folder, seed, val_bpb, **changes):
     """The path of a results.json as a run of `seed` writes it."""
-    settings = dict(preset=changes.get("preset", "record"), mixer=changes.get("mixer", "entropy"))
+    settings = dict(preset=changes.get("preset", "record"), mixer=changes.get("mixer", "entropy"),
+                    ttt_lr=changes.get("ttt_lr", 1e-4), log_dir=f"logs{seed}", seed=seed)
     artifact = dict(total_bytes=15_000_000 + seed, code_bytes=90_000, limit_bytes=changes.get("limit", 16_000_000))
     run = dict(seed=seed, val_bpb=val_bpb, settings=settings, artifact=artifact, environment=dict(device="cuda"),
                stages=[dict(name="pre_quant", val_loss=9.0, val_bpb=9.0, tokens=1),
@@ -696,7 +706,8 @@ def test_fewer_than_three_seeds_are_marked(tmp_path, seeds):
 
 @pytest.mark.parametrize("change, word", [
     (dict(preset="bench"), "preset"), (dict(stage="ttt", mixer="none"), "stage"), (dict(tokens=999), "val_tokens"),
-    (dict(seed=1), "same seed"), (dict(stage="ttt"), "ends at stage ttt"), (dict(limit=14_000_000), "over the cap")])
+    (dict(seed=1), "same seed"), (dict(stage="ttt"), "ends at stage ttt"), (dict(limit=14_000_000), "over the cap"),
+    (dict(ttt_lr=2e-4), "differ in TTT_LR")])
 def test_results_that_cannot_be_averaged(tmp_path, change, word):
     """Other presets, stages or texts, one seed twice, a run cut short or over the cap: refused, nothing written."""
     good = write_results(tmp_path, 1, 1.1)
