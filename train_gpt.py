@@ -204,6 +204,8 @@ def config_from_env(environ, stored=None):
     preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
+    if strange := stored.keys() - {f.name for f in fields.values()}:
+        raise UserError(f"the artifact has settings of another version of this script: {', '.join(strange)}")
     for name, f in fields.items():
         fixed = f.name in stored and f.metadata["group"] in ("model", "train")
         if fixed and given.get(f.name, stored[f.name]) != stored[f.name]:

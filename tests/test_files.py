@@ -660,6 +660,12 @@ def test_environment_against_an_artifact():
     assert "EVAL_STRIDE" in refusal(from_env, stored, kind=UsageError, EVAL_STRIDE="5")
 
 
+def test_settings_of_another_version():
+    """An artifact with a setting that this script does not have is refused, and the setting is named."""
+    stored = dict(preset="bench", seed=1, warp_drive=1)
+    assert "warp_drive" in refusal(train_gpt.config_from_env, {}, stored)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Results of several seeds
 # ----------------------------------------------------------------------------------------------------------
