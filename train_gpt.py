@@ -176,8 +176,8 @@ PRESETS = {
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
         muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
         model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048,
-        ttt_schedule_chunks=64, ttt_freeze_blocks=2),
+        ve_layers="3", eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048, ttt_lr=1e-4,
+        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0),
 }
 
 def parse_setting(field, text):
