@@ -7,26 +7,25 @@
     python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
     python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
 
-Every setting is an environment variable: the name of a `Config` field in capitals (--help lists them). A run
-writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs) and model.int6.lzma (the artifact).
+Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them). A run
+writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs), model.int6.lzma (the artifact).
 
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
                                                                                      |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
           '--> update: TTT learns from what has been scored, the n-gram history follows the prefix
 
-The figure of merit is bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text.
-What makes it the length of a code that a decoder can read:
+Bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text, a code length, since
   1. causal       the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
   2. complete     every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
   3. score first  position t's frequencies are final before any state behind them has seen x_t;
-  4. one pass     left to right, once.
-`Predictor` is the only place where frequencies are made, and it raises when it is used out of order.
+  4. one pass     left to right, once. `Predictor` alone makes frequencies; used out of order, it raises.
 
 Shapes: B batch, T rows of a window, W window, S stride, D model width, H query heads, G key/value heads,
 d head width, V vocabulary, R positions.
 """
 
+import collections
 import contextlib
 import copy
 import dataclasses
@@ -58,10 +57,10 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door through which settings come in; torchrun's variables come beside it.
-# A setting belongs to a group. `run` says where things are on this machine and stays out of the artifact;
-# `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code length and can be
-# overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
+# One frozen dataclass is the only door for settings. Each belongs to a group: `run` says where things are on
+# this machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length
+# and can be overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's
+# name.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
@@ -109,6 +108,7 @@ class Config:
     qat_enabled: bool = option(False, "train", "train on quantized weights late in the warmdown")
     late_qat_threshold: float = option(0.15, "train", "learning-rate scale below which QAT starts")
     complement_alpha: float = option(0.5, "train", "complementary loss; 0: plain cross-entropy")
+    mixer_calibration_tokens: int = option(1_048_576, "train", "held-out text for the mixer; 0: cold start")
 
     vocab_size: int = option(1024, "model", "tokens in the vocabulary (V)", 2)
     num_layers: int = option(11, "model", "transformer blocks", 2)
@@ -137,13 +137,16 @@ class Config:
     ttt_freeze_blocks: int = option(9, "eval", "first blocks whose matrices TTT leaves alone")
     ttt_temperature: float = option(0.98, "eval", "divides the logits from the ttt stage on", 1e-3)
     polyak_decay: float = option(0.998, "eval", "average of TTT's weights that scores")
-    mixer: str = option("entropy", "eval", "entropy or none")
+    mixer: str = option("learned", "eval", "learned, entropy or none")
     ngram_order: int = option(10, "eval", "longest n-gram, in tokens, the predicted one included", 2)
-    ngram_recent: int = option(16, "eval", "occurrences that a context of two or more tokens looks at", 1)
+    ngram_recent: int = option(4, "eval", "last occurrences that a context looks at", 1)
+    ngram_hash_bits: int = option(26, "eval", "2^this heads of chains for each kind of context", 1)
+    mixer_block: int = option(16_384, "eval", "positions between two updates of the learned mixer", 1)
+    mixer_lr: float = option(1e-3, "eval", "learned mixer, Adam")
     min_count: int = option(1, "eval", "occurrences that a context needs, else back off", 1)
-    alpha_base: float = option(0.0, "eval", "mixer: alpha = base + range * sigmoid(2 (H - center))")
-    alpha_range: float = option(0.10, "eval", "mixer")
-    alpha_center: float = option(1.0, "eval", "mixer, nats of neural entropy H")
+    alpha_base: float = option(0.0, "eval", "entropy mixer: alpha = base + range * sigmoid(2 (H - center))")
+    alpha_range: float = option(0.10, "eval", "entropy mixer")
+    alpha_center: float = option(1.0, "eval", "entropy mixer, nats of neural entropy H")
 
     def __post_init__(self):
         check_config(self)
@@ -152,6 +155,11 @@ class Config:
     def run_dir(self):
         """Where this run's log, results and artifact go."""
         return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
+
+    @property
+    def calibrates(self):
+        """Whether training ends with the calibration of a mixer."""
+        return self.mixer == "learned" and self.mixer_calibration_tokens > 0
 
     @property
     def artifact(self):
@@ -167,8 +175,9 @@ PRESETS = {
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
         warmdown_iters=300, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20,
         num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64,
-        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=4, ttt_chunk_tokens=8192, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0),
+        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=1, ttt_chunk_tokens=8192, ttt_lr=1e-4,
+        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0,
+        ngram_hash_bits=20, mixer_block=64, mixer_calibration_tokens=262_144),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
@@ -176,8 +185,9 @@ PRESETS = {
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
         muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
         model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0),
+        ve_layers="3", eval_seq_len=256, eval_batch_windows=1, ttt_chunk_tokens=2048, ttt_lr=1e-4,
+        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0,
+        ngram_hash_bits=18, mixer_block=64, mixer_calibration_tokens=32_768),
 }
 
 def parse_setting(field, text):
@@ -224,13 +234,14 @@ def check_config(c):
         need(isinstance(value, str) or value >= low, f.name, f"must be at least {low}")
     for whole, part in (("model_dim", "num_heads"), ("num_heads", "num_kv_heads"),
                         ("train_batch_tokens", "train_seq_len"), ("micro_batch_tokens", "train_seq_len"),
-                        ("eval_seq_len", "eval_stride"), ("ttt_chunk_tokens", "eval_seq_len")):
+                        ("eval_seq_len", "eval_stride"), ("ttt_chunk_tokens", "eval_seq_len"),
+                        ("ttt_chunk_tokens", "mixer_block")):
         need(getattr(c, whole) % getattr(c, part) == 0, whole,
              f"must be a multiple of {part.upper()}={getattr(c, part)}")
     layers = c.ve_layers.split(",") if c.ve_layers.strip() else []
     need(all(i.strip().isdigit() and int(i) < c.num_layers for i in layers), "ve_layers",
          f"must be comma-separated layers below NUM_LAYERS={c.num_layers}")
-    for name, allowed in (("device", ("auto", "cuda", "cpu")), ("mixer", ("entropy", "none"))):
+    for name, allowed in (("device", ("auto", "cuda", "cpu")), ("mixer", ("learned", "entropy", "none"))):
         need(getattr(c, name) in allowed, name, f"there are {', '.join(allowed)}")
     need(c.rope_dims % 2 == 0, "rope_dims", "must be even")
     need(c.eval_seq_len - c.eval_stride != 1, "eval_stride", "must leave no or 2 rows of a window known")
@@ -238,28 +249,21 @@ def check_config(c):
                        ("rope_dims", c.model_dim // c.num_heads), ("complement_alpha", 1),
                        ("late_qat_threshold", 1), ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9),
                        ("muon_momentum", 1 - 1e-9), ("alpha_base", 1), ("alpha_range", 1 - c.alpha_base),
-                       ("min_count", c.ngram_recent),
-                       ("vocab_size", 65_536 if c.mixer == "none" else 16_384)):
+                       ("min_count", c.ngram_recent), ("vocab_size", 65_536), ("ngram_hash_bits", 30)):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. Every process uses the same number of CPU threads
-# however many ranks there are: the split of a matrix product over threads can change its last bit, and from
-# one artifact 1 rank and 8 ranks must commit the very same integers.
+# Rank, device and dtype are decided once and said aloud. CPU threads are as many however many ranks there
+# are: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same
+# integers.
 @dataclasses.dataclass
 class Runtime:
-    """Where this process runs: rank of world, device, compute dtype and the attention kernel."""
+    """Where this process runs: rank of world, device and compute dtype."""
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
-    attend: object = None
     notes: tuple = ()
-
-    @property
-    def is_main(self):
-        """Whether this is rank 0, which writes the files."""
-        return self.rank == 0
 
     def sum_over_ranks(self, tensor):
         """`tensor`, summed in place over the ranks. Every rank must call it the same number of times."""
@@ -269,14 +273,14 @@ class Runtime:
 
     def from_main(self, value):
         """Rank 0's Python float, on every rank; until rank 0 calls it, the others wait."""
-        box = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64, device=self.device)
+        box = torch.tensor([value if self.rank == 0 else 0.0], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(box).item()
 
     def on_main(self, work):
         """work() on rank 0 while the others wait; where it raises UserError, every rank does: none hangs."""
         failure = None
         try:
-            if self.is_main:
+            if self.rank == 0:
                 work()
         except UserError as error:
             failure = error
@@ -296,11 +300,6 @@ class Runtime:
         torch._dynamo.config.recompile_limit = 64  # past it torch would refuse
         return torch.compile(function, dynamic=False, fullgraph=True)
 
-    def be_deterministic(self):
-        """From here on kernels give the same bits every time: a decoder must get the scorer's integers."""
-        if self.device.type == "cuda":
-            torch.use_deterministic_algorithms(True)  # Inductor then chooses no kernel by the clock either
-
 def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
@@ -310,23 +309,25 @@ def start_runtime(cfg, environ):
     if cfg.preset == "record" and not cuda and cfg.device != "cpu":
         raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
                          "or insist with DEVICE=cpu")
+    device, can = torch.device("cpu"), torch.cpu.get_capabilities()
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, for be_deterministic()
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
-        name, dtype, why = torch.cuda.get_device_name(), torch.bfloat16, "tensor cores, and fp32's range"
-    else:
-        torch.set_num_threads(os.cpu_count())
-        device, can = torch.device("cpu"), torch.cpu.get_capabilities()
-        fast = can.get("avx512_bf16") or can.get("amx_bf16")
-        name, dtype = can.get("cpu_name", platform.machine()), torch.bfloat16 if fast else torch.float32
-        why = "this CPU multiplies it in hardware" if fast else "no bfloat16 in this CPU"
+    torch.set_num_threads(os.cpu_count())
+    fast = cuda or can.get("avx512_bf16") or can.get("amx_bf16")
+    name = torch.cuda.get_device_name() if cuda else can.get("cpu_name", platform.machine())
+    dtype, why = (torch.bfloat16, "multiplied in hardware") if fast else (torch.float32, "no bf16 units")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
-    attend, attention_note = pick_attention(device)
+    kernel = "SDPA's own kernels" + ("; FlashAttention-3 is not installed" if cuda else "")
+    with contextlib.suppress(ImportError, RuntimeError):
+        if cuda:
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            kernel = "FlashAttention-3 inside SDPA"
     notes = (f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
-             f"dtype {dtype}: {why}", f"attention {attention_note}")
-    return Runtime(rank, world, device, dtype, attend, notes)
+             f"dtype {dtype}: {why}", f"attention: {kernel}")
+    return Runtime(rank, world, device, dtype, notes)
 
 def progress_line(done, total, start_s, unit):
     """'done/total unit, rate, elapsed, ETA' for long work that began at time.perf_counter() == start_s."""
@@ -355,15 +356,14 @@ def check_writable(folder, need_bytes):
     """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
+    if (free := shutil.disk_usage(folder).free) < need_bytes:
         raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free and the run needs {need_bytes:,}; "
                         "free space or set LOG_DIR elsewhere")
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
-# BPB divides by bytes, so a byte counted twice is a better score for nothing. The table holds each piece as
-# the bytes it stands for; a leading space counts only where a decoder would print one, that is not after a
-# boundary (BOS, control, unknown). The sum is checked against the decoded text of every document.
+# BPB divides by bytes: a byte counted twice is a better score for nothing. A leading space counts only where
+# a decoder prints it, not after a boundary (BOS, control, unknown). Every document's sum is checked against
+# its text.
 SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
@@ -443,9 +443,9 @@ def audit_bytes(table, tokens, decode=None):
     return int(counts.sum())
 
 # ---- Data --------------------------------------------------------------------------------------------------
-# Official shards: 256 little-endian int32 of header ([0] magic, [1] version, [2] token count), then uint16
-# tokens; the same inside zstandard when the name ends in .zst. The training stream is the shards in sorted
-# order, read sequentially and cyclically. A step takes the same tokens whatever the number of ranks.
+# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
+# zstandard when the name ends in .zst. The training stream is the sorted shards, read in order, over and
+# over, by every rank.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_bytes(path):
@@ -481,9 +481,8 @@ def read_shard(path, vocab_size):
 
 def shard_bytes(tokens):
     """A shard file's contents for uint16 tokens: the inverse of read_shard."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+    header = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(SHARD_HEADER_BYTES, b"\0")
+    return header + np.asarray(tokens, dtype="<u2").tobytes()
 
 def list_shards(cfg, split):
     """Sorted shard files of `split` ('train' or 'val'); a file wins over its .zst twin."""
@@ -506,22 +505,32 @@ def load_validation(cfg):
                         f"raise VAL_TOKENS, lower EVAL_SEQ_LEN={cfg.eval_seq_len} or add text")
     return tokens
 
+def load_held_out(cfg):
+    """Training text that is never trained on, for the mixer's calibration: the end of the last shard, uint16,
+    MIXER_CALIBRATION_TOKENS predictions long; empty where there is nothing to calibrate."""
+    wanted = cfg.mixer_calibration_tokens + 1
+    if not cfg.calibrates:
+        return np.zeros(0, dtype=np.uint16)
+    shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
+    if len(shard) < 2 * wanted:
+        raise UserError(f"MIXER_CALIBRATION_TOKENS={cfg.mixer_calibration_tokens} is over half of the last "
+                        f"training shard's {len(shard):,} tokens; lower it (0: no calibration) or add text")
+    return shard[-wanted:]
+
 class TrainStream:
-    """The training shards as one endless stream, read in order by all ranks alike."""
+    """The training shards, less what is held out, as one endless stream, read in order by all ranks alike."""
     def __init__(self, cfg):
         self.files, self.vocab_size = list_shards(cfg, "train"), cfg.vocab_size
+        self.held_out = len(load_held_out(cfg))
         self.tokens, self.opened = np.zeros(0, dtype=np.uint16), 0
         self.take(0)  # a bad first shard is found out before long work
-
-    @property
-    def epochs(self):
-        """How many times all shards have been read."""
-        return (self.opened - 1) // len(self.files)
 
     def take(self, count):
         """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
         while len(self.tokens) <= count:
-            shard = read_shard(self.files[self.opened % len(self.files)], self.vocab_size)
+            path = self.files[self.opened % len(self.files)]
+            shard = read_shard(path, self.vocab_size)
+            shard = shard[:-self.held_out] if self.held_out and path == self.files[-1] else shard
             self.tokens, self.opened = np.concatenate([self.tokens, shard]), self.opened + 1
         taken, self.tokens = self.tokens[:count + 1], self.tokens[count:]
         return taken.astype(np.int64)
@@ -543,32 +552,16 @@ def micro_batches(tokens, cfg, rt):
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
 
 # ---- Model -------------------------------------------------------------------------------------------------
-# An 11-layer GQA transformer with a U-Net of skips. Each mechanism earns bits at this size: XSA takes out of
-# a head's output what the position's own value already says; VRL and value embeddings hand early information
-# to late values; BigramHash and SmearGate give the first layer the previous token for nothing. There is one
-# forward path: training, scoring and TTT call the same function. With `past` it computes only the newest rows
-# of a window over cached keys and values, which is what lets a decoder afford the scorer's own shapes.
-# Parameters of the default: 26,993,766 (token and bigram embeddings 851,969, smear 512, 11 blocks of
-# 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
+# An 11-layer GQA transformer with a U-Net of skips. XSA takes out of a head's output what the position's own
+# value already says; VRL and value embeddings hand early information to late values; BigramHash and SmearGate
+# give the first layer the previous token for nothing. There is one forward path for training, scoring and
+# TTT. With `past` it computes only the newest rows of a window over cached keys and values, which is what
+# lets a decoder afford the scorer's own shapes. 26,993,766 parameters by default (token and bigram embeddings
+# 851,969, smear 512, 11 blocks of 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
-def pick_attention(device):
-    """(attention function, why it was taken): FlashAttention-3 where it is installed, else torch's SDPA."""
-    if device.type != "cuda":
-        return sdpa_attention, "torch SDPA: no CUDA device"
-    try:
-        from flash_attn_interface import flash_attn_func
-    except ImportError:
-        return sdpa_attention, "torch SDPA: FlashAttention-3 (flash_attn_interface) is not installed"
-
-    def flash_attention(q, k, v):
-        same_bits = torch.are_deterministic_algorithms_enabled()
-        out = flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
-        return out[0] if isinstance(out, tuple) else out
-    return flash_attention, "FlashAttention-3"
-
-def sdpa_attention(q, k, v):
+def attention(q, k, v):
     """Causal attention whose last query row sees every key. q (B, T, H, d); k, v (B, T', G, d), T' >= T."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     rows, keys = q.size(2), k.size(2)
@@ -653,7 +646,7 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
 
-    def forward(self, x, x0, extra_v, rotary, attend, past):
+    def forward(self, x, x0, extra_v, rotary, past):
         """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
         Returns (output, this layer's own value projection, (k, v) of all rows so far)."""
         B, T, _ = x.shape
@@ -665,7 +658,7 @@ class Block(nn.Module):
         k = rotary(rms_norm(k), first_row)
         v = own_v + extra_v
         present = (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)) if past else (k, v)
-        y = attend(q, *present)
+        y = attention(q, *present)
         if self.xsa:
             y = exclude_self(y, v)
         x = x + self.attn_scale.to(x.dtype) * linear(y.reshape(B, T, -1), self.attn_out)
@@ -674,9 +667,9 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """The model: forward(tokens, past) -> (fp32 logits, keys and values of every layer)."""
-    def __init__(self, cfg, attend=sdpa_attention, dtype=torch.float32):
+    def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
-        self.attend, self.dtype, self.softcap = attend, dtype, cfg.logit_softcap
+        self.dtype, self.softcap = dtype, cfg.logit_softcap
         self.kv_heads, self.vrl_enabled = cfg.num_kv_heads, cfg.vrl_enabled
         d, layers = cfg.model_dim // cfg.num_heads, cfg.num_layers
         self.embed = Embedding(cfg)
@@ -691,6 +684,8 @@ class GPT(nn.Module):
             self.ve_layer_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
         if self.vrl_enabled:
             self.vrl_scales = nn.Parameter(torch.zeros(layers - 1))
+        self.register_buffer("mixer", torch.zeros(MIXER_HIDDEN, MIXER_FEATURES + 1))  # its weights come along
+        self.mixer[:, :-1].normal_(std=MIXER_FEATURES ** -0.5, generator=torch.Generator().manual_seed(0))
         for name, p in self.named_parameters():
             if name.endswith(("attn_out", "mlp_out")):
                 nn.init.zeros_(p)  # a new block is the identity
@@ -720,7 +715,7 @@ class GPT(nn.Module):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
             extra_v, before = self._extra_value(i, tokens, v0), past[i] if past else None
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, self.attend, before)
+            x, own_v, kv = block(x, x0, extra_v, self.rotary, before)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -739,15 +734,14 @@ class GPT(nn.Module):
 def new_model(cfg, rt, weights=None):
     """A model on the runtime's device: with an artifact's weights, or the seed's, the same on every rank."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, rt.attend or sdpa_attention, rt.dtype)
+    model = GPT(cfg, rt.dtype)
     if weights:
         model.load_state_dict(weights)
     return model.to(rt.device)
 
 # ---- Complementary objective -------------------------------------------------------------------------------
-# A token that bigram statistics predict will be predicted by the mixer too, so the model is to care less for
-# it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033). The statistics
-# are exact integer counts of the training stream before the current step, over all ranks.
+# What bigram statistics predict the mixer will predict too, so the model is to care less for it: weight 1 -
+# alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from counts before the step.
 class BigramCounts:
     """Exact counts of (previous, next) over the training stream so far, the same on every rank."""
     def __init__(self, vocab_size, rt):
@@ -767,47 +761,13 @@ class BigramCounts:
         self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
 
 # ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
-# Muon orthogonalizes the momentum of each matrix; AdamW (torch's own, fp32 state) takes tables and vectors.
-# torch.optim.Muon does the same arithmetic one matrix at a time; ours stacks equal shapes into one batched
-# product, and tests/ holds the two against each other. Schedules are pure functions of step and clock.
-def orthogonalize(updates, steps=5):
-    """Newton-Schulz iteration towards the nearest semi-orthogonal matrix, in bf16. updates (N, rows, cols).
-    The quintic is Muon's (Jordan et al., 2024): singular values end near 1, not at it."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = updates.bfloat16()
-    tall = x.size(1) > x.size(2)
-    x = x.mT if tall else x
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if tall else x
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized, scaled by sqrt(max(1, rows / cols)), with decoupled weight decay."""
-    def __init__(self, params, lr, momentum, weight_decay):
-        super().__init__(list(params), dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-
-    @torch.no_grad()
-    def step(self):
-        """One update of every parameter from its .grad."""
-        for group in self.param_groups:
-            shapes = {}
-            for p in group["params"]:
-                shapes.setdefault(p.shape, []).append(p)
-            for shape, params in shapes.items():
-                buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
-                torch._foreach_lerp_(buffers, [p.grad for p in params], 1 - group["momentum"])
-                updates = torch.stack([p.grad.lerp(b, group["momentum"]) for p, b in zip(params, buffers)])
-                scale = group["lr"] * math.sqrt(max(1, shape[0] / shape[1]))
-                for p, update in zip(params, orthogonalize(updates)):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update.to(p.dtype), alpha=-scale)
-
+# torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with fp32 state
+# takes tables and vectors. Schedules are pure functions of step and clock.
 def new_optimizers(model, cfg):
     """[Muon for matrices, AdamW for tables and vectors]; each group remembers its full rate as `peak_lr`."""
     matrices, tables, vectors = (list(group.values()) for group in model.parameter_groups())
     adam_groups = [dict(params=tables, lr=cfg.tied_embed_lr), dict(params=vectors, lr=cfg.scalar_lr)]
-    optimizers = [Muon(matrices, cfg.matrix_lr, cfg.muon_momentum, cfg.muon_wd),
+    optimizers = [torch.optim.Muon(matrices, cfg.matrix_lr, cfg.muon_wd, cfg.muon_momentum),
                   torch.optim.AdamW(adam_groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd,
                                     fused=next(model.parameters()).is_cuda)]
     for group in (g for o in optimizers for g in o.param_groups):
@@ -837,12 +797,11 @@ class WeightAverage:
     @torch.no_grad()
     def after_step(self, step, scale):
         """Take the weights in after optimizer step `step` (from 1) at learning-rate scale `scale`."""
-        if self.cfg.swa_enabled:
-            if scale < 0.2 and step % self.cfg.swa_every == 0:
-                self.snapshots += 1
-                torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
-        else:
+        if not self.cfg.swa_enabled:
             torch._foreach_lerp_(self.mean, self.params, 1 - min(self.cfg.ema_decay, step / (step + 10)))
+        elif scale < 0.2 and step % self.cfg.swa_every == 0:
+            self.snapshots += 1
+            torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
 
     @torch.no_grad()
     def install(self):
@@ -852,9 +811,8 @@ class WeightAverage:
 
 # ---- Training loop -----------------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
-# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock says
-# when time is up, so that all ranks stop at the same step. Kernels are compiled on random tokens before the
-# clock starts; model and optimizers are then put back as they were.
+# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock stops
+# all ranks at one step. Kernels are compiled on random tokens before it starts, then all is put back.
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
 
@@ -865,6 +823,7 @@ class TrainResult:
     tokens: int = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
+    calibration_seconds: float = 0.0
 
 class Trainer:
     """The state of a training run and one step of it."""
@@ -933,6 +892,8 @@ def train(model, cfg, rt, log, budget):
     NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
     stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
     result, began = TrainResult(), time.perf_counter()
+    if cfg.calibrates:  # what time it needs is not training's
+        cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
     if cfg.warmup_steps:
         trainer.warm_up()
         result.warmup_seconds = rt.clock() - began
@@ -949,10 +910,13 @@ def train(model, cfg, rt, log, budget):
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(time.perf_counter() - start)
+            limit_s, per_step_s = cfg.max_wallclock_seconds or math.inf, result.seconds / result.steps
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                log(train_line(result, losses, scale, cfg))
-            after_next_s = result.seconds * (1 + 1 / result.steps)
-            if cfg.max_wallclock_seconds and after_next_s > cfg.max_wallclock_seconds:
+                eta_s = min((cfg.iterations - result.steps) * per_step_s, limit_s - result.seconds)
+                log(f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
+                    f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  "
+                    f"{result.seconds:.0f} s  ETA {max(eta_s, 0):.0f} s")
+            if result.seconds + per_step_s > limit_s:
                 break
     except TrainingStopped:
         raise
@@ -960,19 +924,9 @@ def train(model, cfg, rt, log, budget):
         raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
     finally:
         trainer.average.install()
-    if stream.epochs:
-        log(f"note: the training shards were read {stream.epochs} time(s) over; more shards would help")
+    if epochs := (stream.opened - 1) // len(stream.files):
+        log(f"note: the training shards were read {epochs} time(s) over; more shards would help")
     return result
-
-def train_line(result, losses, scale, cfg):
-    """One line of train.log."""
-    per_step_s = result.seconds / result.steps
-    eta_s = (cfg.iterations - result.steps) * per_step_s
-    if cfg.max_wallclock_seconds:
-        eta_s = min(eta_s, cfg.max_wallclock_seconds - result.seconds)
-    return (f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
-            f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s  "
-            f"ETA {max(eta_s, 0):.0f} s")
 
 # ---- Quantization ------------------------------------------------------------------------------------------
 # Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
@@ -988,10 +942,6 @@ def quantize(w, limit, row_max):
     scale = (row_max / limit).clamp(2.0 ** -24, 65_504.0).half()
     return (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8), scale
 
-def dequantize(levels, scale):
-    """fp32 weights of int8 levels and fp16 row scales."""
-    return levels.float() * scale.float()[:, None]
-
 def encode_tensor(name, w, coarseness):
     """(kind, [tensors to store]) of one parameter: 'int6', 'int8' or 'fp16'."""
     w = w.detach().float()
@@ -1002,8 +952,8 @@ def encode_tensor(name, w, coarseness):
     return "fp16", (w.half(),)
 
 def decode_tensor(kind, stored):
-    """fp32 parameter from what encode_tensor stored."""
-    return stored[0].float() if kind == "fp16" else dequantize(*stored)
+    """fp32 parameter from what encode_tensor stored: fp16 values, or int8 levels and fp16 row scales."""
+    return stored[0].float() if kind == "fp16" else stored[0].float() * stored[1].float()[:, None]
 
 @contextlib.contextmanager
 def quantized_weights(model, coarseness):
@@ -1023,8 +973,8 @@ def estimate_coarseness(model, budget_bytes):
     """The coarseness at which the model would come to budget_bytes if its rows were Gaussian.
     In steps of coarseness / 31 deviations that is log2(4.133 * 31 / coarseness) bits; LZMA adds 3 %."""
     sizes = {"int6": 0, "int8": 0, "fp16": 0}
-    for name, p in model.named_parameters():
-        sizes[encode_tensor(name, p, FINEST)[0]] += p.numel()
+    for name, w in model.state_dict().items():
+        sizes[encode_tensor(name, w, FINEST)[0]] += w.numel()
     bits = (8 * budget_bytes / 1.03 - 7 * sizes["int8"] - 15 * sizes["fp16"]) / max(sizes["int6"], 1)
     return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
 
@@ -1034,8 +984,7 @@ def estimate_coarseness(model, budget_bytes):
 #   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] of each tensor
 #  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or values fp16
 #
-# All numbers are little-endian. Reading executes nothing; file and script are all that a scorer needs. One
-# level a byte: packing 6 bits first hides the byte alignment from LZMA and makes the file larger.
+# Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from LZMA.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
@@ -1043,11 +992,12 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc
 def pack_artifact(model, cfg, table, coarseness):
     """The artifact's bytes. The same weights and settings give the same bytes."""
     index, payload = [], []
-    kinds = {n: encode_tensor(n, p, coarseness) for n, p in model.named_parameters()}
+    values = model.state_dict()
+    kinds = {n: encode_tensor(n, v, coarseness) for n, v in values.items()}
     for name, (kind, stored) in sorted(kinds.items(), key=lambda item: (item[1][0], item[0])):
-        if not all(bool(t.isfinite().all()) for t in (model.get_parameter(name), *stored)):
+        if not all(bool(t.isfinite().all()) for t in (values[name], *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
-        index.append([name, kind, list(model.get_parameter(name).shape)])
+        index.append([name, kind, list(values[name].shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
     settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
                 if f.metadata["group"] != "run" or f.name == "preset"}
@@ -1057,6 +1007,13 @@ def pack_artifact(model, cfg, table, coarseness):
     body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     digest = hashlib.sha256(body).digest()
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
+
+def read_artifact(path):
+    """unpack_artifact of a file; UserError when it cannot be read."""
+    try:
+        return unpack_artifact(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first") from error
 
 def unpack_artifact(data, path):
     """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for error messages."""
@@ -1084,14 +1041,6 @@ def unpack_artifact(data, path):
     t = header["tokenizer"]
     return header["settings"], TokenTable(tuple(t["pieces"]), t["kinds"], t["bos_id"]), weights
 
-def read_artifact(path):
-    """unpack_artifact of a file; UserError when it cannot be read."""
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first") from error
-    return unpack_artifact(data, path)
-
 def code_bytes():
     """Bytes of this script, which count against the cap."""
     return len(Path(__file__).read_bytes())
@@ -1116,126 +1065,84 @@ def fit_artifact(model, cfg, table, log):
     return best or (data, coarseness)
 
 # ---- N-gram history ----------------------------------------------------------------------------------------
-# Everything the stream has said so far, exactly. Unigrams and bigrams have dense integer counts. Each longer
-# context (the n - 1 tokens before an n-gram's last) has a hash chain, as in LZ77: prev[i] is the most recent
-# earlier position at which the same context ends. Walking from t - 1 yields the occurrences before t and
-# nothing later, so a whole chunk may be linked before its first position is predicted. The heads of chains
-# are in an open-addressing table that compares contexts token by token: no false match, ever. 4 bytes a token
-# and context for prev (8 with spare room), up to 9 for heads. What a rank links late it links the same way.
-class HeadTable:
-    """context -> last position at which it ends. A slot holds that position; the text has the context."""
-    def __init__(self, history, length):
-        self.history, self.length = history, length
-        self.slots = torch.full((1024,), -1, dtype=torch.int32, device=history.device)
-        self.used = 0
-
-    def swap(self, positions, newest):
-        """Distinct contexts end at `positions`: return their last earlier positions or -1, store `newest`."""
-        entries = self.used + len(positions)
-        if entries > 0.7 * len(self.slots):
-            known = self.slots[self.slots >= 0].long()
-            self.slots = self.slots.new_full((1 << math.ceil(math.log2(entries / 0.45)),), -1)
-            self._find(known)
-        slot, older = self._find(positions)
-        self.slots[slot] = newest.int()
-        self.used += int((older < 0).sum())
-        return older
-
-    def _find(self, positions):
-        """(slot, position found there or -1) of each context; empty slots are claimed by linear probing."""
-        tokens, back = self.history.tokens, torch.arange(self.length, device=positions.device)
-        mask = len(self.slots) - 1
-        slot = self.history.hashes(positions, self.length) & mask
-        older, todo = torch.full_like(positions, -1), torch.arange(len(positions), device=positions.device)
-        while len(todo):
-            at, mine = slot[todo], positions[todo]
-            found = self.slots[at].long()
-            self.slots[at[found < 0]] = mine[found < 0].int()  # of several claims on a slot one stays
-            there, here = (tokens[ends[:, None] - back] for ends in (self.slots[at].long(), mine))
-            same = (there == here).all(1)  # also where the claim has just been won
-            older[todo[same]] = found[same]
-            todo = todo[~same]
-            slot[todo] = (slot[todo] + 1) & mask
-        return slot, older
+# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, and
+# the pieces of the word so far) there are hash chains, as in LZ77: prev[i] is the most recent earlier
+# position whose context has the same hash. Walking from t - 1 yields what is before t and nothing later, so a
+# whole block may be linked before its first position is predicted; contexts are compared token by token, so
+# that what is found is real. How the stream was cut into blocks changes nothing. Bytes: 28 a token, with a
+# quarter to spare, and 24 a hash value. Ten lengths, 1 to 10, are no better than these five.
+CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, and ends where the word begins
+CONTEXTS = len(CONTEXT_LENGTHS)
 
 class NgramHistory:
-    """The stream so far: dense counts of unigrams and bigrams, chains for longer contexts, to order - 1."""
-    def __init__(self, vocab_size, order, recent, device):
-        self.device, self.recent, self.size, self.counted = device, recent, 0, 0
-        self.tokens = torch.zeros(0, dtype=torch.int64, device=device)
-        self.heads = [HeadTable(self, length) for length in range(2, order)]
-        self.prev = torch.zeros(len(self.heads), 0, dtype=torch.int32, device=device)
-        self.unigrams = torch.zeros(vocab_size, dtype=torch.int32, device=device)
-        self.bigrams = torch.zeros(vocab_size, vocab_size, dtype=torch.int32, device=device)
+    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or stand between words. Rows of
+    (C, n) arrays are the kinds of context, CONTEXT_LENGTHS cut to NGRAM_ORDER - 1."""
+    def __init__(self, cfg, word_begins, device):
+        self.recent, self.size, self.device = cfg.ngram_recent, 0, device
+        self.word_begins = torch.as_tensor(word_begins, device=device)
+        self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
+        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)
+        self.prev = torch.zeros(CONTEXTS, 0, dtype=torch.int32, device=device)
+        self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32, device=device)
 
-    def hashes(self, ends, length):
-        """int64 hash of the context of `length` tokens that ends at each position."""
+    def contexts(self, ends):
+        """Tokens of the contexts that end at `ends` (C, n): int32 (C, n, 8), newest first, -1 beyond them."""
+        back = torch.arange(max(CONTEXT_LENGTHS), device=self.device)
+        where = ends[..., None] - back
+        tokens = self.tokens[where.clamp(min=0)]
+        inside = (back < self.lengths[:, None, None]) & (where >= 0)
+        begins = self.word_begins[tokens[-1]].int()
+        inside[-1] &= begins.cumsum(-1) - begins == 0
+        return torch.where(inside, tokens, -1)
+
+    def hashes(self, ends):
+        """The slot in `heads` of each context that ends at `ends` (C, n)."""
         h = torch.zeros_like(ends)
-        for back in range(length):
-            h = (h ^ self.tokens[ends - back]) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
+        for tokens in self.contexts(ends).long().unbind(-1):
+            h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
             h = h ^ ((h >> 29) & 0x7FFFFFFFF)
-        return h
+        return h & (self.heads.size(1) - 1)
 
     def extend(self, prefix):
         """Link the tokens of `prefix` (the stream from its start, int64) that are not in the history yet."""
-        first, last = self.size, len(prefix)
-        if last > len(self.tokens):
-            room = max(1024, 2 * last) - len(self.tokens)
-            self.tokens = F.pad(self.tokens, (0, room))
-            self.prev = F.pad(self.prev, (0, room), value=-1)
-        self.tokens[first:last] = prefix[first:].to(self.device)
-        self.size = last
-        group = self.tokens[first:last]  # equal contexts have equal numbers, one token longer in each round
-        for chain, heads in zip(self.prev, self.heads):
-            ends = torch.arange(min(max(first, heads.length - 1), last), last, device=self.device)
-            key = group[len(group) - len(ends):] * len(self.unigrams) + self.tokens[ends - heads.length + 1]
-            if not len(ends):
-                break  # no context of this length yet, hence no longer one
-            key, order = torch.sort(key, stable=True)
-            ends, new = ends[order], F.pad(key[1:] != key[:-1], (1, 1), value=True)
-            group = torch.empty_like(key).scatter_(0, order, new[:-1].cumsum(0))
-            chain[ends[1:]] = torch.where(new[1:-1], -1, ends[:-1]).int()  # within these tokens
-            chain[ends[new[:-1]]] = heads.swap(ends[new[:-1]], newest=ends[new[1:]]).int()  # to older ones
+        first, self.size = self.size, max(self.size, len(prefix))
+        if first == self.size:
+            return
+        if self.size > len(self.tokens):
+            room = self.size + self.size // 4 + 1024 - len(self.tokens)
+            self.tokens, self.prev = F.pad(self.tokens, (0, room)), F.pad(self.prev, (0, room))
+        self.tokens[first:self.size] = prefix[first:].to(self.device)
+        ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
+        slot, order = torch.sort(self.hashes(ends), stable=True)
+        ends, border = ends.gather(1, order), slot[:, 1:] != slot[:, :-1]
+        older = torch.where(F.pad(border, (1, 0), value=True), self.heads.gather(1, slot),
+                            F.pad(ends[:, :-1], (1, 0)).int())
+        self.prev.scatter_(1, ends, older)
+        kind, newest = F.pad(border, (0, 1), value=True).nonzero(as_tuple=True)
+        self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
 
-    def count_up_to(self, stop):
-        """Take the tokens before position `stop` into the dense counts (they never go back)."""
-        V, pairs = len(self.unigrams), self.tokens[max(self.counted - 1, 0):stop]
-        self.unigrams += torch.bincount(self.tokens[self.counted:stop], minlength=V).int()
-        self.bigrams += torch.bincount(pairs[:-1] * V + pairs[1:], minlength=V * V).view(V, V).int()
-        self.counted = stop
+    def occurrences(self, start, stop):
+        """Where the contexts of positions start..stop-1 have ended before: int64 (R, C, M), of the last M =
+        NGRAM_RECENT positions in the chain, newest first, those that are real, and -1 for the others. A walk
+        starts at the end of the position's own strict prefix; tokens up to stop - 2 must be linked."""
+        at, found = torch.arange(start - 1, stop - 1, device=self.device).expand(CONTEXTS, -1), []
+        contexts = self.contexts(at)
+        for _ in range(self.recent):
+            at = torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1)
+            found.append(torch.where((self.contexts(at) == contexts).all(-1), at, -1))
+        return torch.stack(found, -1).transpose(0, 1)
 
-    def backoff_counts(self, start, stop, min_count):
-        """Next-token counts, float64 (R, V), at positions start..stop-1, each from its own strict prefix.
-        Of the longest context seen min_count times: all counts for contexts of 0 and 1 token, of the last
-        `recent` occurrences for longer ones. Tokens up to stop - 2 must be linked. Calls go left to right."""
-        self.count_up_to(start)
-        at = torch.arange(start - 1, stop - 1, device=self.device)  # where the context of each position ends
-        counts = self._dense_counts(start, stop, at, min_count)
-        open_rows = torch.arange(len(at), device=self.device)
-        for chain in reversed(self.prev):
-            walk = [at[open_rows]]  # then the earlier occurrences of these contexts, newest first, then -1
-            for _ in range(self.recent):
-                walk.append(torch.where(walk[-1] >= 0, chain[walk[-1].clamp(min=0)].long(), -1))
-            found = walk[min_count] >= 0
-            rows, earlier = open_rows[found], torch.stack(walk[1:], 1)[found]
-            following, real = self.tokens[(earlier + 1).clamp(min=0)], (earlier >= 0).double()
-            counts[rows] = torch.zeros_like(counts[rows]).scatter_add_(1, following, real)
-            open_rows = open_rows[~found]
-        return counts
-
-    def _dense_counts(self, start, stop, at, min_count):
-        """Bigram counts where the token before was followed min_count times, else unigrams'; (R, V)."""
-        inside = F.one_hot(self.tokens[start:stop - 1], len(self.unigrams)).float()  # seen since count_up_to
-        before = torch.ones(stop - start, stop - 1 - start, device=self.device).tril(-1)
-        same = before * (self.tokens[at][:, None] == self.tokens[at[:-1]])
-        bigram = self.bigrams[self.tokens[at]].double() + same @ inside  # products below 2^24: exact in fp32
-        unigram = self.unigrams.double() + before @ inside
-        return torch.where(bigram.sum(1, keepdim=True) >= min_count, bigram, unigram)
-
-# ---- Mixer and commitment ----------------------------------------------------------------------------------
+# ---- Mixers and commitment ---------------------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
 # vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
+#
+# The learned mixer re-weights the model's distribution p in the log domain. The tokens that followed a
+# position's contexts before are its candidates; a network of one hidden layer turns what speaks for each into
+# a boost b, and q = softmax(log p + b). Without evidence q is p. The gradient of -log q[x] in b[v] is q[v] -
+# [v = x]: learning is two small products, after a block has been scored, and batches' gradients add up as
+# integers, as TTT's do.
 TOTAL_BITS, TOTAL = 24, 1 << 24
+MIXER_HIDDEN, MIXER_FEATURES = 32, 4 * CONTEXTS + 3
 
 def commit(p):
     """Probabilities (R, V), float64 -> frequencies int32 (R, V), each >= 1, each row summing to exactly 2^24.
@@ -1245,19 +1152,82 @@ def commit(p):
     freqs.scatter_add_(1, p.argmax(-1, keepdim=True), TOTAL - freqs.sum(-1, keepdim=True))
     return freqs.int()
 
-def mix_entropy(p, counts, cfg):
-    """(1 - alpha) p + alpha counts / total, where alpha = base + range * sigmoid(2 (H - center)).
-    p, counts (R, V) float64, H p's entropy in nats: the gate sees p alone. PR 1033's rule, on all tokens."""
+def mix_entropy(p, ends, following, cfg):
+    """(1 - alpha) p + alpha counts / total, where alpha = base + range * sigmoid(2 (H - center)): PR 1033's
+    rule, on all tokens. p (R, V) float64, H its entropy in nats: the gate sees p alone. The counts are those
+    of the longest context (not the word's) with MIN_COUNT of the occurrences `ends`, (R, C, M), or none."""
+    enough = (ends[:, :-1] >= 0).sum(2) >= cfg.min_count
+    longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, ends.size(2))
+    tokens, real = following.gather(1, longest)[:, 0], (ends.gather(1, longest)[:, 0] >= 0).double()
+    counts = torch.zeros_like(p).scatter_add_(1, tokens, real)
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
-    return (1 - alpha) * p + alpha * counts / counts.sum(-1, keepdim=True)
+    alpha = alpha * enough.any(1, keepdim=True)
+    return (1 - alpha) * p + alpha * counts / real.sum(1, keepdim=True).clamp(min=1)
+
+def gather_evidence(p, ends, following, at, window):
+    """What speaks for each candidate of R positions, whose contexts end at `at` (R,) and whose models see the
+    tokens from `window` (R,) on. p (R, V) float64; ends, following (R, C, M): occurrences, tokens after them.
+    Returns tokens (R, J), J = C * M, distinct (R, J): each one's first slot, features (R, F, J) fp32: of each
+    context log odds of the share, inverse rank and log distance of the last occurrence, if the model sees it;
+    of the model log p's distance to the top, the top; and 1. Shapes are fixed, for equal rounding."""
+    tokens, real = following.flatten(1), ends >= 0
+    same = ((following[..., None] == tokens[:, None, None]) & real[..., None]).byte()  # (R, C, M, J)
+    count, total, rank = same.sum(2), real.sum(2)[..., None], same.argmax(2)
+    distinct = same.flatten(1, 2).argmax(1) == torch.arange(tokens.size(1), device=tokens.device)
+    seen, last = count > 0, ends.gather(2, rank)
+    context = [((count + 0.4) / (total - count + 0.4)).log() * (total > 0), seen / (1 + rank),
+               seen * (at[:, None, None] - last).clamp(min=1).log2() / 8,
+               seen & (last >= window[:, None, None])]
+    logp = p.log().float()
+    top, mine = logp.amax(1, keepdim=True), logp.gather(1, tokens)
+    model = [(top - mine) / 4, top.expand_as(mine) / 2, torch.ones_like(mine)]
+    features = torch.cat([*(f.float() for f in context), torch.stack(model, 1)], 1)
+    return tokens, distinct & real.flatten(1), features
+
+class LearnedMixer:
+    """The scorer network, its Adam state, and the evidence of the block that waits for update. `weights`
+    (H, F + 1): the hidden layer and, as last column, the output's. Calibration begins at a rate 10 times
+    MIXER_LR higher, which falls over `calibration_blocks`."""
+    def __init__(self, weights, cfg, rt, calibration_blocks=0):
+        self.cfg, self.rt, self.calibration_blocks = cfg, rt, calibration_blocks
+        self.weights, self.blocks, self.waiting = weights.clone(), 0, {}
+        self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
+
+    def mix(self, p, tokens, distinct, features):
+        """q (R, V) float64: p with its candidates boosted."""
+        hidden = (self.weights[:, :-1] @ features).clamp(min=0)
+        boost = (self.weights[:, -1, None] * hidden).sum(1) * distinct
+        return torch.softmax(p.log().scatter_add(1, tokens, boost.double()), -1)
+
+    def gradient(self, tokens, distinct, features, q, targets):
+        """d(sum over rows of -log q[target]) / d(weights), (H, F + 1) fp32; q (R, J), that of `tokens`."""
+        error = (q.float() - (tokens == targets[:, None]).float()) * distinct
+        hidden = (self.weights[:, :-1] @ features).clamp(min=0)
+        back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
+        first = torch.einsum("rhj,rfj->hf", back, features)
+        return torch.cat([first, torch.einsum("rhj,rj->h", hidden, error)[:, None]], 1)
+
+    def learn(self, tokens):
+        """One Adam step on the block that waits, now that its tokens are scored; the same on every rank."""
+        total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
+        for parts in self.waiting.values():  # a batch of windows each, in however many calls it was committed
+            *evidence, at = map(torch.cat, zip(*parts))
+            gradient = self.gradient(*evidence, tokens[at + 1])
+            total += (gradient.double() * FIXED_POINT_SCALE).round().long()
+        mean = self.rt.sum_over_ranks(total).double() / (FIXED_POINT_SCALE * self.cfg.mixer_block)
+        left = max(0.0, 1 - self.blocks / self.calibration_blocks) if self.calibration_blocks else 0.0
+        self.optimizer.param_groups[0]["lr"] = self.cfg.mixer_lr * (1 + 9 * left)
+        self.weights.grad = mean.float()
+        self.optimizer.step()
+        self.blocks, self.waiting = self.blocks + 1, {}
 
 # ---- Test-time training ------------------------------------------------------------------------------------
-# After a chunk has been scored the model trains on it, and the next chunk is scored by the Polyak average of
-# the weights so trained. The first TTT_FREEZE_BLOCKS blocks' matrices stay; gains, scales and the token table
-# learn. Ranks share the work but must stay identical to the last bit: each fixed micro-batch yields a summed
-# gradient that is rounded to int64 fixed point, and integers add up the same in any order. The schedule's
-# length is a setting in the artifact, not the text's length, so a prefix is coded as the whole would be.
+# After a chunk has been scored the model trains on it; the Polyak average of the weights so trained scores
+# the next. The first TTT_FREEZE_BLOCKS blocks' matrices stay; gains, scales and the token table learn. Ranks
+# stay identical to the last bit: each fixed micro-batch's summed gradient is rounded to int64 fixed point,
+# and integers add up the same in any order. The schedule's length is the artifact's setting, not the text's
+# length.
 TTT_MICRO_BATCH_SEQUENCES, FIXED_POINT_SCALE = 2, 2.0 ** 36
 
 class TestTimeTrainer:
@@ -1289,9 +1259,9 @@ class TestTimeTrainer:
         weights = torch.from_numpy(self.table.count_bytes(tokens.numpy())).to(self.rt.device)
         x, y, w = (t.to(self.rt.device).view(-1, W).split(TTT_MICRO_BATCH_SEQUENCES)
                    for t in (tokens[:-1], tokens[1:], weights))
-        mine = slice(self.rt.rank, None, self.rt.world)
+        batches = list(zip(x, y, w))[self.rt.rank::self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            self._step(list(zip(x[mine], y[mine], w[mine])), lr, total_weight=max(1, int(weights.sum())))
+            self._step(batches, lr, total_weight=max(1, int(weights.sum())))
 
     def _step(self, batches, lr, total_weight):
         """One AdamW step on the byte-weighted mean loss over all ranks' batches, then the Polyak average."""
@@ -1312,25 +1282,17 @@ class TestTimeTrainer:
 
 # ---- Predictor and scorer ----------------------------------------------------------------------------------
 # Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
-# position i + 1. The first window scores all its W rows; of each later one the last S (a tile) are scored, in
-# two passes of fixed shape: the known part, then the tile over its cached keys and values. Windows go by
-# position into batches of fixed composition, padded with dummies, so that the integers depend neither on the
-# number of ranks nor on how much of the stream is known: the unknown is a dummy that no earlier row sees.
+# position i + 1. The first window scores all its W rows, each later one its last S (a tile), in two passes of
+# fixed shape: the known part, then the tile over its cached keys and values. Windows go into batches of fixed
+# composition, the unknown being a dummy that no earlier row sees: the integers depend neither on ranks nor on
+# what is known.
 class OrderError(RuntimeError):
     """predict, score and update were not called in the order that makes a score honest."""
 
-@dataclasses.dataclass
-class Commitment:
-    """Frequencies for positions start..stop-1, as far as this rank computes them."""
-    start: int
-    stop: int
-    pieces: list  # (index of the batch in the chunk, first position, last + 1, {stage: freqs int32 (R, V)})
-
-@dataclasses.dataclass
-class EvalPass:
-    """One walk over the stream: which stages it scores, window stride, and what learns on the way."""
-    stages: tuple
-    stride: int
+# Frequencies for positions start..stop-1, as far as this rank computes them. Each piece: the batch's index in
+# the chunk, first position, last + 1, {stage: freqs int32 (R, V)}. A pass is one walk: stages, window stride.
+Commitment = collections.namedtuple("Commitment", "start stop pieces")
+EvalPass = collections.namedtuple("EvalPass", "stages stride")
 
 def evaluation_passes(cfg):
     """The passes over the quantized model. Stages that come from the same neural distribution share one."""
@@ -1349,34 +1311,38 @@ class Predictor:
         self.pending = None  # the commitment that waits for its score
         self.forward = rt.compiled(model)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
-        self.history = NgramHistory(cfg.vocab_size, cfg.ngram_order, cfg.ngram_recent, rt.device) \
-            if "mixer" in plan.stages else None
+        self.history = self.mixer = None
+        if "mixer" in plan.stages:
+            _, leading, boundary = table.byte_tables
+            self.history = NgramHistory(cfg, leading | boundary, rt.device)
+            if cfg.mixer == "learned":
+                self.mixer = LearnedMixer(model.mixer, cfg, rt)
+        self.block = cfg.mixer_block if self.mixer else cfg.ttt_chunk_tokens  # from update to update
         self.mix_seconds = 0.0
 
     def predict(self, prefix, start, stop):
         """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
-        if self.pending is not None or not self.committed == start < stop or len(prefix) != stop - 1:
+        in_order = self.committed == start < stop <= self.learned + self.block and len(prefix) == stop - 1
+        if self.pending is not None or not in_order:
             raise OrderError(f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
-                             f"{self.committed}, once all before it is scored, from all before the last")
-        if stop > self.learned + self.cfg.ttt_chunk_tokens:
-            raise OrderError(f"asked to predict up to {stop - 1}; update is due at {self.learned}")
+                             f"{self.committed}, once all before it is scored, from all before the last; "
+                             f"update is due at {self.learned + self.block}")
         pieces = []
-        for index, starts in enumerate(self._batches(self.learned - 1)):
+        for index, starts in enumerate(self._batches()):
             first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + self._rows(starts))
             if first < last and index % self.rt.world == self.rt.rank:
                 rows = slice(first - starts[0] - 1, last - starts[0] - 1)
-                freqs = self._commit(self._logits(prefix, starts), prefix, first, last, rows)
+                freqs = self._commit(self._logits(prefix, starts), prefix, starts, index, rows)
                 pieces.append((index, first, last, freqs))
         self.pending, self.committed = Commitment(start, stop, pieces), stop
         return self.pending
 
     def score(self, commitment, targets):
         """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length."""
-        size = commitment.stop - commitment.start if commitment else None
-        if commitment is not self.pending or len(targets) != size:
+        if not commitment or commitment is not self.pending or len(targets) != len(range(*commitment[:2])):
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        batches = len(self._batches(self.learned - 1))
+        batches = len(self._batches())
         bits = torch.zeros(len(self.plan.stages), batches, dtype=torch.float64)
         for index, first, last, freqs in commitment.pieces:
             if freqs is None:
@@ -1393,24 +1359,28 @@ class Predictor:
         return {stage: sum(row) for stage, row in zip(self.plan.stages, bits.tolist())}
 
     def update(self, prefix):
-        """Learn from a scored chunk; `prefix` int64 is the stream up to and including its last token."""
-        whole = self.committed == self.learned + self.cfg.ttt_chunk_tokens == len(prefix)
+        """Learn from a scored block; `prefix` int64 is the stream up to and including its last token. The
+        learned mixer takes a step after every block, TTT after every chunk."""
+        whole = self.committed == self.learned + self.block == len(prefix)
         if self.pending is not None or not whole:
-            raise OrderError(f"update takes scored chunks; {self.learned}..{len(prefix) - 1} is not one")
-        if self.ttt:
-            self.ttt.adapt_chunk(prefix[self.learned - 1:])
-        self.learned = self.committed
+            raise OrderError(f"update takes scored blocks; {self.learned}..{len(prefix) - 1} is not one")
+        self.learned, chunk = self.committed, self.cfg.ttt_chunk_tokens
+        if self.mixer:
+            self.history.extend(prefix)
+            self.mixer.learn(self.history.tokens)
+        if self.ttt and (self.learned - 1) % chunk == 0:
+            self.ttt.adapt_chunk(prefix[self.learned - 1 - chunk:])
 
     def _rows(self, starts):
         """Scored rows of a batch's windows: all W of the window at the stream's start, else the stride."""
         return self.cfg.eval_seq_len if starts[0] == 0 else self.plan.stride
 
-    def _batches(self, origin):
-        """Batches of a chunk whose first input row is `origin`: lists of each window's first scored row."""
-        W, S, end = self.cfg.eval_seq_len, self.plan.stride, origin + self.cfg.ttt_chunk_tokens
+    def _batches(self):
+        """Batches of the chunk that `learned` is in: lists of each window's first scored row."""
+        W, S, chunk = self.cfg.eval_seq_len, self.plan.stride, self.cfg.ttt_chunk_tokens
+        origin, size = (self.learned - 1) // chunk * chunk, self.cfg.eval_batch_windows
         head = [[0]] if origin == 0 else []
-        starts = list(range(W if origin == 0 else origin, end, S))
-        size = self.cfg.eval_batch_windows
+        starts = list(range(W if origin == 0 else origin, origin + chunk, S))
         return head + [starts[i:i + size] for i in range(0, len(starts), size)]
 
     @torch.no_grad()
@@ -1423,13 +1393,13 @@ class Predictor:
         tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0)
         tokens, known = tokens.to(self.rt.device), W - rows
         past = self.forward(tokens[:, :known])[1] if known else None
-        logits, _ = self.forward(tokens[:, known - EMBED_CONTEXT:] if known else tokens, past)
-        return logits[:len(starts)].flatten(0, 1)
+        tile = tokens[:, max(0, known - EMBED_CONTEXT):]
+        return self.forward(tile, past)[0][:len(starts)].flatten(0, 1)
 
     @torch.no_grad()
-    def _commit(self, logits, prefix, first, last, rows):
-        """{stage: frequencies} of positions first..last-1, which are `rows` of a batch's logits (R, V). All R
-        rows are computed, wanted or not: a sum over a row may round otherwise where there are fewer rows."""
+    def _commit(self, logits, prefix, starts, index, rows):
+        """{stage: frequencies} of `rows` (a slice) of a batch's logits (R, V). All R rows are computed,
+        wanted or not: a sum over a row may round otherwise where there are fewer rows."""
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
         if not p.isfinite().all():
@@ -1437,62 +1407,92 @@ class Predictor:
         freqs = {self.plan.stages[0]: commit(p)[rows]}
         if self.history:
             start_s = self.rt.clock()
-            self.history.extend(prefix[:last - 1])
-            counts = torch.ones_like(p)
-            counts[rows] = self.history.backoff_counts(first, last, self.cfg.min_count)
-            freqs["mixer"] = commit(mix_entropy(p, counts, self.cfg))[rows]
+            freqs["mixer"] = commit(self._mix(p, prefix, starts, index, rows))[rows]
             self.mix_seconds += self.rt.clock() - start_s
         return freqs
 
-def evaluate(predictor, tokens, total_bytes, log):
-    """Score `tokens`, int64 (n + 1,), in one walk; returns the plan's stages as results.json has them."""
-    plan, cfg = predictor.plan, predictor.cfg
-    bits, n = dict.fromkeys(plan.stages, 0.0), len(tokens) - 1
-    stream = torch.from_numpy(tokens)
-    start_s = said_s = time.perf_counter()
-    for start in range(1, n + 1, cfg.ttt_chunk_tokens):
-        stop = min(start + cfg.ttt_chunk_tokens, n + 1)
+    def _mix(self, p, prefix, starts, index, rows):
+        """The mixture (R, V) that a batch's p (R, V) becomes by what the history knows of its `rows`."""
+        at = starts[0] + torch.arange(len(p), device=p.device)  # where the context of each row ends
+        first, last = starts[0] + rows.start + 1, starts[0] + rows.stop + 1
+        self.history.extend(prefix[:last - 1])
+        ends = at.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
+        ends[rows] = self.history.occurrences(first, last)
+        following = self.history.tokens[ends + 1].long()  # where there is none, any token
+        if not self.mixer:
+            return mix_entropy(p, ends, following, self.cfg)
+        window = at - (at - starts[0]) % self._rows(starts) + self._rows(starts) - self.cfg.eval_seq_len
+        evidence = gather_evidence(p, ends, following, at, window)
+        q = self.mixer.mix(p, *evidence)
+        waiting = (*evidence, q.gather(1, evidence[0]), at)
+        self.mixer.waiting.setdefault(index, []).append([t[rows] for t in waiting])
+        return q
+
+def score_stream(predictor, tokens, log, limit_s=math.inf):
+    """Score `tokens`, int64 (n + 1,), in one walk of at most limit_s seconds; ({stage: bits}, how many)."""
+    plan, stream, n, stop = predictor.plan, torch.from_numpy(tokens), len(tokens) - 1, 1
+    bits, start_s = dict.fromkeys(plan.stages, 0.0), time.perf_counter()
+    said_s = start_s
+    while stop <= n:
+        if limit_s < math.inf and predictor.rt.from_main(time.perf_counter() - start_s) > limit_s:
+            break
+        start, stop = stop, min(stop + predictor.block, n + 1)
         commitment = predictor.predict(stream[:stop - 1], start, stop)
-        for stage, chunk_bits in predictor.score(commitment, stream[start:stop]).items():
-            bits[stage] += chunk_bits
+        for stage, block_bits in predictor.score(commitment, stream[start:stop]).items():
+            bits[stage] += block_bits
         if stop <= n:
             predictor.update(stream[:stop])
         if time.perf_counter() - said_s > 15:
             said_s = time.perf_counter()
             log(f"{'+'.join(plan.stages)}: {progress_line(stop - 1, n, start_s, 'tokens')}")
+    return bits, stop - 1
+
+def evaluate(predictor, tokens, total_bytes, log):
+    """Score `tokens`, int64 (n + 1,), in one walk; returns the plan's stages as results.json has them."""
+    start_s, first = predictor.rt.clock(), predictor.plan.stages[0]
+    bits, n = score_stream(predictor, tokens, log)
     seconds = predictor.rt.clock() - start_s
-    added_s = {plan.stages[0]: seconds - predictor.mix_seconds, "mixer": predictor.mix_seconds}
+    added_s = {first: seconds - predictor.mix_seconds, "mixer": predictor.mix_seconds}
     return [{"name": stage, "val_loss": bits[stage] * math.log(2) / n, "val_bpb": bits[stage] / total_bytes,
-             "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in plan.stages]
+             "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in predictor.plan.stages]
+
+def calibrate_mixer(model, cfg, table, rt, limit_s, log):
+    """Fit the mixer in `model` to the held-out text by scoring it as validation text is scored, but half a
+    window at a time, without TTT, and at rates that fall to MIXER_LR. Returns its seconds."""
+    start_s, tokens = rt.clock(), load_held_out(cfg).astype(np.int64)
+    S = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
+    cfg = dataclasses.replace(cfg, ttt_enabled=False, eval_batch_windows=1, mixer_block=S,
+                              ttt_chunk_tokens=math.lcm(S, cfg.eval_seq_len))
+    predictor = Predictor(model, cfg, table, rt, EvalPass(("sliding", "mixer"), S))
+    predictor.forward, predictor.mixer.calibration_blocks = model, len(tokens) // S  # as it is, not compiled
+    bits, n = score_stream(predictor, tokens, log, limit_s)
+    model.mixer.copy_(predictor.mixer.weights)
+    seconds = rt.clock() - start_s
+    log(f"calibration: {n:,} of {len(tokens) - 1:,} held-out tokens in {seconds:.1f} s, bits a token: "
+        + ", ".join(f"{stage} {b / max(n, 1):.4f}" for stage, b in bits.items()))
+    return seconds
 
 # ---- Texts to shards ---------------------------------------------------------------------------------------
-# `tokenize` turns the user's own text into official shards; the demo goes through the same function with the
-# only English that every machine has: the documentation inside Python and its packages. One document in 20,
-# chosen by a checksum of its text, is validation. A tokenizer trained here reproduces any text but U+2581.
+# `tokenize` turns text into official shards; so does the demo with the only English that every machine has,
+# the documentation inside Python and its packages. One document in 20, chosen by a checksum, is validation.
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
-    """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
+    """The documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
     TXT_DOCUMENT_CHARS or more)."""
-    number, parts = 0, []
+    number, texts, is_txt = 0, [], path.endswith(".txt")
     try:
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
-            line = line.decode("utf-8")
-            if path.endswith(".txt"):
-                parts.append(line)
-                if not line.strip() and sum(map(len, parts)) >= TXT_DOCUMENT_CHARS:
-                    yield "".join(parts)
-                    parts = []
-            elif line.strip():
-                text = json.loads(line)["text"]
-                text.encode()  # a string, and no half of a surrogate pair
-                yield text
-        yield "".join(parts)
+            if is_txt or line.strip():
+                texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
+                texts[-1].encode()  # a string, and no half of a surrogate pair
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'tokenize: {path}, line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}} '
                         f"({error})") from error
     except Exception as error:  # OSError, or zstandard's own class
         raise UserError(f"tokenize: cannot read {path}: {error}") from error
+    cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
+    return re.findall(cut, "".join(texts)) if is_txt else texts
 
 def demo_documents():
     """English on this machine, in order: pydoc's topics, then for each module of the standard library, numpy
@@ -1500,14 +1500,20 @@ def demo_documents():
     from pydoc_data import topics
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    roots = [Path(module.__file__).parent for module in (os, np, torch)]
-    files = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))]
-    for path in (path for root, path in files if not skipped & set(path.relative_to(root).parts)):
-        if sum(map(len, documents)) >= DEMO_TEXT_CHARS:
-            break
-        found = re.findall('"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"), re.DOTALL)
-        documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
+    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+        for path in sorted(root.rglob("*.py")):
+            if sum(map(len, documents)) < DEMO_TEXT_CHARS and not skipped & set(path.relative_to(root).parts):
+                source = path.read_text(encoding="utf-8", errors="ignore")
+                found = re.findall('"""(.*?)"""', source, re.DOTALL)
+                documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
     return list(filter(None, documents))
+
+def prepare_demo(cfg, log):
+    """Make the demo's shards in its cache, once."""
+    if Path(cfg.data_path) == Path(DEMO_CACHE) and not any(Path(DEMO_CACHE).glob("fineweb_val_*.bin")):
+        log("demo: gathering English from the documentation on this machine")
+        shutil.rmtree(DEMO_CACHE, ignore_errors=True)  # what an interrupted run has left
+        write_shards(demo_documents(), DEMO_CACHE, cfg, log)
 
 def train_tokenizer(documents, vocab_size, path):
     """Train a SentencePiece BPE model with byte fallback and no normalization, and write it to `path`."""
@@ -1553,8 +1559,7 @@ def write_shards(documents, out_dir, cfg, log):
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}")
 
 # ---- Report ------------------------------------------------------------------------------------------------
-# train.log is for people, results.json for programs. Both are written as the run goes, so that nothing that
-# was measured is lost. The ledger holds every second and byte against the competition's limits.
+# train.log is for people, results.json for programs. Seconds and bytes stand beside the competition's limits.
 TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
 
 class Report:
@@ -1562,20 +1567,18 @@ class Report:
     def __init__(self, cfg, rt, command):
         self.cfg, self.rt = cfg, rt
         log_path = cfg.run_dir / f"{command}.log"
-        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.is_main else []
+        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.rank == 0 else []
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         environment = {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
                        "world_size": rt.world, "dtype": str(rt.dtype), "source_sha256": source}
         settings = dict(sorted(dataclasses.asdict(cfg).items()))
         self.results = dict(run_id=cfg.run_dir.name, seed=cfg.seed, command=command, settings=settings,
                             environment=environment, train=None, artifact=None, stages=[], val_bpb=None)
-        now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.log(f"{command} {cfg.run_dir.name}, {now}, python {platform.python_version()}, "
-                 f"torch {torch.__version__}, source sha256 {source[:16]}")
-        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in self.results["settings"].items())):
-            self.log(line)
+        self.log(f"{command} {cfg.run_dir.name}, {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
+        self.log("\n".join([f"python {environment['python']}, torch {torch.__version__}, source {source}",
+                            *rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())]))
 
-    def log(self, line=""):
+    def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
             print(line, file=file, flush=True)
@@ -1604,59 +1607,60 @@ class Report:
         """Log the table of stages and the budget ledger."""
         stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
         self.log(f"\n{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
-        for before, s in zip([None, *stages], stages):
-            delta = f"{s['val_bpb'] - before['val_bpb']:+.6f}" if before else ""
-            self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{delta:>11}{s['val_loss']:>10.6f}"
-                     f"{s['tokens']:>12,}{s['seconds']:>9.1f}")
+        for before, s in zip([stages[0], *stages], stages):
+            self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{s['val_bpb'] - before['val_bpb']:>+11.6f}"
+                     f"{s['val_loss']:>10.6f}{s['tokens']:>12,}{s['seconds']:>9.1f}")
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
-            self.log(f"train       {train['seconds']:>10.1f} s of {TRAIN_LIMIT_S:.0f} s")
+            train_s = train["seconds"] + train["calibration_seconds"]
+            self.log(f"train       {train_s:>10.1f} s of {TRAIN_LIMIT_S:.0f} s (calibration included)")
             self.log(f"quantize    {train['quantize_seconds']:>10.1f} s")
         evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
         self.log(f"evaluation  {evaluation_s:>10.1f} s of {EVAL_LIMIT_S:.0f} s (without pre_quant)")
         self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
+def read_result(path):
+    """The parts of a finished run's results.json that a submission shows; UserError names what is amiss."""
+    try:
+        run = json.loads(Path(path).read_text())
+        last, artifact, settings = run["stages"][-1], run["artifact"], run["settings"]
+        whole = last["name"] == evaluation_passes(Config(**settings))[-1].stages[-1]
+        for fault, why in (
+                (not whole, f"ends at {last['name']}"),
+                (artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes), "over cap"),
+                (artifact.get("overridden"), f"{', '.join(artifact.get('overridden') or [])} overridden")):
+            if fault:
+                raise ValueError(why)
+        shared = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] != "run"} | {"preset"}
+        return {"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
+                "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
+                "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
+                "device": run["environment"]["device"],
+                "same": {n: v for n, v in settings.items() if n in shared - {"seed"}}}
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
+
 def summarize(paths, out_path):
     """Gather the results.json of several seeds into a submission.json; returns its contents."""
-    runs = []
-    for path in paths:
-        try:
-            run = json.loads(Path(path).read_text())
-            last, artifact = run["stages"][-1], run["artifact"]
-            if last["name"] != evaluation_passes(Config(**run["settings"]))[-1].stages[-1]:
-                raise ValueError(f"it ends at stage {last['name']}")
-            if artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes):
-                raise ValueError("its artifact is over the cap")
-            if artifact.get("overridden"):
-                raise ValueError(f"its {', '.join(artifact['overridden'])} are not the artifact's")
-            runs.append({"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": run["settings"]["preset"],
-                         "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
-                         "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
-                         "device": run["environment"]["device"], "settings": run["settings"]})
-        except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-            raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
-    for same in ("preset", "stage", "val_tokens"):
-        if len({r[same] for r in runs}) > 1:
-            raise UserError(f"summarize: the runs differ in {same}: {sorted({str(r[same]) for r in runs})}")
-    free = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "run"} | {"seed"}
-    settings = runs[0]["settings"]
-    odd = {n for r in runs for n, v in r["settings"].items() if n not in free and v != settings.get(n)}
-    if odd:
-        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}")
+    runs = [read_result(path) for path in paths]
+    compared = [{**r["same"], "stage": r["stage"], "val_tokens": r["val_tokens"]} for r in runs]
+    if odd := {n.upper() for c in compared for n, v in c.items() if v != compared[0].get(n)}:
+        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd))}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     try:
         kept = dict(json.loads(Path(out_path).read_text())) if Path(out_path).exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
-    summary = {name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")}
-    summary |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-    summary |= {n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")}
-    summary |= {n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")}
-    summary |= {"val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None}
-    summary |= {n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")}
-    shown = ("val_loss", "val_bpb", "bytes_total")
-    summary["seeds"] = {str(r["seed"]): {n: r[n] for n in shown} for r in runs}
+    deviation = statistics.stdev if len(runs) > 1 else lambda _: None
+    summary = {**{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
+               "date": time.strftime("%Y-%m-%d", time.gmtime()),
+               **{n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")},
+               **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
+               "val_bpb_std": deviation([r["val_bpb"] for r in runs]),
+               **{n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")},
+               "seeds": {str(r["seed"]): {n: r[n] for n in ("val_loss", "val_bpb", "bytes_total")}
+                         for r in runs}}
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
     write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
@@ -1664,21 +1668,13 @@ def summarize(paths, out_path):
 
 # ---- Commands ----------------------------------------------------------------------------------------------
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
-def prepare_demo(cfg, log):
-    """Make the demo's shards in its cache, once."""
-    demo = Path(DEMO_CACHE)
-    if Path(cfg.data_path) == demo and not any(demo.glob("fineweb_val_*.bin")):
-        log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(demo, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), demo, cfg, log)
-
 def open_run(cfg, environ, command, table=None):
     """Start a run: (Runtime, Report, TokenTable, validation tokens, their bytes). `table`: the artifact's."""
     rt = start_runtime(cfg, environ)
-    rt.on_main(lambda: check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes))
     if table is None:
         micro_batch_sequences(cfg, rt.world)
-        rt.on_main(lambda: check_writable(cfg.artifact.parent, 2 * cfg.size_limit_bytes))
+    for folder in (cfg.run_dir, cfg.run_dir if table else cfg.artifact.parent):
+        rt.on_main(lambda: check_writable(folder, 2 * cfg.size_limit_bytes))
     report = Report(cfg, rt, command)
     rt.on_main(lambda: prepare_demo(cfg, report.log))
     decode = None
@@ -1699,24 +1695,29 @@ def train_command(environ):
     rt, report, table, tokens, total_bytes = open_run(cfg, environ, "train")
     model = new_model(cfg, rt)
     report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    budget = cfg.size_limit_bytes - code_bytes()
     try:
-        result = train(model, cfg, rt, report.log, cfg.size_limit_bytes - code_bytes())
-    except TrainingStopped as stop:
+        result = train(model, cfg, rt, report.log, budget)
+        if cfg.calibrates:
+            with quantized_weights(model, estimate_coarseness(model, budget)):
+                left_s = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
+                result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
+    except (TrainingStopped, KeyboardInterrupt) as stop:
         path = cfg.run_dir / "stopped.int6.lzma"
         kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
         try:
-            if rt.is_main:
-                coarseness = estimate_coarseness(model, 0.9 * (cfg.size_limit_bytes - code_bytes()))
+            if rt.rank == 0:
+                coarseness = estimate_coarseness(model, 0.9 * budget)
                 write_atomically(path, pack_artifact(model, cfg, table, coarseness))
         except UserError as error:
             kept = f"its weights are lost ({error})"
-        if not isinstance(stop.__context__, KeyboardInterrupt):
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
             rt.from_main(0.0)  # torchrun kills the writer as soon as another rank leaves
-        raise TrainingStopped(f"{stop}; {kept}") from None
+        raise TrainingStopped(f"{str(stop) or 'calibration was interrupted'}; {kept}") from None
     start_s = time.perf_counter()
     rt.on_main(lambda: write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0]))
-    speeds = {"tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
-    report.results["train"] = {**vars(result), **speeds, "quantize_seconds": time.perf_counter() - start_s}
+    report.results["train"] = {**vars(result), "quantize_seconds": time.perf_counter() - start_s,
+                               "tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
     report.artifact(cfg.artifact, cfg.artifact.read_bytes())
     plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
@@ -1724,7 +1725,7 @@ def train_command(environ):
 
 def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
-    rt.be_deterministic()
+    torch.use_deterministic_algorithms(rt.device.type == "cuda")  # a decoder must get these very integers
     settings, table, weights = read_artifact(cfg.artifact)
     other = [n.upper() for n, v in settings.items() if n != "preset" and getattr(cfg, n) != v]
     report.results["artifact"]["overridden"] = other
@@ -1752,9 +1753,8 @@ def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg, log = config_from_env(environ), functools.partial(print, flush=True)
     documents, start_s = [], time.perf_counter()
-    for path in paths:
-        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
+    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
+        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
     for number, path in enumerate(paths, 1):
         documents += [d for d in read_documents(path) if d.strip()]
         log(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")

@@ -28,7 +28,9 @@ def tiny_config(**changes):
         eval_stride=8, eval_batch_windows=3, ttt_chunk_tokens=64, ttt_schedule_chunks=8, ttt_freeze_blocks=2,
         ttt_epochs=2, ttt_lr=1e-3, polyak_decay=0.5, ngram_order=5, ngram_recent=4, min_count=2,
         train_batch_tokens=128, micro_batch_tokens=64, iterations=6, warmdown_iters=3, warmup_steps=0,
-        max_wallclock_seconds=0.0, log_every=2, val_tokens=0, size_limit_bytes=1_000_000, alpha_center=3.0)
+        max_wallclock_seconds=0.0, log_every=2, val_tokens=0, size_limit_bytes=1_000_000, mixer="entropy",
+        mixer_block=8, mixer_calibration_tokens=0, ngram_hash_bits=18, alpha_base=0.0, alpha_range=0.3,
+        alpha_center=3.0)
     return train_gpt.Config(**{**settings, **changes})
 
 
@@ -59,6 +61,7 @@ def warm_model(cfg, seed=0):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
+        model.mixer.add_(torch.randn_like(model.mixer) * 0.1)
     return model.eval()
 
 

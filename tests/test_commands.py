@@ -23,6 +23,7 @@ SCRIPT = str(ROOT / "train_gpt.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STAGES = ["pre_quant", "round_trip", "sliding", "ttt", "mixer"]
 MODEL = dict(
+    MIXER_CALIBRATION_TOKENS="1024", MIXER_BLOCK="16", NGRAM_HASH_BITS="12",
     NUM_LAYERS="2", VE_LAYERS="1", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", ROPE_DIMS="8", TRAIN_SEQ_LEN="64",
     TRAIN_BATCH_TOKENS="256", MICRO_BATCH_TOKENS="128", BIGRAM_VOCAB_SIZE="64", ITERATIONS="4", EVAL_SEQ_LEN="64",
     EVAL_STRIDE="32", XSA_LAST_N="1", TTT_FREEZE_BLOCKS="1", TTT_CHUNK_TOKENS="512", TTT_EPOCHS="2", NGRAM_ORDER="5",
@@ -391,9 +392,10 @@ def test_nan_keeps_the_last_good_weights(command, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "cross_entropy", spoil)
-        assert error_line(command(WARMDOWN_ITERS="1"), 1).startswith("step 3: loss nan")
+        assert error_line(command(WARMDOWN_ITERS="1"), 1).startswith("step 3: loss nan")  # nothing is calibrated
     stopped = train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[2]
-    assert command(WARMDOWN_ITERS="0", ITERATIONS="2", TTT_ENABLED="0", RUN_ID="two") == (0, "")
+    assert command(WARMDOWN_ITERS="0", ITERATIONS="2", TTT_ENABLED="0", MIXER_CALIBRATION_TOKENS="0",
+                   RUN_ID="two") == (0, "")
     whole = train_gpt.read_artifact(tmp_path / "logs" / "two" / "model.int6.lzma")[2]
     assert all(torch.equal(stopped[name], w) for name, w in whole.items())
 
@@ -457,7 +459,7 @@ def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
     good = tmp_path / "data" / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
     (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"no shard")
-    settings = dict(corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run")
+    settings = dict(corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
     message, = (line for line in err.splitlines() if line.startswith("error: "))
     assert status and "fineweb_train_000001.bin" in message and "stopped.int6.lzma" in message

@@ -22,6 +22,11 @@ W, S, CHUNK = CFG.eval_seq_len, CFG.eval_stride, CFG.ttt_chunk_tokens
 STREAM = tiny_stream(8 * CHUNK)
 PLANS = {"+".join(plan.stages): plan for plan in (
     EvalPass(("pre_quant",), W), *evaluation_passes(CFG), evaluation_passes(replace(CFG, ttt_enabled=False))[-1])}
+PLANS |= {"ttt+learned": PLANS["ttt+mixer"], "sliding+learned": PLANS["sliding+mixer"]}
+# The learned mixer takes four steps a chunk; its blocks' borders cut windows and batches of windows.
+LEARNED = replace(CFG, mixer="learned", mixer_block=8, mixer_lr=0.01, ngram_recent=3)
+CFGS = {name: LEARNED if "learned" in name else CFG for name in PLANS}
+BEGINS = np.array([kind in "UCX" or piece[0] == train_gpt.SPACE for piece, kind in zip(TABLE.pieces, TABLE.kinds)])
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +48,8 @@ def warmed(cfg):
 
 
 def new_predictor(plan, cfg=CFG, cls=Predictor):
-    """A predictor at the stream's start; all of one configuration have the same weights."""
+    """A predictor at the stream's start; all have the same weights. A plan may be given by its name, with its cfg."""
+    plan, cfg = (PLANS[plan], CFGS[plan]) if isinstance(plan, str) else (plan, cfg)
     return cls(copy.deepcopy(warmed(cfg)), cfg, TABLE, HERE, plan)
 
 
@@ -61,11 +67,11 @@ def frequencies(commitment):
 
 def advance(predictor, tokens, stop, block=CHUNK):
     """Go on to position stop - 1 by blocks, as a decoder would: no call is given a token that it must not see."""
-    stream, parts, chunk = torch.from_numpy(tokens), [], predictor.cfg.ttt_chunk_tokens
+    stream, parts = torch.from_numpy(tokens), []
     while (start := predictor.committed) < stop:
-        if start == predictor.learned + chunk:
+        if start == predictor.learned + predictor.block:
             predictor.update(stream[:start].clone())
-        end = min(start + block, predictor.learned + chunk, stop)
+        end = min(start + block, predictor.learned + predictor.block, stop)
         commitment = predictor.predict(stream[:end - 1].clone(), start, end)
         parts.append(frequencies(commitment))
         predictor.score(commitment, stream[start:end])
@@ -108,7 +114,7 @@ def mutations(predictor):
 @functools.cache
 def walked(name):
     """A predictor that is about to predict the block, to be copied."""
-    predictor = new_predictor(PLANS[name])
+    predictor = new_predictor(name)
     advance(predictor, STREAM, BLOCK)
     return predictor
 
@@ -124,11 +130,25 @@ def test_no_commitment_depends_on_its_token_or_later_ones(name):
 
 def test_the_mutated_block_exercises_the_gates():
     """Inside the block the history backs off to every context length, and alpha takes small and large values."""
-    _, used = naive_counts(STREAM[:BLOCK + CHUNK].tolist(), VOCAB, CFG.ngram_order, CFG.ngram_recent, CFG.min_count)
+    _, used = naive_counts(STREAM[:BLOCK + CHUNK].tolist(), VOCAB, CFG, BEGINS)
     assert set(used[BLOCK:]) == set(range(CFG.ngram_order))
     p = advance(copy.deepcopy(walked("ttt+mixer")), STREAM, BLOCK + CHUNK)["ttt"].double() / TOTAL
     alpha = CFG.alpha_base + CFG.alpha_range * torch.sigmoid(2 * (-(p * p.log()).sum(1) - CFG.alpha_center))
     assert alpha.min() < 0.5 * CFG.alpha_range < 0.7 * CFG.alpha_range < alpha.max()
+
+
+def test_the_mutated_block_exercises_the_learned_mixer():
+    """Inside the block it moves frequencies up and down, with evidence of all kinds, and learns after each part."""
+    predictor, still = copy.deepcopy(walked("ttt+learned")), copy.deepcopy(walked("ttt+learned"))
+    still.mixer.learn = lambda tokens: still.mixer.waiting.clear()
+    freqs, frozen = (advance(each, STREAM, BLOCK + CHUNK) for each in (predictor, still))
+    shift, size = (freqs["mixer"].double() / freqs["ttt"].double()).log2(), LEARNED.mixer_block
+    assert ((shift.abs() > 0.1).any(1)).float().mean() > 0.8 and shift.min() < -0.3 and shift.max() > 0.3
+    assert torch.equal(freqs["ttt"], frozen["ttt"]) and predictor.mixer.blocks == (BLOCK - 1 + CHUNK) // size - 1
+    moved = (freqs["mixer"] != frozen["mixer"]).any(1).view(-1, size)
+    assert moved.any(1).all() and moved.float().mean() > 0.8  # an update comes before each part
+    ends = predictor.history.occurrences(BLOCK, BLOCK + CHUNK)
+    assert (ends >= 0).any(0).all() and (ends < 0).any(0).all()
 
 
 class Peeking(Predictor):
@@ -148,57 +168,82 @@ class Peeking(Predictor):
 
 
 class LearningFirst(Predictor):
-    """Trains on the chunk before it predicts it."""
+    """Trains on a chunk, as far as it has its tokens, before it predicts a part of it."""
 
     def predict(self, prefix, start, stop):
         """Learn, then predict."""
-        if stop - start == CHUNK:
-            self.ttt.adapt_chunk(F.pad(prefix[self.learned - 1:], (0, 1)))
+        if stop - start == self.block:
+            tokens = prefix[(start - 1) // CHUNK * CHUNK:]
+            self.ttt.adapt_chunk(F.pad(tokens, (0, CHUNK + 1 - len(tokens))))
         return super().predict(prefix, start, stop)
 
 
-honest_counts, honest_mix = NgramHistory.backoff_counts, train_gpt.mix_entropy
+class MixerLearningFirst(Predictor):
+    """Lets the mixer learn from a block's tokens, as far as it has them, before it predicts the block for good."""
+
+    def predict(self, prefix, start, stop):
+        """Predict, learn, predict again."""
+        if stop - start == self.block:
+            super().predict(prefix, start, stop)
+            self.mixer.learn(self.history.tokens)
+            self.pending, self.committed = None, start
+        return super().predict(prefix, start, stop)
 
 
-def counts_if_right(history, start, stop, min_count):
-    """N-grams take part only where their favourite is the token that comes."""
-    counts = honest_counts(history, start, stop, min_count)
-    right = counts.argmax(1) == history.tokens[start:stop]
-    return torch.where(right[:, None], counts, 1)
+honest_occurrences, honest_evidence = NgramHistory.occurrences, train_gpt.gather_evidence
 
 
-def counts_of_the_better_order(history, start, stop, min_count):
-    """Backs off where that turns out better."""
-    strict, loose = (honest_counts(history, start, stop, count) for count in (3, 1))
-    p_strict, p_loose = ((c / c.sum(1, keepdim=True)).gather(1, history.tokens[start:stop, None])
-                         for c in (strict, loose))
-    return torch.where(p_strict > p_loose, strict, loose)
+def occurrences_if_right(history, start, stop):
+    """A context takes part only where it was followed by the token that comes."""
+    ends = honest_occurrences(history, start, stop)
+    right = (history.tokens[ends + 1] == history.tokens[start:stop, None, None]) & (ends >= 0)
+    return torch.where(right.any(2, keepdim=True), ends, -1)
 
 
-def counts_of_the_block_too(history, start, stop, min_count):
-    """Counts the block's unigrams and bigrams before it predicts the block."""
-    history.count_up_to(stop - 1)
-    return honest_counts(history, start, stop, min_count)
+def newest_of_the_block(history, start, stop):
+    """The last occurrence is that of all tokens there are, not that before the position."""
+    ends, at = honest_occurrences(history, start, stop), torch.arange(start - 1, stop - 1)
+    newest = history.heads.gather(1, history.hashes(at.expand(ends.size(1), -1))).T.long()
+    ends[..., 0] = torch.where(newest < stop - 2, newest, -1)  # the token after it is known
+    return ends
 
 
-def gate_of_the_block(p, counts, cfg):
+def contexts_that_hold_their_token(history, start, stop):
+    """Looks for the context that ends with the token to be predicted."""
+    return torch.cat([honest_occurrences(history, start + 1, stop), honest_occurrences(history, stop - 1, stop)])
+
+
+def gate_of_the_block(p, ends, following, cfg):
     """One alpha for a batch of positions, by their mean entropy."""
+    counts = torch.zeros_like(p).scatter_add_(1, following.flatten(1), (ends >= 0).flatten(1).double())
     mean = -torch.special.xlogy(p, p).sum(-1).mean()
-    alpha = cfg.alpha_range * torch.sigmoid(2 * (mean - cfg.alpha_center))
-    return (1 - alpha) * p + alpha * counts / counts.sum(1, keepdim=True)
+    alpha = cfg.alpha_range * torch.sigmoid(2 * (mean - cfg.alpha_center)) * (counts.sum(1, keepdim=True) > 0)
+    return (1 - alpha) * p + alpha * counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-@pytest.mark.parametrize("cheat", [
-    Peeking, LearningFirst, counts_if_right, counts_of_the_better_order, counts_of_the_block_too, gate_of_the_block])
-def test_the_mutation_test_catches_a(monkeypatch, cheat):
+def features_of_the_block(p, ends, following, at, window):
+    """Features in units of the batch's largest."""
+    tokens, distinct, features = honest_evidence(p, ends, following, at, window)
+    return tokens, distinct, features / features.abs().amax((0, 2))[:, None]
+
+
+CHEATS = {"ttt+mixer": [gate_of_the_block], "ttt+learned": [MixerLearningFirst, features_of_the_block]}
+for both in (Peeking, LearningFirst, occurrences_if_right, newest_of_the_block, contexts_that_hold_their_token):
+    CHEATS = {name: [*cheats, both] for name, cheats in CHEATS.items()}
+
+
+@pytest.mark.parametrize("name, cheat", [(name, cheat) for name in CHEATS for cheat in CHEATS[name]])
+def test_the_mutation_test_catches(monkeypatch, name, cheat):
     """Each cheat commits complete integers that nothing but the mutation test objects to."""
-    predictor = copy.deepcopy(walked("ttt+mixer"))
+    predictor = copy.deepcopy(walked(name))
     if isinstance(cheat, type):
         predictor.__class__ = cheat
     elif cheat is gate_of_the_block:
         monkeypatch.setattr(train_gpt, "mix_entropy", cheat)
+    elif cheat is features_of_the_block:
+        monkeypatch.setattr(train_gpt, "gather_evidence", cheat)
     else:
-        monkeypatch.setattr(NgramHistory, "backoff_counts", cheat)
+        monkeypatch.setattr(NgramHistory, "occurrences", cheat)
     assert any(leaked for *_, leaked, _ in mutations(predictor))
 
 
@@ -206,9 +251,9 @@ def test_the_mutation_test_catches_a(monkeypatch, cheat):
 def test_a_decoder_commits_what_the_scorer_commits(name):
     """Position by position, and in blocks of 7, the integers are those of whole chunks, over several TTT updates."""
     stop = 4 * CHUNK + 7
-    whole = advance(new_predictor(PLANS[name]), STREAM, stop)
-    assert same(advance(new_predictor(PLANS[name]), STREAM, stop, block=1), whole)
-    assert same(advance(new_predictor(PLANS[name]), STREAM, stop, block=7), whole)
+    whole = advance(new_predictor(name), STREAM, stop)
+    assert same(advance(new_predictor(name), STREAM, stop, block=1), whole)
+    assert same(advance(new_predictor(name), STREAM, stop, block=7), whole)
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -222,12 +267,18 @@ def test_shapes_do_not_depend_on_what_is_known(monkeypatch, name):
         return spy
 
     def shapes(block):
-        predictor, seen = new_predictor(PLANS[name]), set()
+        predictor, seen = new_predictor(name), set()
         predictor.forward = spied("forward", predictor.forward, seen)
+        if predictor.mixer:
+            for function in (predictor.mixer.mix, predictor.mixer.gradient):
+                setattr(predictor.mixer, function.__name__, spied(function.__name__, function, seen))
         with monkeypatch.context() as patch:
-            for function in (train_gpt.commit, train_gpt.mix_entropy):
+            for function in (train_gpt.commit, train_gpt.mix_entropy, train_gpt.gather_evidence):
                 patch.setattr(train_gpt, function.__name__, spied(function.__name__, function, seen))
             advance(predictor, STREAM, 2 * CHUNK + 3, block)
+        kinds = {"forward", "commit"} | ({"mix_entropy"} if "+mixer" in name else set())
+        assert {kind for kind, *_ in seen} == kinds | (
+            {"gather_evidence", "mix", "gradient"} if predictor.mixer else set())
         return seen
     assert shapes(CHUNK) == shapes(1) == shapes(7)
     assert len([s for s in shapes(1) if s[0] == "forward"]) == 2 + (PLANS[name].stride < W)  # first window, rows, tile
@@ -244,21 +295,24 @@ def refused(call, *args):
         call(*args)
 
 
-@pytest.mark.parametrize("name", ["sliding", "ttt+mixer"])
+@pytest.mark.parametrize("name", ["sliding", "ttt+mixer", "ttt+learned"])
 def test_calls_out_of_order_raise_and_change_nothing(name):
     """Each wrong call is refused, and the predictor goes on as if nobody had made it."""
-    predictor, stream, commitments = new_predictor(PLANS[name]), torch.from_numpy(STREAM), []
-    parts = [(1, 6), (6, CHUNK + 1), (CHUNK + 1, CHUNK + 9), (CHUNK + 9, 2 * CHUNK + 1), (2 * CHUNK + 1, 3 * CHUNK + 1)]
+    predictor, stream, commitments = new_predictor(name), torch.from_numpy(STREAM), []
+    size = predictor.block
+    assert size == (8 if name == "ttt+learned" else CHUNK)
+    borders = [1, 6, size + 1, size + 4, 2 * size + 1, *range(3 * size + 1, 2 * CHUNK + 2, size), 2 * CHUNK + 5]
+    parts = [part for part in zip(borders, borders[1:]) if part[0] < part[1]]
     for start, stop in parts:
         prefix, targets = stream[:stop - 1], stream[start:stop]
-        limit = predictor.learned + CHUNK
+        limit = predictor.learned + size
         refused(predictor.predict, prefix[:-1], start, stop)                       # a token is missing
         refused(predictor.predict, stream[:stop], start, stop)                     # a target is given away
         refused(predictor.predict, prefix, start + 1, stop)                        # a position is left out
         refused(predictor.predict, prefix, start - 1, stop)                        # a position comes again
         refused(predictor.predict, stream[:start - 1], start, start)               # nothing to predict
-        refused(predictor.predict, stream[:limit], start, limit + 1)               # beyond the chunk
-        refused(predictor.update, stream[:start])                                  # no chunk is complete
+        refused(predictor.predict, stream[:limit], start, limit + 1)               # beyond the block
+        refused(predictor.update, stream[:start])                                  # no block is complete
         refused(predictor.score, Commitment(start, stop, []), targets)             # nothing is committed
         commitment = predictor.predict(prefix, start, stop)
         commitments.append(frequencies(commitment))
@@ -277,7 +331,7 @@ def test_calls_out_of_order_raise_and_change_nothing(name):
             refused(predictor.update, stream[:stop + 1])                           # a token is not scored yet
             predictor.update(stream[:stop])
         refused(predictor.update, stream[:stop])                                   # early, or twice
-    undisturbed = advance(new_predictor(PLANS[name]), STREAM, parts[-1][1])
+    undisturbed = advance(new_predictor(name), STREAM, parts[-1][1])
     assert same({s: torch.cat([c[s] for c in commitments]) for s in PLANS[name].stages}, undisturbed)
 
 
@@ -297,12 +351,12 @@ class Recorder(Predictor):
 
 
 def evaluated(plan, n, cfg=CFG, total_bytes=777):
-    """(stages as reported, {stage: frequencies (n, V)}) of scoring n tokens in one walk."""
+    """(stages as reported, {stage: frequencies (n, V)}) of scoring n tokens in one walk; a plan, or its name."""
     predictor = new_predictor(plan, cfg, Recorder)
     stages = evaluate(predictor, STREAM[:n + 1], total_bytes, print)
     parts = list(map(frequencies, predictor.record))
     assert [c.start for c in predictor.record] == [1, *(c.stop for c in predictor.record[:-1])]
-    return stages, {stage: torch.cat([part[stage] for part in parts]) for stage in plan.stages}
+    return stages, {stage: torch.cat([part[stage] for part in parts]) for stage in predictor.plan.stages}
 
 
 def naive_probabilities(n, stride):
@@ -321,7 +375,7 @@ def test_windows_are_those_of_plain_forward_passes(name, stride):
     n = 4 * CHUNK + 3
     expected = {PLANS[name].stages[0]: naive_probabilities(n, stride)}
     if "mixer" in PLANS[name].stages:
-        counts, _ = naive_counts(STREAM[:n + 1].tolist(), VOCAB, CFG.ngram_order, CFG.ngram_recent, CFG.min_count)
+        counts, _ = naive_counts(STREAM[:n + 1].tolist(), VOCAB, CFG, BEGINS)
         mixed = [naive_mix(p.tolist(), c.tolist(), CFG.alpha_base, CFG.alpha_range, CFG.alpha_center)
                  for p, c in zip(expected["sliding"], counts[1:])]
         expected["mixer"] = np.array(mixed)
@@ -337,13 +391,13 @@ def test_windows_are_those_of_plain_forward_passes(name, stride):
 LENGTHS = [1, 2, 5, W - 1, W, W + 1, W + S, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + W, 4 * CHUNK + 3]
 
 
-@pytest.mark.parametrize("name", ["round_trip", "sliding", "ttt+mixer"])
+@pytest.mark.parametrize("name", ["round_trip", "sliding", "ttt+mixer", "ttt+learned"])
 def test_a_score_is_the_sum_of_its_code_lengths(name):
     """For any length, tail included: each position once, bits summed by hand, and the start of a longer stream's."""
-    plan, longest = PLANS[name], evaluated(PLANS[name], LENGTHS[-1])[1]
+    longest = evaluated(name, LENGTHS[-1])[1]
     for n in LENGTHS:
-        stages, committed = evaluated(plan, n)
-        assert [stage["name"] for stage in stages] == list(plan.stages)
+        stages, committed = evaluated(name, n)
+        assert [stage["name"] for stage in stages] == list(PLANS[name].stages)
         assert same(committed, {stage: freqs[:n] for stage, freqs in longest.items()}), n
         for stage in stages:
             freqs = committed[stage["name"]].numpy()
@@ -354,15 +408,16 @@ def test_a_score_is_the_sum_of_its_code_lengths(name):
 
 
 def test_a_prefix_costs_exactly_what_it_costs_inside_a_longer_stream():
-    """The bits that a walk has summed at a chunk's end are, to the last bit, those of a stream that ends there."""
+    """The bits that a walk has summed at a block's end are, to the last bit, those of a stream that ends there."""
     for name, plan in PLANS.items():
-        predictor, stream, bits = new_predictor(plan), torch.from_numpy(STREAM), dict.fromkeys(plan.stages, 0.0)
-        for start in range(1, 4 * CHUNK, CHUNK):
-            commitment = predictor.predict(stream[:start + CHUNK - 1], start, start + CHUNK)
-            for stage, chunk_bits in predictor.score(commitment, stream[start:start + CHUNK]).items():
+        predictor, stream, bits = new_predictor(name), torch.from_numpy(STREAM), dict.fromkeys(plan.stages, 0.0)
+        for start in range(1, 3 * CHUNK, predictor.block):
+            stop = start + predictor.block
+            commitment = predictor.predict(stream[:stop - 1], start, stop)
+            for stage, chunk_bits in predictor.score(commitment, stream[start:stop]).items():
                 bits[stage] += chunk_bits
-            predictor.update(stream[:start + CHUNK])
-            stages, _ = evaluated(plan, start + CHUNK - 1, total_bytes=1)
+            predictor.update(stream[:stop])
+            stages, _ = evaluated(name, stop - 1, total_bytes=1)
             assert {stage["name"]: stage["val_bpb"] for stage in stages} == bits, name
 
 
@@ -372,6 +427,7 @@ def test_passes_hold_the_documented_stages():
         return [plan.stages for plan in evaluation_passes(tiny_config(**changes))]
     assert stages() == [("round_trip",), ("sliding",), ("ttt", "mixer")]
     assert stages(ttt_enabled=False) == [("round_trip",), ("sliding", "mixer")]
+    assert stages(mixer="learned") == stages()
     assert stages(mixer="none") == [("round_trip",), ("sliding",), ("ttt",)]
     assert stages(mixer="none", ttt_enabled=False) == [("round_trip",), ("sliding",)]
 
@@ -379,9 +435,10 @@ def test_passes_hold_the_documented_stages():
 def test_each_stage_contains_the_means_of_those_before():
     """The ttt stage of a shared pass is that of a pass without mixer, and begins as sliding at TTT_TEMPERATURE."""
     cfg = replace(CFG, mixer="none")
-    _, shared = evaluated(PLANS["ttt+mixer"], 3 * CHUNK)
     _, alone = evaluated(evaluation_passes(cfg)[-1], 3 * CHUNK, cfg)
-    assert torch.equal(shared["ttt"], alone["ttt"]) and not torch.equal(shared["ttt"], shared["mixer"])
+    for name in ("ttt+learned", "ttt+mixer"):
+        _, shared = evaluated(name, 3 * CHUNK)
+        assert torch.equal(shared["ttt"], alone["ttt"]) and not torch.equal(shared["ttt"], shared["mixer"])
     plain = evaluated(PLANS["sliding"], 3 * CHUNK)[1]["sliding"].double()[:CHUNK] / TOTAL
     heated = plain ** (1 / CFG.ttt_temperature)
     heated /= heated.sum(1, keepdim=True)
@@ -576,37 +633,49 @@ def test_ttt_learns_from_a_repetitive_stream():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def rank_scores(rt, artifact, tokens):
-    """For each pass over an artifact: what is reported, the pieces that this rank committed, the weights at the end."""
-    settings, table, weights = train_gpt.unpack_artifact(artifact, "")
-    cfg, reports = train_gpt.Config(**settings), []
-    for plan in (EvalPass(("pre_quant",), cfg.eval_seq_len), *evaluation_passes(cfg)):
-        predictor = Recorder(train_gpt.new_model(cfg, rt, weights), cfg, table, rt, plan)
-        stages = evaluate(predictor, tokens, 1000, lambda line: None)
-        reports.append(dict(
-            stages=[{n: v for n, v in stage.items() if n != "seconds"} for stage in stages],
-            pieces=[[piece[1:] for piece in c.pieces] for c in predictor.record], weights=weights_of(predictor.model)))
+def rank_scores(rt, artifacts, tokens):
+    """For each pass over the first artifact and the last over the second: what is reported, the pieces that this rank
+    committed, and the weights at the end."""
+    reports = []
+    for artifact in artifacts:
+        settings, table, weights = train_gpt.unpack_artifact(artifact, "")
+        cfg = train_gpt.Config(**settings)
+        passes = [EvalPass(("pre_quant",), cfg.eval_seq_len), *evaluation_passes(cfg)]
+        for plan in passes[-1:] if cfg.mixer == "learned" else passes:
+            predictor = Recorder(train_gpt.new_model(cfg, rt, weights), cfg, table, rt, plan)
+            stages = evaluate(predictor, tokens, 1000, lambda line: None)
+            reports.append(dict(
+                stages=[{n: v for n, v in stage.items() if n != "seconds"} for stage in stages],
+                pieces=[[piece[1:] for piece in c.pieces] for c in predictor.record],
+                weights=weights_of(predictor.model),
+                mixer={"weights": predictor.mixer.weights} if predictor.mixer else {}))
     return reports
 
 
 def test_two_ranks_commit_what_one_commits(run_ranks):
     """From one artifact: every stage's integers, bits and TTT weights, with work that two ranks cannot share evenly."""
     cfg = tiny_config(ttt_chunk_tokens=160)  # five sequences: TTT micro-batches of 2, 2 and 1
-    artifact = train_gpt.pack_artifact(warm_model(cfg), cfg, TABLE, 8.0)
+    learned = replace(cfg, mixer="learned", mixer_block=40, mixer_lr=0.01)  # a block is 2 or 3 batches of windows
+    artifacts = [train_gpt.pack_artifact(warm_model(c), c, TABLE, 8.0) for c in (cfg, learned)]
     tokens = tiny_stream(2 * 160 + 6)        # five positions in the third chunk: one batch
-    alone, pair = rank_scores(HERE, artifact, tokens), run_ranks(2, rank_scores, artifact, tokens)
+    alone, pair = rank_scores(HERE, artifacts, tokens), run_ranks(2, rank_scores, artifacts, tokens)
     assert [stage["name"] for report in alone for stage in report["stages"]] == [
-        "pre_quant", "round_trip", "sliding", "ttt", "mixer"]
+        "pre_quant", "round_trip", "sliding", "ttt", "mixer", "ttt", "mixer"]
     for expected, first, second in zip(alone, *pair):
         assert first["stages"] == second["stages"] == expected["stages"]
-        assert same(first["weights"], expected["weights"]) and same(second["weights"], expected["weights"])
+        for weights in ("weights", "mixer"):
+            assert same(first[weights], expected[weights]) and same(second[weights], expected[weights])
+        assert len(expected["pieces"]) == len(first["pieces"]) == len(second["pieces"])
         for chunk, one, two in zip(expected["pieces"], first["pieces"], second["pieces"]):
             assert [piece[:2] for piece in sorted(one + two, key=lambda piece: piece[:2])] == [c[:2] for c in chunk]
             for piece, merged in zip(chunk, sorted(one + two, key=lambda piece: piece[:2])):
                 assert same(piece[2], merged[2])
-        assert [bool(chunk) for chunk in second["pieces"]] == [True, True, False] and all(first["pieces"])
-    start = train_gpt.unpack_artifact(artifact, "")[2]
-    assert [same(report["weights"], start) for report in alone] == [True, True, True, False]
+        assert [bool(block) for block in second["pieces"]] == [*(len(c) > 1 for c in expected["pieces"][:-1]), False]
+        assert all(first["pieces"]) and any(second["pieces"])
+    start = train_gpt.unpack_artifact(artifacts[0], "")[2]
+    mixer = start.pop("mixer")
+    assert [same(report["weights"], start) for report in alone] == [True, True, True, False, False]
+    assert same(alone[3]["weights"], alone[4]["weights"]) and not torch.equal(alone[4]["mixer"]["weights"], mixer)
 
 
 def test_a_broken_model_has_no_score():
