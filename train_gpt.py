@@ -59,8 +59,7 @@ from torch import nn
 # ---- Config ------------------------------------------------------------------------------------------------
 # One frozen dataclass is the only door for settings. Each belongs to a group: `run` says where things are on
 # this machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length
-# and can be overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's
-# name.
+# and can be overridden by `eval`. All but `run` are stored in the artifact.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
@@ -167,27 +166,26 @@ class Config:
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
 
 DEMO_CACHE = ".cache/demo"
+SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, eval_batch_windows=1,
+             ttt_lr=1e-4, ttt_epochs=1, ttt_schedule_chunks=64, ttt_temperature=1.0, polyak_decay=0.0,
+             mixer_block=64)
 PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
     "bench": dict(
-        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600, warmup_steps=0,
+        SMALL, val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
-        warmdown_iters=300, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20,
-        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64,
-        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=1, ttt_chunk_tokens=8192, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0,
-        ngram_hash_bits=20, mixer_block=64, mixer_calibration_tokens=262_144),
+        warmdown_iters=300, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20, num_layers=6,
+        model_dim=256, xsa_last_n=3, bigram_dim=64, ve_layers="4,5", eval_seq_len=512, ttt_chunk_tokens=8192,
+        ttt_freeze_blocks=6, ngram_hash_bits=20, mixer_calibration_tokens=262_144),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": dict(
-        data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
-        size_limit_bytes=1_000_000, log_every=10, iterations=90, warmup_steps=0, max_wallclock_seconds=80.0,
+        SMALL, data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
+        size_limit_bytes=1_000_000, log_every=10, iterations=90, max_wallclock_seconds=80.0,
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
-        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
-        model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", eval_seq_len=256, eval_batch_windows=1, ttt_chunk_tokens=2048, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0,
-        ngram_hash_bits=18, mixer_block=64, mixer_calibration_tokens=32_768),
+        muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4, model_dim=128,
+        xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
+        ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768),
 }
 
 def parse_setting(field, text):
@@ -219,8 +217,7 @@ def config_from_env(environ, stored=None):
     for name, f in fields.items():
         fixed = f.name in stored and f.metadata["group"] in ("model", "train")
         if fixed and given.get(f.name, stored[f.name]) != stored[f.name]:
-            raise UsageError(f"{name}={given[f.name]}: the artifact has {stored[f.name]}; "
-                             "unset it or train again")
+            raise UsageError(f"{name}={given[f.name]}: the artifact has {stored[f.name]}; train again")
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 def check_config(c):
@@ -253,9 +250,8 @@ def check_config(c):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. CPU threads are as many however many ranks there
-# are: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same
-# integers.
+# Rank, device and dtype are decided once and said aloud. CPU threads are as many on 1 as on 8 ranks: the
+# split of a product over threads can change its last bit, and all must commit the same integers.
 @dataclasses.dataclass
 class Runtime:
     """Where this process runs: rank of world, device and compute dtype."""
@@ -307,8 +303,7 @@ def start_runtime(cfg, environ):
     if cfg.device == "cuda" and not cuda:
         raise UsageError("DEVICE=cuda: torch sees no CUDA device for each rank here; set DEVICE=cpu")
     if cfg.preset == "record" and not cuda and cfg.device != "cpu":
-        raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
-                         "or insist with DEVICE=cpu")
+        raise UsageError("PRESET=record needs CUDA: set PRESET=demo or bench, or insist with DEVICE=cpu")
     device, can = torch.device("cpu"), torch.cpu.get_capabilities()
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
@@ -362,8 +357,7 @@ def check_writable(folder, need_bytes):
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
 # BPB divides by bytes: a byte counted twice is a better score for nothing. A leading space counts only where
-# a decoder prints it, not after a boundary (BOS, control, unknown). Every document's sum is checked against
-# its text.
+# a decoder prints it, not after a boundary (BOS, control, unknown). Sums are checked against the text.
 SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
@@ -381,11 +375,9 @@ class TokenTable:
         try:
             sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (RuntimeError, OSError) as error:
-            raise UserError(f"TOKENIZER_PATH: {path} is missing or is no SentencePiece model; get FineWeb's "
-                            "(see README) or use PRESET=demo") from error
+            raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
         if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
-            raise UserError(f"VOCAB_SIZE={vocab_size}, but the tokenizer {path} has {sp.vocab_size()} pieces "
-                            f"(BOS: {sp.bos_id()}); set one to fit the other")
+            raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, BOS {sp.bos_id()}")
         tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
         ids = range(sp.vocab_size())
         kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
@@ -443,9 +435,8 @@ def audit_bytes(table, tokens, decode=None):
     return int(counts.sum())
 
 # ---- Data --------------------------------------------------------------------------------------------------
-# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
-# zstandard when the name ends in .zst. The training stream is the sorted shards, read in order, over and
-# over, by every rank.
+# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; maybe in
+# zstandard (.zst). The training stream is the sorted shards, read in order, over and over, by every rank.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_bytes(path):
@@ -472,8 +463,7 @@ def read_shard(path, vocab_size):
     if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
         raise UserError(f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`")
     if len(data) != SHARD_HEADER_BYTES + 2 * int(header[2]) or not header[2]:
-        raise UserError(f"shard {path} is truncated, padded or empty: its header says {header[2]:,} tokens, "
-                        f"it has {(len(data) - SHARD_HEADER_BYTES) / 2:,.1f}; download it again")
+        raise UserError(f"shard {path} is truncated or padded ({header[2]:,} tokens); download it again")
     tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
@@ -513,8 +503,7 @@ def load_held_out(cfg):
         return np.zeros(0, dtype=np.uint16)
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
-        raise UserError(f"MIXER_CALIBRATION_TOKENS={cfg.mixer_calibration_tokens} is over half of the last "
-                        f"training shard's {len(shard):,} tokens; lower it (0: no calibration) or add text")
+        raise UserError(f"MIXER_CALIBRATION_TOKENS={wanted - 1} is over half of the last shard; lower it")
     return shard[-wanted:]
 
 class TrainStream:
@@ -1526,8 +1515,7 @@ def train_tokenizer(documents, vocab_size, path):
             normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=os.cpu_count(),
             allow_whitespace_only_pieces=True, input_sentence_size=200_000, max_sentence_length=16_384)
     except RuntimeError as error:
-        raise UserError(f"VOCAB_SIZE={vocab_size}: SentencePiece cannot make such a vocabulary of this text; "
-                        f"raise or lower it, or add text ({error})") from error
+        raise UserError(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text ({error})") from error
     write_atomically(path, model.getvalue())
 
 def write_shards(documents, out_dir, cfg, log):

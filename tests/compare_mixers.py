@@ -3,6 +3,7 @@
     python tests/compare_mixers.py record ARTIFACT FOLDER   score held-out text and validation text once, keep log p
     python tests/compare_mixers.py table FOLDER             every method on the validation text
     python tests/compare_mixers.py ablate FOLDER            the learned mixer with one thing changed, on `tune`
+    python tests/compare_mixers.py scale TOKENS...          seconds and bytes a token on that much training text
 
 Settings come from the environment as in train_gpt.py (DATA_PATH, TOKENIZER_PATH, VAL_TOKENS). `record` keeps three
 streams: `calib`, the end of the last training shard, in half windows; `tune`, the beginning of that shard, sliding
@@ -263,7 +264,40 @@ def ablate(folder):
         print(f"{label:<40} {bpb - base:+.4f} {seconds:6.1f} s", flush=True)
 
 
+def scale(*counts):
+    """Seconds and bytes a token after so many tokens of training text, with record's mixer settings and one fixed
+    stand-in distribution; linking, mixing, committing and learning in blocks of 2,048 on one thread."""
+    cfg = replace(train_gpt.config_from_env({**os.environ, "PRESET": "bench"}), ngram_hash_bits=26, mixer_block=2048)
+    table = train_gpt.TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
+    _, leading, boundary = table.byte_tables
+    history, mixer = NgramHistory(cfg, leading | boundary, "cpu"), new_mixer(cfg, 2048, 1e-3)
+    counts, files = sorted(map(int, counts)), train_gpt.list_shards(cfg, "train")
+    tokens = np.concatenate([train_gpt.read_shard(f, cfg.vocab_size) for f in files])[:counts[-1] + 1]
+    tokens = torch.from_numpy(tokens.astype(np.int64))
+    p = torch.bincount(tokens, minlength=cfg.vocab_size).double().add(1).div(len(tokens)).expand(2048, -1)
+    seconds, before, done, bits = 0.0, 0.0, 0, 0.0  # of this thread, others do not count
+    for start in range(0, counts[-1] - 2047, 2048):
+        began = time.thread_time()
+        history.extend(tokens[:start + 2048])
+        ends, at = history.occurrences(start + 1, start + 2049), torch.arange(start, start + 2048)
+        found = train_gpt.gather_evidence(p, ends, history.tokens[ends + 1].long(), at, (at - 512).clamp(min=0))
+        q = mixer.mix(p, *found)
+        bits += code_bits(q, tokens[start + 1:start + 2049]).sum().item()
+        mixer.waiting = {0: [[*found, q.gather(1, found[0]), at]]}
+        mixer.learn(tokens)
+        seconds += time.thread_time() - began
+        if start + 4096 > counts[0]:
+            size = start + 2048
+            held = sum(t.numel() * t.element_size() for t in (history.tokens, history.prev, history.heads))
+            heads = history.heads.numel() * 4
+            print(f"{size:>12,} tokens: {1e6 * (seconds - before) / (size - done):.1f} us a token since the last line, "
+                  f"{(held - heads) / size:.1f} B a token + {heads / 1e9:.2f} GB of heads, {bits / size:.3f} bits a token",
+                  flush=True)
+            before, done = seconds, size
+            counts.pop(0)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     command, *arguments = sys.argv[1:]
-    {"record": record, "table": table, "ablate": ablate}[command](*arguments)
+    {"record": record, "table": table, "ablate": ablate, "scale": scale}[command](*arguments)
