@@ -158,58 +158,54 @@ class Config:
         """Path of the artifact, to be written or to be evaluated."""
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
 
+GROUPS = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
 DEMO_CACHE = ".cache/demo"
+SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, eval_batch_windows=4,
+             ttt_lr=1e-4, ttt_epochs=1, ttt_schedule_chunks=64, ttt_temperature=1.0, polyak_decay=0.0)
 PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
-    "bench": dict(
-        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600, warmup_steps=0,
+    "bench": SMALL | dict(
+        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
-        warmdown_iters=300, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20,
-        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64,
-        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=4, ttt_chunk_tokens=8192, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0),
+        warmdown_iters=300, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20, num_layers=6,
+        model_dim=256, xsa_last_n=3, bigram_dim=64, ve_layers="4,5", eval_seq_len=512, ttt_chunk_tokens=8192,
+        ttt_freeze_blocks=6),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
-    "demo": dict(
+    "demo": SMALL | dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
-        size_limit_bytes=1_000_000, log_every=10, iterations=90, warmup_steps=0, max_wallclock_seconds=80.0,
+        size_limit_bytes=1_000_000, log_every=10, iterations=90, max_wallclock_seconds=80.0,
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
-        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
-        model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", eval_seq_len=256, eval_batch_windows=4, ttt_chunk_tokens=2048, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0),
-}
+        muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4, model_dim=128,
+        xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
+        ttt_chunk_tokens=2048, ttt_freeze_blocks=4)}
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
-    kind = field.type.__name__
-    try:
-        words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-        value = words[text] if kind == "bool" else field.type(text)
-        if kind != "float" or math.isfinite(value):
+    words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(field.type)
+    with contextlib.suppress(ValueError, KeyError):
+        value = words[text] if field.type is bool else field.type(text)
+        if field.type is not float or math.isfinite(value):
             return value
-    except (ValueError, KeyError):
-        pass
-    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[kind]
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 def config_from_env(environ, stored=None):
     """Config: defaults, then the preset, then `stored` (an artifact's settings), then environment variables.
     A variable that is one slip away from a setting, or against the artifact's model, is a UsageError."""
     fields, stored = {f.name.upper(): f for f in dataclasses.fields(Config)}, stored or {}
-    for name in environ.keys() - fields.keys():
+    for name in environ.keys() - fields:
         for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ}
     preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    if strange := stored.keys() - {f.name for f in fields.values()}:
+    if strange := stored.keys() - GROUPS:
         raise UserError(f"the artifact has settings of another version of this script: {', '.join(strange)}")
-    for name, f in fields.items():
-        fixed = f.name in stored and f.metadata["group"] in ("model", "train")
-        if fixed and given.get(f.name, stored[f.name]) != stored[f.name]:
-            raise UsageError(f"{name}={given[f.name]}: the artifact has {stored[f.name]}; "
+    for name in (n for n in given if n in stored and GROUPS[n] in ("model", "train")):
+        if given[name] != stored[name]:
+            raise UsageError(f"{name.upper()}={given[name]}: the artifact has {stored[name]}; "
                              "unset it or train again")
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
@@ -256,11 +252,6 @@ class Runtime:
     attend: object = None
     notes: tuple = ()
 
-    @property
-    def is_main(self):
-        """Whether this is rank 0, which writes the files."""
-        return self.rank == 0
-
     def sum_over_ranks(self, tensor):
         """`tensor`, summed in place over the ranks. Every rank must call it the same number of times."""
         if self.world > 1:
@@ -269,14 +260,14 @@ class Runtime:
 
     def from_main(self, value):
         """Rank 0's Python float, on every rank; until rank 0 calls it, the others wait."""
-        box = torch.tensor([value if self.is_main else 0.0], dtype=torch.float64, device=self.device)
+        box = torch.tensor([value if self.rank == 0 else 0.0], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(box).item()
 
     def on_main(self, work):
         """work() on rank 0 while the others wait; where it raises UserError, every rank does: none hangs."""
         failure = None
         try:
-            if self.is_main:
+            if self.rank == 0:
                 work()
         except UserError as error:
             failure = error
@@ -296,11 +287,6 @@ class Runtime:
         torch._dynamo.config.recompile_limit = 64  # past it torch would refuse
         return torch.compile(function, dynamic=False, fullgraph=True)
 
-    def be_deterministic(self):
-        """From here on kernels give the same bits every time: a decoder must get the scorer's integers."""
-        if self.device.type == "cuda":
-            torch.use_deterministic_algorithms(True)  # Inductor then chooses no kernel by the clock either
-
 def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
@@ -312,7 +298,7 @@ def start_runtime(cfg, environ):
                          "or insist with DEVICE=cpu")
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products, for be_deterministic()
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name, dtype, why = torch.cuda.get_device_name(), torch.bfloat16, "tensor cores, and fp32's range"
     else:
@@ -336,10 +322,9 @@ def progress_line(done, total, start_s, unit):
 
 def write_atomically(path, data):
     """Write bytes to a temporary file beside `path` and rename it: the file is whole or it is not there."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
@@ -355,8 +340,7 @@ def check_writable(folder, need_bytes):
     """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
+    if (free := shutil.disk_usage(folder).free) < need_bytes:
         raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free and the run needs {need_bytes:,}; "
                         "free space or set LOG_DIR elsewhere")
 
@@ -481,9 +465,8 @@ def read_shard(path, vocab_size):
 
 def shard_bytes(tokens):
     """A shard file's contents for uint16 tokens: the inverse of read_shard."""
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, len(tokens)
-    return header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes()
+    header = struct.pack("<3i", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(SHARD_HEADER_BYTES, b"\0")
+    return header + np.asarray(tokens, dtype="<u2").tobytes()
 
 def list_shards(cfg, split):
     """Sorted shard files of `split` ('train' or 'val'); a file wins over its .zst twin."""
@@ -512,11 +495,6 @@ class TrainStream:
         self.files, self.vocab_size = list_shards(cfg, "train"), cfg.vocab_size
         self.tokens, self.opened = np.zeros(0, dtype=np.uint16), 0
         self.take(0)  # a bad first shard is found out before long work
-
-    @property
-    def epochs(self):
-        """How many times all shards have been read."""
-        return (self.opened - 1) // len(self.files)
 
     def take(self, count):
         """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
@@ -638,20 +616,15 @@ class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
     def __init__(self, cfg, layer):
         super().__init__()
-        D, d = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.head_dim, self.norm_scale = d, 1 / math.sqrt(layer + 1)
-        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q = nn.Parameter(torch.empty(D, D))
-        self.k = nn.Parameter(torch.empty(cfg.num_kv_heads * d, D))
-        self.v = nn.Parameter(torch.empty(cfg.num_kv_heads * d, D))
-        self.attn_out = nn.Parameter(torch.empty(D, D))
-        self.mlp_in = nn.Parameter(torch.empty(cfg.mlp_mult * D, D))
-        self.mlp_out = nn.Parameter(torch.empty(D, cfg.mlp_mult * D))
+        D, hidden, self.head_dim = cfg.model_dim, cfg.mlp_mult * cfg.model_dim, cfg.model_dim // cfg.num_heads
+        self.norm_scale, self.xsa = 1 / math.sqrt(layer + 1), layer >= cfg.num_layers - cfg.xsa_last_n
+        kv = cfg.num_kv_heads * self.head_dim
+        for name, rows, columns in (("q", D, D), ("k", kv, D), ("v", kv, D), ("attn_out", D, D),
+                                    ("mlp_in", hidden, D), ("mlp_out", D, hidden)):
+            self.register_parameter(name, nn.Parameter(torch.empty(rows, columns)))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.mix_x = nn.Parameter(torch.ones(D))
-        self.mix_x0 = nn.Parameter(torch.zeros(D))
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        for name, value in (("mix_x", 1.0), ("mix_x0", 0.0), ("attn_scale", 1.0), ("mlp_scale", 1.0)):
+            self.register_parameter(name, nn.Parameter(torch.full((D,), value)))
 
     def forward(self, x, x0, extra_v, rotary, attend, past):
         """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
@@ -678,7 +651,7 @@ class GPT(nn.Module):
         super().__init__()
         self.attend, self.dtype, self.softcap = attend, dtype, cfg.logit_softcap
         self.kv_heads, self.vrl_enabled = cfg.num_kv_heads, cfg.vrl_enabled
-        d, layers = cfg.model_dim // cfg.num_heads, cfg.num_layers
+        layers, kv = cfg.num_layers, cfg.num_kv_heads * (cfg.model_dim // cfg.num_heads)
         self.embed = Embedding(cfg)
         self.rotary = Rotary(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
@@ -686,7 +659,7 @@ class GPT(nn.Module):
         self.ve_layers = sorted({int(i) for i in cfg.ve_layers.split(",") if i.strip()})
         if self.ve_layers:
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
-            self.ve_proj = nn.Parameter(torch.empty(cfg.num_kv_heads * d, cfg.bigram_dim))
+            self.ve_proj = nn.Parameter(torch.empty(kv, cfg.bigram_dim))
             self.ve_scale = nn.Parameter(torch.tensor(0.1))
             self.ve_layer_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
         if self.vrl_enabled:
@@ -696,17 +669,6 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)  # a new block is the identity
             elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
                 nn.init.orthogonal_(p)
-
-    def _extra_value(self, layer, tokens, v0):
-        """What value embeddings and the value residual add to a layer's values (0 where neither does)."""
-        extra, dtype = 0, self.dtype
-        if layer in self.ve_layers:
-            scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(layer)]).to(dtype)
-            ve = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
-            extra = scale * ve.unflatten(-1, (self.kv_heads, -1))
-        if self.vrl_enabled and layer:
-            extra = extra + self.vrl_scales[layer - 1].to(dtype) * v0
-        return extra
 
     def forward(self, tokens, past=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer).
@@ -719,8 +681,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v, before = self._extra_value(i, tokens, v0), past[i] if past else None
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, self.attend, before)
+            extra_v = 0
+            if i in self.ve_layers:
+                scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(i)]).to(x.dtype)
+                ve = linear(F.embedding(tokens, self.ve_table).to(x.dtype), self.ve_proj)
+                extra_v = scale * ve.unflatten(-1, (self.kv_heads, -1))
+            if self.vrl_enabled and i:
+                extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
+            x, own_v, kv = block(x, x0, extra_v, self.rotary, self.attend, past[i] if past else None)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -837,12 +805,11 @@ class WeightAverage:
     @torch.no_grad()
     def after_step(self, step, scale):
         """Take the weights in after optimizer step `step` (from 1) at learning-rate scale `scale`."""
-        if self.cfg.swa_enabled:
-            if scale < 0.2 and step % self.cfg.swa_every == 0:
-                self.snapshots += 1
-                torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
-        else:
+        if not self.cfg.swa_enabled:
             torch._foreach_lerp_(self.mean, self.params, 1 - min(self.cfg.ema_decay, step / (step + 10)))
+        elif scale < 0.2 and step % self.cfg.swa_every == 0:
+            self.snapshots += 1
+            torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
 
     @torch.no_grad()
     def install(self):
@@ -949,10 +916,14 @@ def train(model, cfg, rt, log, budget):
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(time.perf_counter() - start)
+            step_s = result.seconds / result.steps
+            left_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                log(train_line(result, losses, scale, cfg))
-            after_next_s = result.seconds * (1 + 1 / result.steps)
-            if cfg.max_wallclock_seconds and after_next_s > cfg.max_wallclock_seconds:
+                eta_s = max(0, min(left_s, (cfg.iterations - result.steps) * step_s))
+                log(f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
+                    f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  "
+                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s")
+            if step_s > left_s:
                 break
     except TrainingStopped:
         raise
@@ -960,19 +931,9 @@ def train(model, cfg, rt, log, budget):
         raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
     finally:
         trainer.average.install()
-    if stream.epochs:
-        log(f"note: the training shards were read {stream.epochs} time(s) over; more shards would help")
+    if epochs := (stream.opened - 1) // len(stream.files):
+        log(f"note: the training shards were read {epochs} time(s) over; more shards would help")
     return result
-
-def train_line(result, losses, scale, cfg):
-    """One line of train.log."""
-    per_step_s = result.seconds / result.steps
-    eta_s = (cfg.iterations - result.steps) * per_step_s
-    if cfg.max_wallclock_seconds:
-        eta_s = min(eta_s, cfg.max_wallclock_seconds - result.seconds)
-    return (f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
-            f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s  "
-            f"ETA {max(eta_s, 0):.0f} s")
 
 # ---- Quantization ------------------------------------------------------------------------------------------
 # Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
@@ -988,10 +949,6 @@ def quantize(w, limit, row_max):
     scale = (row_max / limit).clamp(2.0 ** -24, 65_504.0).half()
     return (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8), scale
 
-def dequantize(levels, scale):
-    """fp32 weights of int8 levels and fp16 row scales."""
-    return levels.float() * scale.float()[:, None]
-
 def encode_tensor(name, w, coarseness):
     """(kind, [tensors to store]) of one parameter: 'int6', 'int8' or 'fp16'."""
     w = w.detach().float()
@@ -1002,8 +959,8 @@ def encode_tensor(name, w, coarseness):
     return "fp16", (w.half(),)
 
 def decode_tensor(kind, stored):
-    """fp32 parameter from what encode_tensor stored."""
-    return stored[0].float() if kind == "fp16" else dequantize(*stored)
+    """fp32 parameter from what encode_tensor stored: fp16 values, or int8 levels and fp16 row scales."""
+    return stored[0].float() if kind == "fp16" else stored[0].float() * stored[1].float()[:, None]
 
 @contextlib.contextmanager
 def quantized_weights(model, coarseness):
@@ -1049,8 +1006,7 @@ def pack_artifact(model, cfg, table, coarseness):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, kind, list(model.get_parameter(name).shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
-                if f.metadata["group"] != "run" or f.name == "preset"}
+    settings = {n: getattr(cfg, n) for n, group in GROUPS.items() if group != "run" or n == "preset"}
     tokenizer = {"sha256": table.digest, **dataclasses.asdict(table)}
     header = json.dumps({"settings": settings, "tensors": index, "tokenizer": tokenizer}, sort_keys=True)
     raw = struct.pack("<I", len(header)) + header.encode() + b"".join(payload)
@@ -1087,10 +1043,9 @@ def unpack_artifact(data, path):
 def read_artifact(path):
     """unpack_artifact of a file; UserError when it cannot be read."""
     try:
-        data = Path(path).read_bytes()
+        return unpack_artifact(Path(path).read_bytes(), path)
     except OSError as error:
         raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first") from error
-    return unpack_artifact(data, path)
 
 def code_bytes():
     """Bytes of this script, which count against the cap."""
@@ -1500,13 +1455,11 @@ def demo_documents():
     from pydoc_data import topics
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    roots = [Path(module.__file__).parent for module in (os, np, torch)]
-    files = [(root, path) for root in roots for path in sorted(root.rglob("*.py"))]
-    for path in (path for root, path in files if not skipped & set(path.relative_to(root).parts)):
-        if sum(map(len, documents)) >= DEMO_TEXT_CHARS:
-            break
-        found = re.findall('"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"), re.DOTALL)
-        documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
+    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+        for path in sorted(root.rglob("*.py")):
+            if not skipped & set(path.relative_to(root).parts) and sum(map(len, documents)) < DEMO_TEXT_CHARS:
+                found = re.findall('(?s)"""(.*?)"""', path.read_text(encoding="utf-8", errors="ignore"))
+                documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
     return list(filter(None, documents))
 
 def train_tokenizer(documents, vocab_size, path):
@@ -1562,7 +1515,7 @@ class Report:
     def __init__(self, cfg, rt, command):
         self.cfg, self.rt = cfg, rt
         log_path = cfg.run_dir / f"{command}.log"
-        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.is_main else []
+        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.rank == 0 else []
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         environment = {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
                        "world_size": rt.world, "dtype": str(rt.dtype), "source_sha256": source}
@@ -1570,12 +1523,11 @@ class Report:
         self.results = dict(run_id=cfg.run_dir.name, seed=cfg.seed, command=command, settings=settings,
                             environment=environment, train=None, artifact=None, stages=[], val_bpb=None)
         now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.log(f"{command} {cfg.run_dir.name}, {now}, python {platform.python_version()}, "
+        title = (f"{command} {cfg.run_dir.name}, {now}, python {platform.python_version()}, "
                  f"torch {torch.__version__}, source sha256 {source[:16]}")
-        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in self.results["settings"].items())):
-            self.log(line)
+        self.log("\n".join([title, *rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())]))
 
-    def log(self, line=""):
+    def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
             print(line, file=file, flush=True)
@@ -1622,41 +1574,39 @@ def summarize(paths, out_path):
     for path in paths:
         try:
             run = json.loads(Path(path).read_text())
-            last, artifact = run["stages"][-1], run["artifact"]
-            if last["name"] != evaluation_passes(Config(**run["settings"]))[-1].stages[-1]:
+            last, artifact, settings = run["stages"][-1], run["artifact"], run["settings"]
+            if last["name"] != evaluation_passes(Config(**settings))[-1].stages[-1]:
                 raise ValueError(f"it ends at stage {last['name']}")
             if artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes):
                 raise ValueError("its artifact is over the cap")
             if artifact.get("overridden"):
                 raise ValueError(f"its {', '.join(artifact['overridden'])} are not the artifact's")
-            runs.append({"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": run["settings"]["preset"],
+            runs.append({"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
                          "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
                          "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
-                         "device": run["environment"]["device"], "settings": run["settings"]})
+                         "device": run["environment"]["device"], "shared": {
+                             n.upper(): v for n, v in settings.items()
+                             if GROUPS[n] != "run" and n != "seed"}})
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
-    for same in ("preset", "stage", "val_tokens"):
-        if len({r[same] for r in runs}) > 1:
-            raise UserError(f"summarize: the runs differ in {same}: {sorted({str(r[same]) for r in runs})}")
-    free = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] == "run"} | {"seed"}
-    settings = runs[0]["settings"]
-    odd = {n for r in runs for n, v in r["settings"].items() if n not in free and v != settings.get(n)}
-    if odd:
-        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}")
+    for name in ("preset", "stage", "val_tokens", *{n: 0 for r in runs for n in r["shared"]}):
+        if len(found := {str({**r, **r["shared"]}.get(name)) for r in runs}) > 1:
+            raise UserError(f"summarize: the runs differ in {name}: {', '.join(sorted(found))}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     try:
         kept = dict(json.loads(Path(out_path).read_text())) if Path(out_path).exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
-    summary = {name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")}
-    summary |= {"date": time.strftime("%Y-%m-%d", time.gmtime())}
-    summary |= {n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")}
-    summary |= {n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")}
-    summary |= {"val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None}
-    summary |= {n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")}
-    shown = ("val_loss", "val_bpb", "bytes_total")
-    summary["seeds"] = {str(r["seed"]): {n: r[n] for n in shown} for r in runs}
+    summary = {
+        **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        **{n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")},
+        **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
+        "val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None,
+        **{n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")},
+        "seeds": {str(r["seed"]): {n: r[n] for n in ("val_loss", "val_bpb", "bytes_total")}
+                  for r in runs}}
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
     write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
@@ -1705,7 +1655,7 @@ def train_command(environ):
         path = cfg.run_dir / "stopped.int6.lzma"
         kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
         try:
-            if rt.is_main:
+            if rt.rank == 0:
                 coarseness = estimate_coarseness(model, 0.9 * (cfg.size_limit_bytes - code_bytes()))
                 write_atomically(path, pack_artifact(model, cfg, table, coarseness))
         except UserError as error:
@@ -1724,7 +1674,8 @@ def train_command(environ):
 
 def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
-    rt.be_deterministic()
+    if rt.device.type == "cuda":  # a decoder must get these integers; Inductor then heeds no clock either
+        torch.use_deterministic_algorithms(True)
     settings, table, weights = read_artifact(cfg.artifact)
     other = [n.upper() for n, v in settings.items() if n != "preset" and getattr(cfg, n) != v]
     report.results["artifact"]["overridden"] = other

@@ -56,7 +56,7 @@ def test_quantizer_error_is_half_a_level(limit, clip):
     assert levels.dtype == torch.int8 and scale.dtype == torch.float16 and levels.abs().max() == limit
     exact, rounded = row_max.double() / limit, scale.double()
     assert ((rounded - exact).abs() <= torch.maximum(exact * 2.0 ** -11, torch.tensor(2.0 ** -24)) * 1.0001).all()
-    error = (w.double() - train_gpt.dequantize(levels, scale).double()).abs()
+    error = (w.double() - train_gpt.decode_tensor("int8", (levels, scale)).double()).abs()
     bound = rounded / 2 + limit * (exact - rounded).clamp(min=0) + 1e-6 * row_max
     inside = w.abs() <= row_max[:, None]
     assert (error <= bound[:, None])[inside].all() and inside.float().mean() > 0.2
