@@ -7,21 +7,19 @@
     python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
     python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
 
-Every setting is an environment variable: the name of a `Config` field in capitals (--help lists them). A run
-writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs) and model.int6.lzma (the artifact).
+Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them). A run
+writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs), model.int6.lzma (the artifact).
 
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
                                                                                      |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
           '--> update: TTT learns from what has been scored, the n-gram history follows the prefix
 
-The figure of merit is bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text.
-What makes it the length of a code that a decoder can read:
+Bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text, a code length, since
   1. causal       the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
   2. complete     every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
   3. score first  position t's frequencies are final before any state behind them has seen x_t;
-  4. one pass     left to right, once.
-`Predictor` is the only place where frequencies are made, and it raises when it is used out of order.
+  4. one pass     left to right, once. `Predictor` alone makes frequencies; used out of order, it raises.
 
 Shapes: B batch, T rows of a window, W window, S stride, D model width, H query heads, G key/value heads,
 d head width, V vocabulary, R positions.
@@ -46,6 +44,7 @@ import statistics
 import struct
 import sys
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -58,9 +57,8 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door through which settings come in; torchrun's variables come beside it.
-# A setting belongs to a group. `run` says where things are on this machine and stays out of the artifact;
-# `model` is fixed once weights exist; `train` shapes training; `eval` shapes the code length and can be
+# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this machine,
+# `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length and can be
 # overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
@@ -230,18 +228,16 @@ def check_config(c):
         need(getattr(c, name) in allowed, name, f"there are {', '.join(allowed)}")
     need(c.rope_dims % 2 == 0, "rope_dims", "must be even")
     need(c.eval_seq_len - c.eval_stride != 1, "eval_stride", "must leave no or 2 rows of a window known")
-    for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers),
-                       ("rope_dims", c.model_dim // c.num_heads), ("complement_alpha", 1),
-                       ("late_qat_threshold", 1), ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9),
-                       ("muon_momentum", 1 - 1e-9), ("alpha_base", 1), ("alpha_range", 1 - c.alpha_base),
-                       ("min_count", c.ngram_recent),
+    for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers), ("alpha_base", 1),
+                       ("rope_dims", c.model_dim // c.num_heads), ("late_qat_threshold", 1),
+                       ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9), ("muon_momentum", 1 - 1e-9),
+                       ("complement_alpha", 1), ("alpha_range", 1 - c.alpha_base), ("min_count", c.ngram_recent),
                        ("vocab_size", 65_536 if c.mixer == "none" else 16_384)):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. Every process uses the same number of CPU threads
-# however many ranks there are: the split of a matrix product over threads can change its last bit, and from
-# one artifact 1 rank and 8 ranks must commit the very same integers.
+# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one rank: the
+# split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same integers.
 @dataclasses.dataclass
 class Runtime:
     """Where this process runs: rank of world, device, compute dtype and the attention kernel."""
@@ -291,11 +287,9 @@ def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= int(environ.get("LOCAL_WORLD_SIZE", 1))
-    if cfg.device == "cuda" and not cuda:
-        raise UsageError("DEVICE=cuda: torch sees no CUDA device for each rank here; set DEVICE=cpu")
-    if cfg.preset == "record" and not cuda and cfg.device != "cpu":
-        raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
-                         "or insist with DEVICE=cpu")
+    if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
+        raise UsageError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
+                         "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none")
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
@@ -345,15 +339,13 @@ def check_writable(folder, need_bytes):
                         "free space or set LOG_DIR elsewhere")
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
-# BPB divides by bytes, so a byte counted twice is a better score for nothing. The table holds each piece as
-# the bytes it stands for; a leading space counts only where a decoder would print one, that is not after a
-# boundary (BOS, control, unknown). The sum is checked against the decoded text of every document.
+# BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
+# where a decoder prints one: not after a boundary (BOS, control, unknown). Every document's text is compared.
 SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """The tokenizer as data, enough to count bytes and to decode: pieces[i] and its kind kinds[i], which is
-    N (normal), U (unknown), C (control), X (unused) or B (byte)."""
+    """The tokenizer: pieces[i], of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
     pieces: tuple
     kinds: str
     bos_id: int
@@ -406,9 +398,8 @@ class TokenTable:
         return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
 
 def audit_bytes(table, tokens, decode=None):
-    """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to: by
-    `decode`, SentencePiece's own, where there is one. A last document that is cut may end inside a character
-    (and is decoded by the table). UserError when a count and a text differ."""
+    """Total bytes of tokens[1:]; UserError where a document's count is not the length of its UTF-8 text, by
+    SentencePiece's own `decode` if given. The last, which may be cut in a character, the table decodes."""
     counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
@@ -427,9 +418,8 @@ def audit_bytes(table, tokens, decode=None):
     return int(counts.sum())
 
 # ---- Data --------------------------------------------------------------------------------------------------
-# Official shards: 256 little-endian int32 of header ([0] magic, [1] version, [2] token count), then uint16
-# tokens; the same inside zstandard when the name ends in .zst. The training stream is the shards in sorted
-# order, read sequentially and cyclically. A step takes the same tokens whatever the number of ranks.
+# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
+# zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_bytes(path):
@@ -514,20 +504,18 @@ def micro_batch_sequences(cfg, world):
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
 
 def micro_batches(tokens, cfg, rt):
-    """This rank's share of one step's tokens as a list of (x, y), each int64 (B, T) on the device.
-    Rank r takes the r-th run of the step's sequences, in equal micro-batches up to MICRO_BATCH_TOKENS."""
+    """Rank r's share of a step, the r-th run of its sequences: equal (x, y), int64 (B, T) on the device."""
     x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
     mine, size = np.split(np.arange(len(x)), rt.world)[rt.rank], micro_batch_sequences(cfg, rt.world)
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
 
 # ---- Model -------------------------------------------------------------------------------------------------
-# An 11-layer GQA transformer with a U-Net of skips. Each mechanism earns bits at this size: XSA takes out of
-# a head's output what the position's own value already says; VRL and value embeddings hand early information
-# to late values; BigramHash and SmearGate give the first layer the previous token for nothing. There is one
-# forward path: training, scoring and TTT call the same function. With `past` it computes only the newest rows
-# of a window over cached keys and values, which is what lets a decoder afford the scorer's own shapes.
-# Parameters of the default: 26,993,766 (token and bigram embeddings 851,969, smear 512, 11 blocks of
-# 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
+# An 11-layer GQA transformer with a U-Net of skips. XSA takes out of a head's output what the position's own
+# value already says; VRL and value embeddings hand early information to late values; BigramHash and SmearGate
+# give the first layer the previous token for nothing. Training, scoring and TTT share one forward path. With
+# `past` it computes the newest rows of a window over cached keys and values: a decoder can afford that.
+# 26,993,766 parameters by default (token and bigram embeddings 851,969, smear 512, 11 blocks of 2,361,352,
+# value embeddings 163,843, skips 2,560, VRL 10).
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
@@ -541,8 +529,8 @@ def pick_attention(device):
         return sdpa_attention, "torch SDPA: FlashAttention-3 (flash_attn_interface) is not installed"
 
     def flash_attention(q, k, v):
-        same_bits = torch.are_deterministic_algorithms_enabled()
-        out = flash_attn_func(q, k, v, causal=True, deterministic=same_bits)
+        exact = torch.are_deterministic_algorithms_enabled()
+        out = flash_attn_func(q, k, v, causal=True, deterministic=exact)
         return out[0] if isinstance(out, tuple) else out
     return flash_attention, "FlashAttention-3"
 
@@ -553,8 +541,7 @@ def sdpa_attention(q, k, v):
     if rows == keys:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
-        group = q.size(1) // k.size(1)
-        k, v = (z.repeat_interleave(group, dim=1) for z in (k, v))  # a mask rules the fused GQA kernels out
+        k, v = (z.repeat_interleave(q.size(1) // z.size(1), 1) for z in (k, v))  # fused GQA takes no mask
         seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
@@ -713,9 +700,8 @@ def new_model(cfg, rt, weights=None):
     return model.to(rt.device)
 
 # ---- Complementary objective -------------------------------------------------------------------------------
-# A token that bigram statistics predict will be predicted by the mixer too, so the model is to care less for
-# it: weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033). The statistics
-# are exact integer counts of the training stream before the current step, over all ranks.
+# What bigram statistics predict the mixer will predict too, so the model is to care less for it: weight 1 -
+# alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from counts before the step.
 class BigramCounts:
     """Exact counts of (previous, next) over the training stream so far, the same on every rank."""
     def __init__(self, vocab_size, rt):
@@ -798,9 +784,8 @@ class WeightAverage:
     """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing.
     The EMA's decay is step / (step + 10) at first, so that it does not remember the initial weights."""
     def __init__(self, model, cfg):
-        self.cfg, self.params = cfg, list(model.parameters())
+        self.cfg, self.params, self.snapshots = cfg, list(model.parameters()), 0
         self.mean = [p.detach().clone() for p in self.params]
-        self.snapshots = 0
 
     @torch.no_grad()
     def after_step(self, step, scale):
@@ -819,19 +804,10 @@ class WeightAverage:
 
 # ---- Training loop -----------------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
-# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock says
-# when time is up, so that all ranks stop at the same step. Kernels are compiled on random tokens before the
-# clock starts; model and optimizers are then put back as they were.
+# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock stops
+# all ranks at one step. Kernels are compiled on random tokens before it starts, then all is put back.
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
-
-@dataclasses.dataclass
-class TrainResult:
-    """What training did: steps, tokens, seconds on the clock (compilation not among them)."""
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    warmup_seconds: float = 0.0
 
 class Trainer:
     """The state of a training run and one step of it."""
@@ -896,10 +872,11 @@ class Trainer:
 
 def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
-    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns TrainResult. On
-    NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
-    stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
-    result, began = TrainResult(), time.perf_counter()
+    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns steps, tokens and
+    seconds (warm-up apart) as attributes. On NaN, infinity or Ctrl-C it raises TrainingStopped, and the last
+    good weights are in the model."""
+    stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
+    result = types.SimpleNamespace(steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0)
     if cfg.warmup_steps:
         trainer.warm_up()
         result.warmup_seconds = rt.clock() - began
@@ -925,9 +902,7 @@ def train(model, cfg, rt, log, budget):
                     f"{result.seconds:.0f} s  ETA {eta_s:.0f} s")
             if step_s > left_s:
                 break
-    except TrainingStopped:
-        raise
-    except (KeyboardInterrupt, UserError) as error:  # Ctrl-C, or a shard that cannot be read
+    except (KeyboardInterrupt, UserError) as error:  # Ctrl-C, no finite loss, a shard that cannot be read
         raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
     finally:
         trainer.average.install()
@@ -991,8 +966,7 @@ def estimate_coarseness(model, budget_bytes):
 #   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] of each tensor
 #  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or values fp16
 #
-# All numbers are little-endian. Reading executes nothing; file and script are all that a scorer needs. One
-# level a byte: packing 6 bits first hides the byte alignment from LZMA and makes the file larger.
+# Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from LZMA.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
@@ -1056,19 +1030,18 @@ def fit_artifact(model, cfg, table, log):
     A doubling takes one bit off each block weight, so a secant on the logarithm is there in few steps."""
     budget = cfg.size_limit_bytes - code_bytes()
     slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
-    coarseness, best = estimate_coarseness(model, budget), None
-    for attempt in range(6):
+    coarseness, best = estimate_coarseness(model, budget), (b"", FINEST)
+    for _ in range(6):
         data = pack_artifact(model, cfg, table, coarseness)
         log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
         fits = len(data) <= budget
-        if fits and (best is None or len(data) > len(best[0])):
+        if fits and len(data) > len(best[0]):
             best = data, coarseness
-        snug = fits and (coarseness == FINEST or len(data) >= 0.998 * budget)
-        if snug or coarseness == COARSEST:
+        if coarseness == COARSEST or fits and (coarseness == FINEST or len(data) >= 0.998 * budget):
             break
         shift = (len(data) - 0.999 * budget) / slope_bytes
         coarseness = min(max(coarseness * 2 ** shift, FINEST), COARSEST)
-    return best or (data, coarseness)
+    return best if best[0] else (data, coarseness)
 
 # ---- N-gram history ----------------------------------------------------------------------------------------
 # Everything the stream has said so far, exactly. Unigrams and bigrams have dense integer counts. Each longer
@@ -1427,8 +1400,7 @@ def evaluate(predictor, tokens, total_bytes, log):
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
-    """Yield the documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
-    TXT_DOCUMENT_CHARS or more)."""
+    """Yield a file's documents: JSON's "text" fields, or .txt cut at blank lines, TXT_DOCUMENT_CHARS on."""
     number, parts = 0, []
     try:
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
@@ -1599,7 +1571,7 @@ def summarize(paths, out_path):
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
     summary = {
-        **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
+        **{n: kept.get(n, "") for n in ("author", "github_id", "name", "blurb")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         **{n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")},
         **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
@@ -1616,11 +1588,10 @@ def summarize(paths, out_path):
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
 def prepare_demo(cfg, log):
     """Make the demo's shards in its cache, once."""
-    demo = Path(DEMO_CACHE)
-    if Path(cfg.data_path) == demo and not any(demo.glob("fineweb_val_*.bin")):
+    if Path(cfg.data_path) == Path(DEMO_CACHE) and not any(Path(DEMO_CACHE).glob("fineweb_val_*.bin")):
         log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(demo, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), demo, cfg, log)
+        shutil.rmtree(DEMO_CACHE, ignore_errors=True)  # what an interrupted run has left
+        write_shards(demo_documents(), DEMO_CACHE, cfg, log)
 
 def open_run(cfg, environ, command, table=None):
     """Start a run: (Runtime, Report, TokenTable, validation tokens, their bytes). `table`: the artifact's."""
@@ -1665,8 +1636,8 @@ def train_command(environ):
         raise TrainingStopped(f"{stop}; {kept}") from None
     start_s = time.perf_counter()
     rt.on_main(lambda: write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0]))
-    speeds = {"tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
-    report.results["train"] = {**vars(result), **speeds, "quantize_seconds": time.perf_counter() - start_s}
+    report.results["train"] = {**vars(result), "quantize_seconds": time.perf_counter() - start_s,
+                               "tokens_per_second": result.tokens / max(result.seconds, 1e-9)}
     report.artifact(cfg.artifact, cfg.artifact.read_bytes())
     plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
@@ -1703,9 +1674,8 @@ def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg, log = config_from_env(environ), functools.partial(print, flush=True)
     documents, start_s = [], time.perf_counter()
-    for path in paths:
-        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
+    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
+        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
     for number, path in enumerate(paths, 1):
         documents += [d for d in read_documents(path) if d.strip()]
         log(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
