@@ -228,10 +228,11 @@ def check_config(c):
         need(getattr(c, name) in allowed, name, f"there are {', '.join(allowed)}")
     need(c.rope_dims % 2 == 0, "rope_dims", "must be even")
     need(c.eval_seq_len - c.eval_stride != 1, "eval_stride", "must leave no or 2 rows of a window known")
-    for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers), ("alpha_base", 1),
-                       ("rope_dims", c.model_dim // c.num_heads), ("late_qat_threshold", 1),
-                       ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9), ("muon_momentum", 1 - 1e-9),
-                       ("complement_alpha", 1), ("alpha_range", 1 - c.alpha_base), ("min_count", c.ngram_recent),
+    for name, high in (("xsa_last_n", c.num_layers), ("ttt_freeze_blocks", c.num_layers),
+                       ("rope_dims", c.model_dim // c.num_heads), ("complement_alpha", 1),
+                       ("late_qat_threshold", 1), ("ema_decay", 1 - 1e-9), ("polyak_decay", 1 - 1e-9),
+                       ("muon_momentum", 1 - 1e-9), ("alpha_base", 1), ("alpha_range", 1 - c.alpha_base),
+                       ("min_count", c.ngram_recent),
                        ("vocab_size", 65_536 if c.mixer == "none" else 16_384)):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
@@ -362,8 +363,8 @@ class TokenTable:
         if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
             raise UserError(f"VOCAB_SIZE={vocab_size}, but the tokenizer {path} has {sp.vocab_size()} pieces "
                             f"(BOS: {sp.bos_id()}); set one to fit the other")
+        ids = range(vocab_size)
         tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
-        ids = range(sp.vocab_size())
         kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
         return TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
 
@@ -1556,14 +1557,14 @@ def summarize(paths, out_path):
             runs.append({"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
                          "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
                          "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
-                         "device": run["environment"]["device"], "shared": {
-                             n.upper(): v for n, v in settings.items()
-                             if GROUPS[n] != "run" and n != "seed"}})
+                         "device": run["environment"]["device"], "settings": settings})
         except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
             raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
-    for name in ("preset", "stage", "val_tokens", *{n: 0 for r in runs for n in r["shared"]}):
-        if len(found := {str({**r, **r["shared"]}.get(name)) for r in runs}) > 1:
-            raise UserError(f"summarize: the runs differ in {name}: {', '.join(sorted(found))}")
+    alike = [n for n, group in GROUPS.items() if group != "run" and n != "seed"]
+    for name in ("preset", "stage", "val_tokens", *alike):
+        if len(found := sorted({str(r.get(name, r["settings"].get(name))) for r in runs})) > 1:
+            name = name.upper() if name in alike else name
+            raise UserError(f"summarize: the runs differ in {name}: {', '.join(found)}")
     if len({r["seed"] for r in runs}) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     try:
