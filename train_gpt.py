@@ -873,9 +873,8 @@ class Trainer:
 
 def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
-    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns steps, tokens and
-    seconds (warm-up apart) as attributes. On NaN, infinity or Ctrl-C it raises TrainingStopped, and the last
-    good weights are in the model."""
+    Late QAT quantizes to an artifact of `budget` bytes. Returns steps, tokens, seconds (warm-up apart). On
+    NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
     stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
     result = types.SimpleNamespace(steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0)
     if cfg.warmup_steps:
@@ -1705,10 +1704,9 @@ def main():
     status, message = 0, ""
     try:
         dispatch(sys.argv[1:], os.environ)
-    except UserError as error:
-        status, message = error.exit_status, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; logs and files written so far are kept"
+    except (UserError, KeyboardInterrupt) as error:
+        status = getattr(error, "exit_status", 130)
+        message = str(error) or "interrupted; logs and files written so far are kept"
     if status and os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
