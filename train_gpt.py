@@ -58,10 +58,9 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door for settings. Each belongs to a group: `run` says where things are on
-# this machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length
-# and can be overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's
-# name.
+# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this machine,
+# `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length and can be
+# overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
@@ -169,30 +168,26 @@ class Config:
 
 GROUPS = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
 DEMO_CACHE = ".cache/demo"
-SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, eval_batch_windows=4,
-             ttt_lr=1e-4, ttt_epochs=1, ttt_schedule_chunks=64, ttt_temperature=1.0, polyak_decay=0.0)
+SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, eval_batch_windows=1,
+             ttt_lr=1e-4, ttt_epochs=1, ttt_schedule_chunks=64, ttt_temperature=1.0, polyak_decay=0.0,
+             mixer_block=64)
 PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
     "bench": SMALL | dict(
         val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
-        warmdown_iters=300, muon_momentum=0.95, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20,
-        num_layers=6, model_dim=256, num_heads=4, num_kv_heads=2, xsa_last_n=3, bigram_dim=64,
-        ve_layers="4,5", eval_seq_len=512, eval_batch_windows=1, ttt_chunk_tokens=8192, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=6, ttt_temperature=1.0, polyak_decay=0.0,
-        ngram_hash_bits=20, mixer_block=64, mixer_calibration_tokens=262_144),
+        warmdown_iters=300, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20, num_layers=6,
+        model_dim=256, xsa_last_n=3, bigram_dim=64, ve_layers="4,5", eval_seq_len=512, ttt_chunk_tokens=8192,
+        ttt_freeze_blocks=6, ngram_hash_bits=20, mixer_calibration_tokens=262_144),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": SMALL | dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
         size_limit_bytes=1_000_000, log_every=10, iterations=90, max_wallclock_seconds=80.0,
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
-        muon_momentum=0.95, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
-        model_dim=128, num_heads=4, num_kv_heads=2, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32,
-        ve_layers="3", eval_seq_len=256, eval_batch_windows=1, ttt_chunk_tokens=2048, ttt_lr=1e-4,
-        ttt_epochs=1, ttt_schedule_chunks=64, ttt_freeze_blocks=4, ttt_temperature=1.0, polyak_decay=0.0,
-        ngram_hash_bits=18, mixer_block=64, mixer_calibration_tokens=32_768),
-}
+        muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4, model_dim=128,
+        xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
+        ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768)}
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
@@ -253,9 +248,8 @@ def check_config(c):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. CPU threads are as many however many ranks there
-# are: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same
-# integers.
+# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one rank: the
+# split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same integers.
 @dataclasses.dataclass
 class Runtime:
     """Where this process runs: rank of world, device and compute dtype."""
@@ -304,11 +298,9 @@ def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= int(environ.get("LOCAL_WORLD_SIZE", 1))
-    if cfg.device == "cuda" and not cuda:
-        raise UsageError("DEVICE=cuda: torch sees no CUDA device for each rank here; set DEVICE=cpu")
-    if cfg.preset == "record" and not cuda and cfg.device != "cpu":
-        raise UsageError("PRESET=record needs CUDA and there is none: PRESET=demo and PRESET=bench do not, "
-                         "or insist with DEVICE=cpu")
+    if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
+        raise UsageError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
+                         "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none")
     device, can = torch.device("cpu"), torch.cpu.get_capabilities()
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
@@ -360,9 +352,8 @@ def check_writable(folder, need_bytes):
                         "free space or set LOG_DIR elsewhere")
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
-# BPB divides by bytes: a byte counted twice is a better score for nothing. A leading space counts only where
-# a decoder prints it, not after a boundary (BOS, control, unknown). Every document's sum is checked against
-# its text.
+# BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
+# where a decoder prints one: not after a boundary (BOS, control, unknown). Every document's text is compared.
 SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
@@ -441,8 +432,7 @@ def audit_bytes(table, tokens, decode=None):
 
 # ---- Data --------------------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
-# zstandard when the name ends in .zst. The training stream is the sorted shards, read in order, over and
-# over, by every rank.
+# zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_bytes(path):
@@ -693,8 +683,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v, before = self._extra_value(i, tokens, v0), past[i] if past else None
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, before)
+            extra_v = 0
+            if i in self.ve_layers:
+                scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(i)]).to(x.dtype)
+                ve = linear(F.embedding(tokens, self.ve_table).to(x.dtype), self.ve_proj)
+                extra_v = scale * ve.unflatten(-1, (self.kv_heads, -1))
+            if self.vrl_enabled and i:
+                extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
+            x, own_v, kv = block(x, x0, extra_v, self.rotary, past[i] if past else None)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -794,15 +790,6 @@ class WeightAverage:
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
 
-@dataclasses.dataclass
-class TrainResult:
-    """What training did: steps, tokens, seconds on the clock (compilation not among them)."""
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    warmup_seconds: float = 0.0
-    calibration_seconds: float = 0.0
-
 class Trainer:
     """The state of a training run and one step of it."""
     def __init__(self, model, cfg, rt):
@@ -868,8 +855,9 @@ def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
     Late QAT quantizes to an artifact of `budget` bytes. Returns steps, tokens, seconds (warm-up apart). On
     NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
-    stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
-    result, began = TrainResult(), time.perf_counter()
+    stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
+    result = types.SimpleNamespace(steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0,
+                                   calibration_seconds=0.0)
     if cfg.calibrates:  # what time it needs is not training's
         cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
     if cfg.warmup_steps:
@@ -1452,8 +1440,7 @@ def calibrate_mixer(model, cfg, table, rt, limit_s, log):
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
-    """The documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
-    TXT_DOCUMENT_CHARS or more)."""
+    """A file's documents: JSON's "text" fields, or .txt cut at blank lines after TXT_DOCUMENT_CHARS."""
     number, texts, is_txt = 0, [], path.endswith(".txt")
     try:
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
@@ -1605,12 +1592,11 @@ def read_result(path):
                 (artifact.get("overridden"), f"{', '.join(artifact.get('overridden') or [])} overridden")):
             if fault:
                 raise ValueError(why)
-        shared = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] != "run"} | {"preset"}
         return {"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
                 "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
                 "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
-                "device": run["environment"]["device"],
-                "same": {n: v for n, v in settings.items() if n in shared - {"seed"}}}
+                "device": run["environment"]["device"], "same": {
+                    n: v for n, v in settings.items() if n == "preset" or GROUPS[n] != "run" and n != "seed"}}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
 
