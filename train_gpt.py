@@ -45,6 +45,7 @@ import statistics
 import struct
 import sys
 import time
+import types
 import zlib
 from pathlib import Path
 
@@ -57,9 +58,9 @@ import torch.nn.functional as F
 from torch import nn
 
 # ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door for settings. Each belongs to a group: `run` says where things are on
-# this machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length
-# and can be overridden by `eval`. All but `run` are stored in the artifact.
+# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this machine,
+# `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length and can be
+# overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
@@ -165,6 +166,7 @@ class Config:
         """Path of the artifact, to be written or to be evaluated."""
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
 
+GROUPS = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, eval_batch_windows=1,
              ttt_lr=1e-4, ttt_epochs=1, ttt_schedule_chunks=64, ttt_temperature=1.0, polyak_decay=0.0,
@@ -172,52 +174,47 @@ SMALL = dict(warmup_steps=0, muon_momentum=0.95, num_heads=4, num_kv_heads=2, ev
 PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
-    "bench": dict(
-        SMALL, val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
+    "bench": SMALL | dict(
+        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
         warmdown_iters=300, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20, num_layers=6,
         model_dim=256, xsa_last_n=3, bigram_dim=64, ve_layers="4,5", eval_seq_len=512, ttt_chunk_tokens=8192,
         ttt_freeze_blocks=6, ngram_hash_bits=20, mixer_calibration_tokens=262_144),
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
-    "demo": dict(
-        SMALL, data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
+    "demo": SMALL | dict(
+        data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
         size_limit_bytes=1_000_000, log_every=10, iterations=90, max_wallclock_seconds=80.0,
         train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
         muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4, model_dim=128,
         xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
-        ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768),
-}
+        ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768)}
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
-    kind = field.type.__name__
-    try:
-        words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-        value = words[text] if kind == "bool" else field.type(text)
-        if kind != "float" or math.isfinite(value):
+    words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
+    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(field.type)
+    with contextlib.suppress(ValueError, KeyError):
+        value = words[text] if field.type is bool else field.type(text)
+        if field.type is not float or math.isfinite(value):
             return value
-    except (ValueError, KeyError):
-        pass
-    expected = {"bool": "0 or 1", "int": "a whole number", "float": "a finite number"}[kind]
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 def config_from_env(environ, stored=None):
     """Config: defaults, then the preset, then `stored` (an artifact's settings), then environment variables.
     A variable that is one slip away from a setting, or against the artifact's model, is a UsageError."""
     fields, stored = {f.name.upper(): f for f in dataclasses.fields(Config)}, stored or {}
-    for name in environ.keys() - fields.keys():
+    for name in environ.keys() - fields:
         for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ}
     preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    if strange := stored.keys() - {f.name for f in fields.values()}:
+    if strange := stored.keys() - GROUPS:
         raise UserError(f"the artifact has settings of another version of this script: {', '.join(strange)}")
-    for name, f in fields.items():
-        fixed = f.name in stored and f.metadata["group"] in ("model", "train")
-        if fixed and given.get(f.name, stored[f.name]) != stored[f.name]:
-            raise UsageError(f"{name}={given[f.name]}: the artifact has {stored[f.name]}; train again")
+    for name in (n for n in given if n in stored and GROUPS[n] in ("model", "train")):
+        if given[name] != stored[name]:
+            raise UsageError(f"{name.upper()}={given[name]}: the artifact has {stored[name]}; train again")
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 def check_config(c):
@@ -250,8 +247,8 @@ def check_config(c):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
 
 # ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. CPU threads are as many on 1 as on 8 ranks: the
-# split of a product over threads can change its last bit, and all must commit the same integers.
+# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one rank: the
+# split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same integers.
 @dataclasses.dataclass
 class Runtime:
     """Where this process runs: rank of world, device and compute dtype."""
@@ -300,10 +297,9 @@ def start_runtime(cfg, environ):
     """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
     rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= int(environ.get("LOCAL_WORLD_SIZE", 1))
-    if cfg.device == "cuda" and not cuda:
-        raise UsageError("DEVICE=cuda: torch sees no CUDA device for each rank here; set DEVICE=cpu")
-    if cfg.preset == "record" and not cuda and cfg.device != "cpu":
-        raise UsageError("PRESET=record needs CUDA: set PRESET=demo or bench, or insist with DEVICE=cpu")
+    if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
+        raise UsageError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
+                         "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none")
     device, can = torch.device("cpu"), torch.cpu.get_capabilities()
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
@@ -332,10 +328,9 @@ def progress_line(done, total, start_s, unit):
 
 def write_atomically(path, data):
     """Write bytes to a temporary file beside `path` and rename it: the file is whole or it is not there."""
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as f:
             f.write(data)
             f.flush()
@@ -356,14 +351,13 @@ def check_writable(folder, need_bytes):
                         "free space or set LOG_DIR elsewhere")
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
-# BPB divides by bytes: a byte counted twice is a better score for nothing. A leading space counts only where
-# a decoder prints it, not after a boundary (BOS, control, unknown). Sums are checked against the text.
+# BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
+# where a decoder prints one: not after a boundary (BOS, control, unknown). Every document's text is compared.
 SPACE = "\u2581"
 
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
-    """The tokenizer as data, enough to count bytes and to decode: pieces[i] and its kind kinds[i], which is
-    N (normal), U (unknown), C (control), X (unused) or B (byte)."""
+    """The tokenizer: pieces[i], of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
     pieces: tuple
     kinds: str
     bos_id: int
@@ -378,8 +372,8 @@ class TokenTable:
             raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
         if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
             raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, BOS {sp.bos_id()}")
+        ids = range(vocab_size)
         tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
-        ids = range(sp.vocab_size())
         kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
         return TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
 
@@ -414,9 +408,8 @@ class TokenTable:
         return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
 
 def audit_bytes(table, tokens, decode=None):
-    """Total bytes of tokens[1:], checked document by document against the UTF-8 text that they decode to: by
-    `decode`, SentencePiece's own, where there is one. A last document that is cut may end inside a character
-    (and is decoded by the table). UserError when a count and a text differ."""
+    """Total bytes of tokens[1:]; UserError where a document's count is not the length of its UTF-8 text, by
+    SentencePiece's own `decode` if given. The last, which may be cut in a character, the table decodes."""
     counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
@@ -435,8 +428,8 @@ def audit_bytes(table, tokens, decode=None):
     return int(counts.sum())
 
 # ---- Data --------------------------------------------------------------------------------------------------
-# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; maybe in
-# zstandard (.zst). The training stream is the sorted shards, read in order, over and over, by every rank.
+# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
+# zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 
 def read_bytes(path):
@@ -534,8 +527,7 @@ def micro_batch_sequences(cfg, world):
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
 
 def micro_batches(tokens, cfg, rt):
-    """This rank's share of one step's tokens as a list of (x, y), each int64 (B, T) on the device.
-    Rank r takes the r-th run of the step's sequences, in equal micro-batches up to MICRO_BATCH_TOKENS."""
+    """Rank r's share of a step, the r-th run of its sequences: equal (x, y), int64 (B, T) on the device."""
     x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
     mine, size = np.split(np.arange(len(x)), rt.world)[rt.rank], micro_batch_sequences(cfg, rt.world)
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
@@ -557,8 +549,7 @@ def attention(q, k, v):
     if rows == keys:
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     else:
-        group = q.size(1) // k.size(1)
-        k, v = (z.repeat_interleave(group, dim=1) for z in (k, v))  # a mask rules the fused GQA kernels out
+        k, v = (z.repeat_interleave(q.size(1) // z.size(1), 1) for z in (k, v))  # fused GQA takes no mask
         seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
     return y.transpose(1, 2)
@@ -620,20 +611,15 @@ class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
     def __init__(self, cfg, layer):
         super().__init__()
-        D, d = cfg.model_dim, cfg.model_dim // cfg.num_heads
-        self.head_dim, self.norm_scale = d, 1 / math.sqrt(layer + 1)
-        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
-        self.q = nn.Parameter(torch.empty(D, D))
-        self.k = nn.Parameter(torch.empty(cfg.num_kv_heads * d, D))
-        self.v = nn.Parameter(torch.empty(cfg.num_kv_heads * d, D))
-        self.attn_out = nn.Parameter(torch.empty(D, D))
-        self.mlp_in = nn.Parameter(torch.empty(cfg.mlp_mult * D, D))
-        self.mlp_out = nn.Parameter(torch.empty(D, cfg.mlp_mult * D))
+        D, hidden, self.head_dim = cfg.model_dim, cfg.mlp_mult * cfg.model_dim, cfg.model_dim // cfg.num_heads
+        self.norm_scale, self.xsa = 1 / math.sqrt(layer + 1), layer >= cfg.num_layers - cfg.xsa_last_n
+        kv = cfg.num_kv_heads * self.head_dim
+        for name, rows, columns in (("q", D, D), ("k", kv, D), ("v", kv, D), ("attn_out", D, D),
+                                    ("mlp_in", hidden, D), ("mlp_out", D, hidden)):
+            self.register_parameter(name, nn.Parameter(torch.empty(rows, columns)))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.mix_x = nn.Parameter(torch.ones(D))
-        self.mix_x0 = nn.Parameter(torch.zeros(D))
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        for name, value in (("mix_x", 1.0), ("mix_x0", 0.0), ("attn_scale", 1.0), ("mlp_scale", 1.0)):
+            self.register_parameter(name, nn.Parameter(torch.full((D,), value)))
 
     def forward(self, x, x0, extra_v, rotary, past):
         """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
@@ -660,7 +646,7 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype, self.softcap = dtype, cfg.logit_softcap
         self.kv_heads, self.vrl_enabled = cfg.num_kv_heads, cfg.vrl_enabled
-        d, layers = cfg.model_dim // cfg.num_heads, cfg.num_layers
+        layers, kv = cfg.num_layers, cfg.num_kv_heads * (cfg.model_dim // cfg.num_heads)
         self.embed = Embedding(cfg)
         self.rotary = Rotary(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
@@ -668,7 +654,7 @@ class GPT(nn.Module):
         self.ve_layers = sorted({int(i) for i in cfg.ve_layers.split(",") if i.strip()})
         if self.ve_layers:
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
-            self.ve_proj = nn.Parameter(torch.empty(cfg.num_kv_heads * d, cfg.bigram_dim))
+            self.ve_proj = nn.Parameter(torch.empty(kv, cfg.bigram_dim))
             self.ve_scale = nn.Parameter(torch.tensor(0.1))
             self.ve_layer_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
         if self.vrl_enabled:
@@ -681,17 +667,6 @@ class GPT(nn.Module):
             elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
                 nn.init.orthogonal_(p)
 
-    def _extra_value(self, layer, tokens, v0):
-        """What value embeddings and the value residual add to a layer's values (0 where neither does)."""
-        extra, dtype = 0, self.dtype
-        if layer in self.ve_layers:
-            scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(layer)]).to(dtype)
-            ve = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
-            extra = scale * ve.unflatten(-1, (self.kv_heads, -1))
-        if self.vrl_enabled and layer:
-            extra = extra + self.vrl_scales[layer - 1].to(dtype) * v0
-        return extra
-
     def forward(self, tokens, past=None):
         """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer).
         With `past`, the keys and values of a window's first K rows, `tokens` begins EMBED_CONTEXT tokens
@@ -703,8 +678,14 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v, before = self._extra_value(i, tokens, v0), past[i] if past else None
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, before)
+            extra_v = 0
+            if i in self.ve_layers:
+                scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(i)]).to(x.dtype)
+                ve = linear(F.embedding(tokens, self.ve_table).to(x.dtype), self.ve_proj)
+                extra_v = scale * ve.unflatten(-1, (self.kv_heads, -1))
+            if self.vrl_enabled and i:
+                extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
+            x, own_v, kv = block(x, x0, extra_v, self.rotary, past[i] if past else None)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -779,9 +760,8 @@ class WeightAverage:
     """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing.
     The EMA's decay is step / (step + 10) at first, so that it does not remember the initial weights."""
     def __init__(self, model, cfg):
-        self.cfg, self.params = cfg, list(model.parameters())
+        self.cfg, self.params, self.snapshots = cfg, list(model.parameters()), 0
         self.mean = [p.detach().clone() for p in self.params]
-        self.snapshots = 0
 
     @torch.no_grad()
     def after_step(self, step, scale):
@@ -804,15 +784,6 @@ class WeightAverage:
 # all ranks at one step. Kernels are compiled on random tokens before it starts, then all is put back.
 class TrainingStopped(UserError):
     """Training ended early; the last good weights are in the model."""
-
-@dataclasses.dataclass
-class TrainResult:
-    """What training did: steps, tokens, seconds on the clock (compilation not among them)."""
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    warmup_seconds: float = 0.0
-    calibration_seconds: float = 0.0
 
 class Trainer:
     """The state of a training run and one step of it."""
@@ -877,10 +848,11 @@ class Trainer:
 
 def train(model, cfg, rt, log, budget):
     """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
-    `budget` is the bytes that the artifact may have, to which late QAT quantizes. Returns TrainResult. On
+    Late QAT quantizes to an artifact of `budget` bytes. Returns steps, tokens, seconds (warm-up apart). On
     NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
-    stream, trainer = TrainStream(cfg), Trainer(model, cfg, rt)
-    result, began = TrainResult(), time.perf_counter()
+    stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
+    result = types.SimpleNamespace(steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0,
+                                   calibration_seconds=0.0)
     if cfg.calibrates:  # what time it needs is not training's
         cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
     if cfg.warmup_steps:
@@ -907,9 +879,7 @@ def train(model, cfg, rt, log, budget):
                     f"{result.seconds:.0f} s  ETA {max(eta_s, 0):.0f} s")
             if result.seconds + per_step_s > limit_s:
                 break
-    except TrainingStopped:
-        raise
-    except (KeyboardInterrupt, UserError) as error:  # Ctrl-C, or a shard that cannot be read
+    except (KeyboardInterrupt, UserError) as error:  # Ctrl-C, no finite loss, a shard that cannot be read
         raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
     finally:
         trainer.average.install()
@@ -988,8 +958,7 @@ def pack_artifact(model, cfg, table, coarseness):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, kind, list(values[name].shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
-    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)
-                if f.metadata["group"] != "run" or f.name == "preset"}
+    settings = {n: getattr(cfg, n) for n, group in GROUPS.items() if group != "run" or n == "preset"}
     tokenizer = {"sha256": table.digest, **dataclasses.asdict(table)}
     header = json.dumps({"settings": settings, "tensors": index, "tokenizer": tokenizer}, sort_keys=True)
     raw = struct.pack("<I", len(header)) + header.encode() + b"".join(payload)
@@ -1039,19 +1008,18 @@ def fit_artifact(model, cfg, table, log):
     A doubling takes one bit off each block weight, so a secant on the logarithm is there in few steps."""
     budget = cfg.size_limit_bytes - code_bytes()
     slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
-    coarseness, best = estimate_coarseness(model, budget), None
-    for attempt in range(6):
+    coarseness, best = estimate_coarseness(model, budget), (b"", FINEST)
+    for _ in range(6):
         data = pack_artifact(model, cfg, table, coarseness)
         log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
         fits = len(data) <= budget
-        if fits and (best is None or len(data) > len(best[0])):
+        if fits and len(data) > len(best[0]):
             best = data, coarseness
-        snug = fits and (coarseness == FINEST or len(data) >= 0.998 * budget)
-        if snug or coarseness == COARSEST:
+        if coarseness == COARSEST or fits and (coarseness == FINEST or len(data) >= 0.998 * budget):
             break
         shift = (len(data) - 0.999 * budget) / slope_bytes
         coarseness = min(max(coarseness * 2 ** shift, FINEST), COARSEST)
-    return best or (data, coarseness)
+    return best if best[0] else (data, coarseness)
 
 # ---- N-gram history ----------------------------------------------------------------------------------------
 # Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, and
@@ -1467,8 +1435,7 @@ def calibrate_mixer(model, cfg, table, rt, limit_s, log):
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
 
 def read_documents(path):
-    """The documents of a .jsonl or .jsonl.zst ("text" fields) or .txt file (cut at a blank line after
-    TXT_DOCUMENT_CHARS or more)."""
+    """A file's documents: JSON's "text" fields, or .txt cut at blank lines after TXT_DOCUMENT_CHARS."""
     number, texts, is_txt = 0, [], path.endswith(".txt")
     try:
         for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
@@ -1619,12 +1586,11 @@ def read_result(path):
                 (artifact.get("overridden"), f"{', '.join(artifact.get('overridden') or [])} overridden")):
             if fault:
                 raise ValueError(why)
-        shared = {f.name for f in dataclasses.fields(Config) if f.metadata["group"] != "run"} | {"preset"}
         return {"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
                 "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
                 "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
-                "device": run["environment"]["device"],
-                "same": {n: v for n, v in settings.items() if n in shared - {"seed"}}}
+                "device": run["environment"]["device"], "same": {
+                    n: v for n, v in settings.items() if n == "preset" or GROUPS[n] != "run" and n != "seed"}}
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"summarize: {path} is not a finished run's results.json ({error!r})") from error
 
@@ -1771,10 +1737,9 @@ def main():
     status, message = 0, ""
     try:
         dispatch(sys.argv[1:], os.environ)
-    except UserError as error:
-        status, message = error.exit_status, str(error)
-    except KeyboardInterrupt:
-        status, message = 130, "interrupted; logs and files written so far are kept"
+    except (UserError, KeyboardInterrupt) as error:
+        status = getattr(error, "exit_status", 130)
+        message = str(error) or "interrupted; logs and files written so far are kept"
     if status and os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
