@@ -4,6 +4,8 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py    train on 8xH100, write the artifact, score it
     PRESET=demo python train_gpt.py                          the same on a laptop: no data, no GPU, 3 minutes
     python train_gpt.py eval                                 score the artifact at ARTIFACT_PATH again
+    python train_gpt.py verify                               prove its figure by decoding
+    python train_gpt.py decompress IN OUT                    a code file, as verify writes them, to text
     python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
     python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
 
@@ -21,8 +23,7 @@ Bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of t
   3. score first  position t's frequencies are final before any state behind them has seen x_t;
   4. one pass     left to right, once. `Predictor` alone makes frequencies; used out of order, it raises.
 
-Shapes: B batch, T rows of a window, W window, S stride, D model width, H query heads, G key/value heads,
-d head width, V vocabulary, R positions.
+Shapes: B batch, T rows, W window, S stride, D width, H and G heads, d head width, V vocabulary, R positions.
 """
 
 import collections
@@ -43,6 +44,7 @@ import re
 import shutil
 import statistics
 import struct
+import subprocess
 import sys
 import time
 import types
@@ -86,7 +88,8 @@ class Config:
     val_tokens: int = option(0, "run", "validation tokens to score, from the start; 0: all")
     size_limit_bytes: int = option(16_000_000, "run", "cap on code plus artifact", 1)
     log_every: int = option(100, "run", "training steps between two log lines", 1)
-
+    verify_enabled: bool = option(True, "run", "end a run with a proof: code, and decode in another process")
+    verify_tokens: int = option(1000, "run", "tokens that are proved, from the stream's start")
     seed: int = option(1337, "train", "seed of the initial weights")
     iterations: int = option(20_000, "train", "most optimizer steps", 1)
     max_wallclock_seconds: float = option(600.0, "train", "training time; 0: no limit, ITERATIONS decides")
@@ -109,7 +112,6 @@ class Config:
     late_qat_threshold: float = option(0.15, "train", "learning-rate scale below which QAT starts")
     complement_alpha: float = option(0.5, "train", "complementary loss; 0: plain cross-entropy")
     mixer_calibration_tokens: int = option(1_048_576, "train", "held-out text for the mixer; 0: cold start")
-
     vocab_size: int = option(1024, "model", "tokens in the vocabulary (V)", 2)
     num_layers: int = option(11, "model", "transformer blocks", 2)
     model_dim: int = option(512, "model", "width of the residual stream (D)", 1)
@@ -125,7 +127,6 @@ class Config:
     logit_softcap: float = option(30.0, "model", "logits = cap * tanh(z / cap)", 1e-3)
     qk_gain_init: float = option(1.5, "model", "initial per-head gain on queries")
     train_seq_len: int = option(2048, "model", "tokens in a training sequence; sets the rotary base", 1)
-
     eval_seq_len: int = option(2048, "eval", "window W", 1)
     eval_stride: int = option(64, "eval", "rows S scored by each window after the first", 1)
     eval_batch_windows: int = option(32, "eval", "windows in one forward pass", 1)
@@ -147,20 +148,16 @@ class Config:
     alpha_base: float = option(0.0, "eval", "entropy mixer: alpha = base + range * sigmoid(2 (H - center))")
     alpha_range: float = option(0.10, "eval", "entropy mixer")
     alpha_center: float = option(1.0, "eval", "entropy mixer, nats of neural entropy H")
-
     def __post_init__(self):
         check_config(self)
-
     @property
     def run_dir(self):
         """Where this run's log, results and artifact go."""
         return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
-
     @property
     def calibrates(self):
         """Whether training ends with the calibration of a mixer."""
         return self.mixer == "learned" and self.mixer_calibration_tokens > 0
-
     @property
     def artifact(self):
         """Path of the artifact, to be written or to be evaluated."""
@@ -175,7 +172,7 @@ PRESETS = {
     "record": {},
     # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
     "bench": SMALL | dict(
-        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600,
+        val_tokens=131_072, size_limit_bytes=2_400_000, log_every=50, iterations=600, verify_tokens=5000,
         max_wallclock_seconds=0.0, train_batch_tokens=4096, micro_batch_tokens=4096, train_seq_len=512,
         warmdown_iters=300, muon_momentum_warmup_steps=300, ema_decay=0.0, swa_every=20, num_layers=6,
         model_dim=256, xsa_last_n=3, bigram_dim=64, ve_layers="4,5", eval_seq_len=512, ttt_chunk_tokens=8192,
@@ -183,10 +180,10 @@ PRESETS = {
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": SMALL | dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
-        size_limit_bytes=1_000_000, log_every=10, iterations=90, max_wallclock_seconds=80.0,
-        train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256, warmdown_iters=60,
-        muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4, model_dim=128,
-        xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
+        size_limit_bytes=1_000_000, log_every=10, verify_tokens=1000, iterations=90,
+        max_wallclock_seconds=80.0, train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256,
+        warmdown_iters=60, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
+        model_dim=128, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
         ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768)}
 
 def parse_setting(field, text):
@@ -200,8 +197,7 @@ def parse_setting(field, text):
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 def config_from_env(environ, stored=None):
-    """Config: defaults, then the preset, then `stored` (an artifact's settings), then environment variables.
-    A variable that is one slip away from a setting, or against the artifact's model, is a UsageError."""
+    """Config: preset, then `stored` (an artifact's settings), then the environment; UsageError for slips."""
     fields, stored = {f.name.upper(): f for f in dataclasses.fields(Config)}, stored or {}
     for name in environ.keys() - fields:
         for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
@@ -222,7 +218,6 @@ def check_config(c):
     def need(ok, name, allowed):
         if not ok:
             raise UsageError(f"{name.upper()}={getattr(c, name)!r}: {allowed}")
-
     for f in dataclasses.fields(c):
         value, low = getattr(c, f.name), f.metadata["low"]
         need(isinstance(value, str) or value >= low, f.name, f"must be at least {low}")
@@ -257,18 +252,15 @@ class Runtime:
     device: torch.device = torch.device("cpu")
     dtype: torch.dtype = torch.float32
     notes: tuple = ()
-
     def sum_over_ranks(self, tensor):
         """`tensor`, summed in place over the ranks. Every rank must call it the same number of times."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
-
     def from_main(self, value):
         """Rank 0's Python float, on every rank; until rank 0 calls it, the others wait."""
         box = torch.tensor([value if self.rank == 0 else 0.0], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(box).item()
-
     def on_main(self, work):
         """work() on rank 0 while the others wait; where it raises UserError, every rank does: none hangs."""
         failure = None
@@ -279,13 +271,11 @@ class Runtime:
             failure = error
         if self.from_main(float(failure is not None)):
             raise failure or UserError("rank 0 has failed")
-
     def clock(self):
         """Seconds on a clock, read once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
-
     def compiled(self, function):
         """`function` through torch.compile where that pays (CUDA); as it is elsewhere."""
         if self.device.type != "cuda":
@@ -342,13 +332,19 @@ def write_atomically(path, data):
         with contextlib.suppress(OSError):
             temporary.unlink()
 
+def read_file(path, name="", hint=""):
+    """A file's bytes; UserError says which setting or file it was."""
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
+
 def check_writable(folder, need_bytes):
     """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
     if (free := shutil.disk_usage(folder).free) < need_bytes:
-        raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free and the run needs {need_bytes:,}; "
-                        "free space or set LOG_DIR elsewhere")
+        raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere")
 
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
@@ -361,7 +357,6 @@ class TokenTable:
     pieces: tuple
     kinds: str
     bos_id: int
-
     @staticmethod
     def from_model(path, vocab_size):
         """The table of a SentencePiece model; UserError when there is none that fits."""
@@ -371,36 +366,31 @@ class TokenTable:
         except (RuntimeError, OSError) as error:
             raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
         if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
-            raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, BOS {sp.bos_id()}")
+            raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
         ids = range(vocab_size)
         tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
         kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
         return TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
-
     @functools.cached_property
     def digest(self):
         """SHA-256 of pieces and kinds: two tokenizers with the same digest read the same tokens."""
         return hashlib.sha256(json.dumps([self.pieces, self.kinds, self.bos_id]).encode()).hexdigest()
-
     @functools.cached_property
     def texts(self):
         """What each token prints, as bytes, its leading space included: nothing, where it is a boundary."""
         return tuple(bytes([int(piece[3:5], 16)]) if kind == "B" else  # <0xE2>
                      piece.replace(SPACE, " ").encode() if kind == "N" else b""
                      for piece, kind in zip(self.pieces, self.kinds))
-
     @functools.cached_property
     def byte_tables(self):
         """(bytes without a leading space, has a leading space, is a boundary), each an array over V."""
         leading = np.array([k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)])
         base = np.array([len(t) for t in self.texts], dtype=np.int64) - leading
         return base, leading, np.array([k in "UCX" for k in self.kinds])
-
     def count_bytes(self, tokens):
         """Bytes that tokens[1:] print, each after its predecessor; int64 (len(tokens) - 1,)."""
         base, leading, boundary = self.byte_tables
         return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
-
     def decode(self, tokens):
         """The bytes of one document's tokens: a space is printed except after a boundary."""
         _, leading, boundary = self.byte_tables
@@ -408,15 +398,14 @@ class TokenTable:
         return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
 
 def audit_bytes(table, tokens, decode=None):
-    """Total bytes of tokens[1:]; UserError where a document's count is not the length of its UTF-8 text, by
-    SentencePiece's own `decode` if given. The last, which may be cut in a character, the table decodes."""
+    """Total bytes of tokens[1:], each document's compared with its text, by SentencePiece or the table."""
     counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(f"the validation stream must start with BOS (id {table.bos_id}), like every document")
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
         document, where = tokens[start:stop], f"validation document at token {start}"
-        whole = decode and stop < len(tokens)
-        text = decode(document[1:].tolist()).encode() if whole else table.decode(document)
+        cut = not decode or stop == len(tokens)
+        text = table.decode(document) if cut else decode(document[1:].tolist()).encode()
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -472,31 +461,27 @@ def list_shards(cfg, split):
     files = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
     files = [f for f in files if f.endswith(".bin") or (f.endswith(".bin.zst") and f[:-4] not in files)]
     if not files:
-        raise UserError(f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}; get FineWeb's "
-                        "(see README), make your own with `tokenize`, or run PRESET=demo, which needs none")
+        raise UserError(f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}: get FineWeb's "
+                        "(see README), make some with `tokenize`, or run PRESET=demo, which needs none")
     return files
 
 def load_validation(cfg):
     """The validation stream, int64 (n + 1,): all shards in order, cut after VAL_TOKENS predictions."""
-    parts, wanted = [], cfg.val_tokens + 1 if cfg.val_tokens else sys.maxsize
-    for path in list_shards(cfg, "val"):
-        if sum(map(len, parts)) < wanted:
-            parts.append(read_shard(path, cfg.vocab_size))
-    tokens = np.concatenate(parts)[:wanted].astype(np.int64)
+    shards = [read_shard(path, cfg.vocab_size) for path in list_shards(cfg, "val")]
+    tokens = np.concatenate(shards)[:cfg.val_tokens + 1 if cfg.val_tokens else None].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
         raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
                         f"raise VAL_TOKENS, lower EVAL_SEQ_LEN={cfg.eval_seq_len} or add text")
     return tokens
 
 def load_held_out(cfg):
-    """Training text that is never trained on, for the mixer's calibration: the end of the last shard, uint16,
-    MIXER_CALIBRATION_TOKENS predictions long; empty where there is nothing to calibrate."""
+    """The end of the last shard, never trained on, for the mixer's calibration, uint16 (n + 1,), or empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if not cfg.calibrates:
         return np.zeros(0, dtype=np.uint16)
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
-        raise UserError(f"MIXER_CALIBRATION_TOKENS={wanted - 1} is over half of the last shard; lower it")
+        raise UserError(f"MIXER_CALIBRATION_TOKENS={wanted - 1}: over half of the last shard; lower it")
     return shard[-wanted:]
 
 class TrainStream:
@@ -506,7 +491,6 @@ class TrainStream:
         self.held_out = len(load_held_out(cfg))
         self.tokens, self.opened = np.zeros(0, dtype=np.uint16), 0
         self.take(0)  # a bad first shard is found out before long work
-
     def take(self, count):
         """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
         while len(self.tokens) <= count:
@@ -533,12 +517,11 @@ def micro_batches(tokens, cfg, rt):
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
 
 # ---- Model -------------------------------------------------------------------------------------------------
-# An 11-layer GQA transformer with a U-Net of skips. XSA takes out of a head's output what the position's own
-# value already says; VRL and value embeddings hand early information to late values; BigramHash and SmearGate
-# give the first layer the previous token for nothing. There is one forward path for training, scoring and
-# TTT. With `past` it computes only the newest rows of a window over cached keys and values, which is what
-# lets a decoder afford the scorer's own shapes. 26,993,766 parameters by default (token and bigram embeddings
-# 851,969, smear 512, 11 blocks of 2,361,352, value embeddings 163,843, skips 2,560, VRL 10).
+# An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out of a
+# head's output what the position's own value already says; VRL and value embeddings hand early information to
+# late values; BigramHash and SmearGate give the first layer the previous token for nothing. One forward path
+# serves training, scoring and TTT. With `past` it computes only the newest rows of a window over cached keys
+# and values, which is what lets a decoder afford the scorer's own shapes.
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
@@ -576,7 +559,6 @@ class Rotary(nn.Module):
         base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
         angle = torch.arange(max_len).double()[:, None] * base ** (-torch.arange(0, dims, 2).double() / dims)
         self.register_buffer("turns", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
-
     def forward(self, x, first_row):
         """Rotate the leading dims of x (B, T, heads, d) at rows first_row, first_row + 1, ..."""
         cos, sin = self.turns[:, first_row:first_row + x.size(1), None].to(x.dtype)
@@ -593,13 +575,11 @@ class Embedding(nn.Module):
         self.bigram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.bigram_dim))
         self.bigram_scale = nn.Parameter(torch.tensor(0.05))
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
-
     def bigram_rows(self, tokens):
         """Row of the bigram table for each position; the last row at position 0."""
         last = self.bigrams.size(0) - 1
         hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
         return F.pad(hashed, (1, 0), value=last)
-
     def forward(self, tokens, dtype):
         """tokens (B, T) -> (B, T, D); the row before the first counts as zeros."""
         bigram = linear(F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype), self.bigram_proj)
@@ -620,7 +600,6 @@ class Block(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         for name, value in (("mix_x", 1.0), ("mix_x0", 0.0), ("attn_scale", 1.0), ("mlp_scale", 1.0)):
             self.register_parameter(name, nn.Parameter(torch.full((D,), value)))
-
     def forward(self, x, x0, extra_v, rotary, past):
         """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
         Returns (output, this layer's own value projection, (k, v) of all rows so far)."""
@@ -666,11 +645,9 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)  # a new block is the identity
             elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
                 nn.init.orthogonal_(p)
-
     def forward(self, tokens, past=None):
-        """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer).
-        With `past`, the keys and values of a window's first K rows, `tokens` begins EMBED_CONTEXT tokens
-        before row K: they feed the embeddings, and logits come for the rows from K on."""
+        """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer). With `past`, the first K rows'
+        keys and values, `tokens` begins EMBED_CONTEXT tokens before row K, and logits come from row K on."""
         x = self.embed(tokens, self.dtype)
         if past:
             x, tokens = x[:, EMBED_CONTEXT:], tokens[:, EMBED_CONTEXT:]
@@ -692,10 +669,8 @@ class GPT(nn.Module):
                 skips.append(x)
         z = linear(rms_norm(x), self.embed.tokens).float()
         return self.softcap * torch.tanh(z / self.softcap), present
-
     def parameter_groups(self):
-        """(matrices, tables, vectors), each {name: parameter}: block matrices and the two projections, which
-        Muon trains; embedding tables; and everything else: gains, scales, gates and skip weights."""
+        """(block matrices and projections, embedding tables, all else), each {name: parameter}."""
         named = dict(self.named_parameters())
         matrices = {n: p for n, p in named.items() if p.ndim == 2 and n.startswith("blocks.") or "_proj" in n}
         tables = {n: p for n, p in named.items() if n in TABLES}
@@ -718,12 +693,10 @@ class BigramCounts:
         self.rt, self.vocab_size = rt, vocab_size
         self.counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32, device=rt.device)
         self.totals = torch.zeros(vocab_size, dtype=torch.int64, device=rt.device)
-
     def weights(self, x, y, alpha):
         """max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)) for each position of x, y (B, T); fp32."""
         p = self.counts[x * self.vocab_size + y].double() / (self.totals[x] + 1)
         return (1 - alpha * p).clamp(min=0.1).float()
-
     def add(self, batches):
         """Count this step's pairs, over all ranks. Call it after the step has used weights()."""
         pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
@@ -757,12 +730,10 @@ def muon_momentum(step, cfg):
     return start + (cfg.muon_momentum - start) * min(1.0, step / cfg.muon_momentum_warmup_steps)
 
 class WeightAverage:
-    """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing.
-    The EMA's decay is step / (step + 10) at first, so that it does not remember the initial weights."""
+    """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing."""
     def __init__(self, model, cfg):
         self.cfg, self.params, self.snapshots = cfg, list(model.parameters()), 0
         self.mean = [p.detach().clone() for p in self.params]
-
     @torch.no_grad()
     def after_step(self, step, scale):
         """Take the weights in after optimizer step `step` (from 1) at learning-rate scale `scale`."""
@@ -771,7 +742,6 @@ class WeightAverage:
         elif scale < 0.2 and step % self.cfg.swa_every == 0:
             self.snapshots += 1
             torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
-
     @torch.no_grad()
     def install(self):
         """Replace the weights by their average, if there is one."""
@@ -794,13 +764,11 @@ class Trainer:
         self.average = WeightAverage(model, cfg)
         self.bigrams = BigramCounts(cfg.vocab_size, rt) if cfg.complement_alpha else None
         self.coarseness = None  # of late QAT, once it has begun
-
     def _loss(self, x, y, weights):
         """(weighted, plain) mean loss of a micro-batch, nats a token; `weights` like y, or None for ones."""
         nats = F.cross_entropy(self.model(x)[0].flatten(0, 1), y.flatten(), reduction="none")
         plain = nats.mean()
         return plain if weights is None else (weights.flatten() * nats).mean(), plain.detach()
-
     def gradients(self, batches):
         """Fill .grad with the weighted loss's gradient, mean over all ranks; returns (weighted, plain)."""
         totals = torch.zeros(2, device=self.rt.device)
@@ -814,7 +782,6 @@ class Trainer:
         flat = self.rt.sum_over_ranks(torch.cat([*(g.flatten() for g in grads), totals]))
         nn.utils.vector_to_parameters(flat[:-2], grads)  # each .grad becomes a view of its piece
         return flat[-2:].tolist()
-
     def step(self, batches, step, scale):
         """One optimizer step; returns (weighted, plain) loss. TrainingStopped if anything is not finite."""
         losses = self.gradients(batches)
@@ -834,25 +801,21 @@ class Trainer:
             self.bigrams.add(batches)
         self.average.after_step(step + 1, scale)
         return losses
-
     def warm_up(self):
         """Compile every kernel of a step on random tokens, then restore the weights and forget the rest."""
         cfg, loss, weights = self.cfg, self.loss, copy.deepcopy(self.model.state_dict())
-        random = np.random.default_rng(0)
         for step in range(cfg.warmup_steps):
-            tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
+            tokens = np.random.default_rng(step).integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
             self.step(micro_batches(tokens, cfg, self.rt), step, scale=0.1)
         self.model.load_state_dict(weights)
         self.__init__(self.model, cfg, self.rt)
         self.loss = loss
 
 def train(model, cfg, rt, log, budget):
-    """Train `model` in place until ITERATIONS or MAX_WALLCLOCK_SECONDS; its averaged weights end up in it.
-    Late QAT quantizes to an artifact of `budget` bytes. Returns steps, tokens, seconds (warm-up apart). On
-    NaN, infinity or Ctrl-C it raises TrainingStopped, and the last good weights are in the model."""
+    """Train `model` in place; late QAT quantizes to `budget` bytes. Returns steps, tokens, seconds. NaN,
+    infinity and Ctrl-C raise TrainingStopped, with the last good weights, averaged, in the model."""
     stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
-    result = types.SimpleNamespace(steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0,
-                                   calibration_seconds=0.0)
+    result = types.SimpleNamespace(steps=0, tokens=0, seconds=0., warmup_seconds=0., calibration_seconds=0.)
     if cfg.calibrates:  # what time it needs is not training's
         cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
     if cfg.warmup_steps:
@@ -896,8 +859,7 @@ INT6_MAX, INT8_MAX = 31, 127
 FINEST, COARSEST = 4.0, 64.0  # below 4 a Gaussian row loses more to clipping than it gains in precision
 
 def quantize(w, limit, row_max):
-    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels in +-limit, fp16 scales (rows,)).
-    |w - levels * scale| <= scale / 2 wherever |w| <= row_max (up to the fp16 rounding of the scale)."""
+    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels in +-limit, fp16 row scales)."""
     scale = (row_max / limit).clamp(2.0 ** -24, 65_504.0).half()
     return (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8), scale
 
@@ -916,8 +878,7 @@ def decode_tensor(kind, stored):
 
 @contextlib.contextmanager
 def quantized_weights(model, coarseness):
-    """Inside, the model holds its weights as the artifact would return them; None: nothing changes.
-    Gradients taken inside and applied outside are QAT's straight-through estimator."""
+    """Inside, the model has the artifact's weights (None: its own): QAT's straight-through estimator."""
     params = {} if coarseness is None else dict(model.named_parameters())
     exact = {name: p.detach().clone() for name, p in params.items()}
     for name, p in params.items():
@@ -929,8 +890,7 @@ def quantized_weights(model, coarseness):
             p.data.copy_(exact[name])
 
 def estimate_coarseness(model, budget_bytes):
-    """The coarseness at which the model would come to budget_bytes if its rows were Gaussian.
-    In steps of coarseness / 31 deviations that is log2(4.133 * 31 / coarseness) bits; LZMA adds 3 %."""
+    """The coarseness that gives budget_bytes if rows are Gaussian: log2(4.133 * 31 / it) bits, LZMA + 3 %."""
     sizes = {"int6": 0, "int8": 0, "fp16": 0}
     for name, w in model.state_dict().items():
         sizes[encode_tensor(name, w, FINEST)[0]] += w.numel()
@@ -942,16 +902,13 @@ def estimate_coarseness(model, budget_bytes):
 #   4 bytes  format version            4 bytes  length of the header
 #   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] of each tensor
 #  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or values fp16
-#
 # Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from LZMA.
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLFART", 1
-ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
+ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"PGOLFART", 1, struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 
 def pack_artifact(model, cfg, table, coarseness):
     """The artifact's bytes. The same weights and settings give the same bytes."""
-    index, payload = [], []
-    values = model.state_dict()
+    index, payload, values = [], [], model.state_dict()
     kinds = {n: encode_tensor(n, v, coarseness) for n, v in values.items()}
     for name, (kind, stored) in sorted(kinds.items(), key=lambda item: (item[1][0], item[0])):
         if not all(bool(t.isfinite().all()) for t in (values[name], *stored)):
@@ -968,10 +925,7 @@ def pack_artifact(model, cfg, table, coarseness):
 
 def read_artifact(path):
     """unpack_artifact of a file; UserError when it cannot be read."""
-    try:
-        return unpack_artifact(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise UserError(f"ARTIFACT_PATH: cannot read {path}: {error.strerror}; train first") from error
+    return unpack_artifact(read_file(path, "ARTIFACT_PATH: ", "; train first"), path)
 
 def unpack_artifact(data, path):
     """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for error messages."""
@@ -988,11 +942,9 @@ def unpack_artifact(data, path):
     header_end = 4 + struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4:header_end])
     reader, weights = io.BytesIO(raw[header_end:]), {}
-
     def take(dtype, shape):
         values = np.frombuffer(reader.read(math.prod(shape) * np.dtype(dtype).itemsize), dtype=dtype)
         return torch.from_numpy(values.reshape(shape).copy())
-
     for name, kind, shape in header["tensors"]:
         stored = (take("<f2", shape),) if kind == "fp16" else (take("i1", shape), take("<f2", shape[:1]))
         weights[name] = decode_tensor(kind, stored)
@@ -1004,8 +956,7 @@ def code_bytes():
     return len(Path(__file__).read_bytes())
 
 def fit_artifact(model, cfg, table, log):
-    """(artifact bytes, coarseness): the finest found that fits the cap with the code, else the last tried.
-    A doubling takes one bit off each block weight, so a secant on the logarithm is there in few steps."""
+    """(artifact bytes, coarseness): the finest found that fits the cap, else the last tried, by a secant."""
     budget = cfg.size_limit_bytes - code_bytes()
     slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
     coarseness, best = estimate_coarseness(model, budget), (b"", FINEST)
@@ -1013,27 +964,24 @@ def fit_artifact(model, cfg, table, log):
         data = pack_artifact(model, cfg, table, coarseness)
         log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
         fits = len(data) <= budget
-        if fits and len(data) > len(best[0]):
-            best = data, coarseness
+        best = (data, coarseness) if fits and len(data) > len(best[0]) else best
         if coarseness == COARSEST or fits and (coarseness == FINEST or len(data) >= 0.998 * budget):
             break
-        shift = (len(data) - 0.999 * budget) / slope_bytes
-        coarseness = min(max(coarseness * 2 ** shift, FINEST), COARSEST)
+        shift = 2 ** ((len(data) - 0.999 * budget) / slope_bytes)
+        coarseness = min(max(coarseness * shift, FINEST), COARSEST)
     return best if best[0] else (data, coarseness)
 
 # ---- N-gram history ----------------------------------------------------------------------------------------
-# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, and
-# the pieces of the word so far) there are hash chains, as in LZ77: prev[i] is the most recent earlier
-# position whose context has the same hash. Walking from t - 1 yields what is before t and nothing later, so a
-# whole block may be linked before its first position is predicted; contexts are compared token by token, so
-# that what is found is real. How the stream was cut into blocks changes nothing. Bytes: 28 a token, with a
-# quarter to spare, and 24 a hash value. Ten lengths, 1 to 10, are no better than these five.
+# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, the
+# word so far) there are hash chains, as in LZ77: prev[i] is the last earlier position whose context has the
+# same hash. Walking from t - 1 yields what is before t and nothing later, so a whole block may be linked
+# before its first position is predicted; contexts are compared, so what is found is real. How the stream was
+# cut into blocks changes nothing. Bytes: 28 a token, with a quarter to spare, and 24 a hash value.
 CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, and ends where the word begins
 CONTEXTS = len(CONTEXT_LENGTHS)
 
 class NgramHistory:
-    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or stand between words. Rows of
-    (C, n) arrays are the kinds of context, CONTEXT_LENGTHS cut to NGRAM_ORDER - 1."""
+    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or part words; C: CONTEXTS."""
     def __init__(self, cfg, word_begins, device):
         self.recent, self.size, self.device = cfg.ngram_recent, 0, device
         self.word_begins = torch.as_tensor(word_begins, device=device)
@@ -1041,7 +989,6 @@ class NgramHistory:
         self.tokens = torch.zeros(0, dtype=torch.int32, device=device)
         self.prev = torch.zeros(CONTEXTS, 0, dtype=torch.int32, device=device)
         self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32, device=device)
-
     def contexts(self, ends):
         """Tokens of the contexts that end at `ends` (C, n): int32 (C, n, 8), newest first, -1 beyond them."""
         back = torch.arange(max(CONTEXT_LENGTHS), device=self.device)
@@ -1051,7 +998,6 @@ class NgramHistory:
         begins = self.word_begins[tokens[-1]].int()
         inside[-1] &= begins.cumsum(-1) - begins == 0
         return torch.where(inside, tokens, -1)
-
     def hashes(self, ends):
         """The slot in `heads` of each context that ends at `ends` (C, n)."""
         h = torch.zeros_like(ends)
@@ -1059,7 +1005,6 @@ class NgramHistory:
             h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
             h = h ^ ((h >> 29) & 0x7FFFFFFFF)
         return h & (self.heads.size(1) - 1)
-
     def extend(self, prefix):
         """Link the tokens of `prefix` (the stream from its start, int64) that are not in the history yet."""
         first, self.size = self.size, max(self.size, len(prefix))
@@ -1077,11 +1022,9 @@ class NgramHistory:
         self.prev.scatter_(1, ends, older)
         kind, newest = F.pad(border, (0, 1), value=True).nonzero(as_tuple=True)
         self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
-
     def occurrences(self, start, stop):
-        """Where the contexts of positions start..stop-1 have ended before: int64 (R, C, M), of the last M =
-        NGRAM_RECENT positions in the chain, newest first, those that are real, and -1 for the others. A walk
-        starts at the end of the position's own strict prefix; tokens up to stop - 2 must be linked."""
+        """Where the contexts of positions start..stop-1 ended before, within each one's strict prefix: int64
+        (R, C, M), of the last M = NGRAM_RECENT of the chain, newest first, the real ones; else -1."""
         at, found = torch.arange(start - 1, stop - 1, device=self.device).expand(CONTEXTS, -1), []
         contexts = self.contexts(at)
         for _ in range(self.recent):
@@ -1092,12 +1035,10 @@ class NgramHistory:
 # ---- Mixers and commitment ---------------------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
 # vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
-#
 # The learned mixer re-weights the model's distribution p in the log domain. The tokens that followed a
 # position's contexts before are its candidates; a network of one hidden layer turns what speaks for each into
-# a boost b, and q = softmax(log p + b). Without evidence q is p. The gradient of -log q[x] in b[v] is q[v] -
-# [v = x]: learning is two small products, after a block has been scored, and batches' gradients add up as
-# integers, as TTT's do.
+# a boost b, and q = softmax(log p + b): p, where nothing speaks. The gradient of -log q[x] in b[v] is
+# q[v] - [v = x]: learning is two small products, once a block is scored; gradients add up as integers.
 TOTAL_BITS, TOTAL = 24, 1 << 24
 MIXER_HIDDEN, MIXER_FEATURES = 32, 4 * CONTEXTS + 3
 
@@ -1110,9 +1051,8 @@ def commit(p):
     return freqs.int()
 
 def mix_entropy(p, ends, following, cfg):
-    """(1 - alpha) p + alpha counts / total, where alpha = base + range * sigmoid(2 (H - center)): PR 1033's
-    rule, on all tokens. p (R, V) float64, H its entropy in nats: the gate sees p alone. The counts are those
-    of the longest context (not the word's) with MIN_COUNT of the occurrences `ends`, (R, C, M), or none."""
+    """(1 - alpha) p + alpha counts / total, alpha = base + range * sigmoid(2 (H - center)): PR 1033's rule on
+    all tokens. p (R, V), H its entropy, counts of the longest context (no word's) seen MIN_COUNT times."""
     enough = (ends[:, :-1] >= 0).sum(2) >= cfg.min_count
     longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, ends.size(2))
     tokens, real = following.gather(1, longest)[:, 0], (ends.gather(1, longest)[:, 0] >= 0).double()
@@ -1144,19 +1084,16 @@ def gather_evidence(p, ends, following, at, window):
 
 class LearnedMixer:
     """The scorer network, its Adam state, and the evidence of the block that waits for update. `weights`
-    (H, F + 1): the hidden layer and, as last column, the output's. Calibration begins at a rate 10 times
-    MIXER_LR higher, which falls over `calibration_blocks`."""
+    (H, F + 1): hidden layer, output in the last column. Calibration's rate falls from 10 MIXER_LR to 1."""
     def __init__(self, weights, cfg, rt, calibration_blocks=0):
         self.cfg, self.rt, self.calibration_blocks = cfg, rt, calibration_blocks
         self.weights, self.blocks, self.waiting = weights.clone(), 0, {}
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
-
     def mix(self, p, tokens, distinct, features):
         """q (R, V) float64: p with its candidates boosted."""
         hidden = (self.weights[:, :-1] @ features).clamp(min=0)
         boost = (self.weights[:, -1, None] * hidden).sum(1) * distinct
         return torch.softmax(p.log().scatter_add(1, tokens, boost.double()), -1)
-
     def gradient(self, tokens, distinct, features, q, targets):
         """d(sum over rows of -log q[target]) / d(weights), (H, F + 1) fp32; q (R, J), that of `tokens`."""
         error = (q.float() - (tokens == targets[:, None]).float()) * distinct
@@ -1164,7 +1101,6 @@ class LearnedMixer:
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
         first = torch.einsum("rhj,rfj->hf", back, features)
         return torch.cat([first, torch.einsum("rhj,rj->h", hidden, error)[:, None]], 1)
-
     def learn(self, tokens):
         """One Adam step on the block that waits, now that its tokens are scored; the same on every rank."""
         total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
@@ -1180,11 +1116,9 @@ class LearnedMixer:
         self.blocks, self.waiting = self.blocks + 1, {}
 
 # ---- Test-time training ------------------------------------------------------------------------------------
-# After a chunk has been scored the model trains on it; the Polyak average of the weights so trained scores
-# the next. The first TTT_FREEZE_BLOCKS blocks' matrices stay; gains, scales and the token table learn. Ranks
-# stay identical to the last bit: each fixed micro-batch's summed gradient is rounded to int64 fixed point,
-# and integers add up the same in any order. The schedule's length is the artifact's setting, not the text's
-# length.
+# After a chunk has been scored the model trains on it; the Polyak average of the weights scores the next. The
+# first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient is rounded to int64:
+# integers add up the same on any ranks. The schedule's length is the artifact's setting, not the text's.
 TTT_MICRO_BATCH_SEQUENCES, FIXED_POINT_SCALE = 2, 2.0 ** 36
 
 class TestTimeTrainer:
@@ -1201,25 +1135,22 @@ class TestTimeTrainer:
             p.requires_grad_(n in names)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
         self.forward = rt.compiled(self.live)
-
     def rate(self):
         """The chunk's learning rate: cosine to 0 over the schedule, times 1 to 3 in its first 30 %."""
         done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
         return self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * done)) * (1 + 2 * min(1.0, done / 0.3))
-
     def adapt_chunk(self, tokens):
         """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,): it begins with the last token before it."""
         W, lr = self.cfg.eval_seq_len, self.rate()
         self.chunks += 1
         if lr == 0:
             return
-        weights = torch.from_numpy(self.table.count_bytes(tokens.numpy())).to(self.rt.device)
+        weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
         x, y, w = (t.to(self.rt.device).view(-1, W).split(TTT_MICRO_BATCH_SEQUENCES)
                    for t in (tokens[:-1], tokens[1:], weights))
         batches = list(zip(x, y, w))[self.rt.rank::self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
             self._step(batches, lr, total_weight=max(1, int(weights.sum())))
-
     def _step(self, batches, lr, total_weight):
         """One AdamW step on the byte-weighted mean loss over all ranks' batches, then the Polyak average."""
         flat = torch.zeros(sum(p.numel() for p in self.params), dtype=torch.int64, device=self.rt.device)
@@ -1240,9 +1171,8 @@ class TestTimeTrainer:
 # ---- Predictor and scorer ----------------------------------------------------------------------------------
 # Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
 # position i + 1. The first window scores all its W rows, each later one its last S (a tile), in two passes of
-# fixed shape: the known part, then the tile over its cached keys and values. Windows go into batches of fixed
-# composition, the unknown being a dummy that no earlier row sees: the integers depend neither on ranks nor on
-# what is known.
+# fixed shape: the known part, then the tile over its cached keys and values. Windows go into fixed batches,
+# the unknown is a dummy that no earlier row sees: the integers depend neither on ranks nor on what is known.
 class OrderError(RuntimeError):
     """predict, score and update were not called in the order that makes a score honest."""
 
@@ -1266,6 +1196,7 @@ class Predictor:
         self.learned = 1     # first position that update has not seen
         self.committed = 1   # first position without a commitment
         self.pending = None  # the commitment that waits for its score
+        self.cache = None    # (known tokens of the last batch, their keys and values): what a decoder repeats
         self.forward = rt.compiled(model)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.history = self.mixer = None
@@ -1276,14 +1207,12 @@ class Predictor:
                 self.mixer = LearnedMixer(model.mixer, cfg, rt)
         self.block = cfg.mixer_block if self.mixer else cfg.ttt_chunk_tokens  # from update to update
         self.mix_seconds = 0.0
-
     def predict(self, prefix, start, stop):
         """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
         in_order = self.committed == start < stop <= self.learned + self.block and len(prefix) == stop - 1
         if self.pending is not None or not in_order:
-            raise OrderError(f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
-                             f"{self.committed}, once all before it is scored, from all before the last; "
-                             f"update is due at {self.learned + self.block}")
+            raise OrderError(f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next "
+                             f"is {self.committed}, once all is scored; update {self.learned + self.block}")
         pieces = []
         for index, starts in enumerate(self._batches()):
             first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + self._rows(starts))
@@ -1293,31 +1222,24 @@ class Predictor:
                 pieces.append((index, first, last, freqs))
         self.pending, self.committed = Commitment(start, stop, pieces), stop
         return self.pending
-
     def score(self, commitment, targets):
         """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length."""
         if not commitment or commitment is not self.pending or len(targets) != len(range(*commitment[:2])):
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        batches = len(self._batches())
-        bits = torch.zeros(len(self.plan.stages), batches, dtype=torch.float64)
+        bits = torch.zeros(len(self.plan.stages), len(self._batches()), dtype=torch.float64)
         for index, first, last, freqs in commitment.pieces:
-            if freqs is None:
-                bits[:, index] = math.nan
-                continue
-            target = targets[first - commitment.start:last - commitment.start].to(self.rt.device)
+            target = targets[first - commitment.start:last - commitment.start, None].to(self.rt.device)
             for s, stage in enumerate(self.plan.stages):
-                freq = freqs[stage].gather(1, target[:, None]).double()
+                freq = freqs[stage].gather(1, target).double() if freqs else torch.tensor(math.nan)
                 bits[s, index] = (TOTAL_BITS - freq.log2()).sum().item()
         bits = self.rt.sum_over_ranks(bits.to(self.rt.device))  # one rank a batch: the sum adds zeros only
         if bits.isnan().any():
             raise UserError(f"logits are not finite between tokens {commitment.start} and {commitment.stop}: "
                             "TTT_LR is too high, or the artifact's weights are useless")
         return {stage: sum(row) for stage, row in zip(self.plan.stages, bits.tolist())}
-
     def update(self, prefix):
-        """Learn from a scored block; `prefix` int64 is the stream up to and including its last token. The
-        learned mixer takes a step after every block, TTT after every chunk."""
+        """Learn from a scored block, the end of `prefix` (int64): the mixer from it, TTT from a chunk."""
         whole = self.committed == self.learned + self.block == len(prefix)
         if self.pending is not None or not whole:
             raise OrderError(f"update takes scored blocks; {self.learned}..{len(prefix) - 1} is not one")
@@ -1327,19 +1249,16 @@ class Predictor:
             self.mixer.learn(self.history.tokens)
         if self.ttt and (self.learned - 1) % chunk == 0:
             self.ttt.adapt_chunk(prefix[self.learned - 1 - chunk:])
-
+            self.cache = None
     def _rows(self, starts):
         """Scored rows of a batch's windows: all W of the window at the stream's start, else the stride."""
         return self.cfg.eval_seq_len if starts[0] == 0 else self.plan.stride
-
     def _batches(self):
         """Batches of the chunk that `learned` is in: lists of each window's first scored row."""
         W, S, chunk = self.cfg.eval_seq_len, self.plan.stride, self.cfg.ttt_chunk_tokens
         origin, size = (self.learned - 1) // chunk * chunk, self.cfg.eval_batch_windows
-        head = [[0]] if origin == 0 else []
-        starts = list(range(W if origin == 0 else origin, origin + chunk, S))
-        return head + [starts[i:i + size] for i in range(0, len(starts), size)]
-
+        starts = list(range(origin or W, origin + chunk, S))
+        return ([] if origin else [[0]]) + [starts[i:i + size] for i in range(0, len(starts), size)]
     @torch.no_grad()
     def _logits(self, prefix, starts):
         """Logits of the rows that a batch scores, (R, V), with dummies where `prefix` has no token yet."""
@@ -1349,14 +1268,14 @@ class Predictor:
         where = first[:, None] + torch.arange(W)
         tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0)
         tokens, known = tokens.to(self.rt.device), W - rows
-        past = self.forward(tokens[:, :known])[1] if known else None
+        if known and not (self.cache and torch.equal(self.cache[0], tokens[:, :known])):
+            self.cache = tokens[:, :known], self.forward(tokens[:, :known])[1]
+        past = self.cache[1] if known else None
         tile = tokens[:, max(0, known - EMBED_CONTEXT):]
         return self.forward(tile, past)[0][:len(starts)].flatten(0, 1)
-
     @torch.no_grad()
     def _commit(self, logits, prefix, starts, index, rows):
-        """{stage: frequencies} of `rows` (a slice) of a batch's logits (R, V). All R rows are computed,
-        wanted or not: a sum over a row may round otherwise where there are fewer rows."""
+        """{stage: frequencies} of `rows` of a batch's logits (R, V). All R are made, for equal rounding."""
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
         if not p.isfinite().all():
@@ -1367,14 +1286,12 @@ class Predictor:
             freqs["mixer"] = commit(self._mix(p, prefix, starts, index, rows))[rows]
             self.mix_seconds += self.rt.clock() - start_s
         return freqs
-
     def _mix(self, p, prefix, starts, index, rows):
         """The mixture (R, V) that a batch's p (R, V) becomes by what the history knows of its `rows`."""
         at = starts[0] + torch.arange(len(p), device=p.device)  # where the context of each row ends
-        first, last = starts[0] + rows.start + 1, starts[0] + rows.stop + 1
-        self.history.extend(prefix[:last - 1])
+        self.history.extend(prefix[:starts[0] + rows.stop])
         ends = at.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
-        ends[rows] = self.history.occurrences(first, last)
+        ends[rows] = self.history.occurrences(starts[0] + rows.start + 1, starts[0] + rows.stop + 1)
         following = self.history.tokens[ends + 1].long()  # where there is none, any token
         if not self.mixer:
             return mix_entropy(p, ends, following, self.cfg)
@@ -1385,11 +1302,10 @@ class Predictor:
         self.mixer.waiting.setdefault(index, []).append([t[rows] for t in waiting])
         return q
 
-def score_stream(predictor, tokens, log, limit_s=math.inf):
-    """Score `tokens`, int64 (n + 1,), in one walk of at most limit_s seconds; ({stage: bits}, how many)."""
+def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None):
+    """Score `tokens`, int64 (n + 1,), in one walk, `visit` shown each block; ({stage: bits}, how many)."""
     plan, stream, n, stop = predictor.plan, torch.from_numpy(tokens), len(tokens) - 1, 1
-    bits, start_s = dict.fromkeys(plan.stages, 0.0), time.perf_counter()
-    said_s = start_s
+    bits, start_s, said_s = dict.fromkeys(plan.stages, 0.0), time.perf_counter(), time.perf_counter()
     while stop <= n:
         if limit_s < math.inf and predictor.rt.from_main(time.perf_counter() - start_s) > limit_s:
             break
@@ -1397,6 +1313,8 @@ def score_stream(predictor, tokens, log, limit_s=math.inf):
         commitment = predictor.predict(stream[:stop - 1], start, stop)
         for stage, block_bits in predictor.score(commitment, stream[start:stop]).items():
             bits[stage] += block_bits
+        if visit:
+            visit(commitment, stream[start:stop])
         if stop <= n:
             predictor.update(stream[:stop])
         if time.perf_counter() - said_s > 15:
@@ -1414,8 +1332,7 @@ def evaluate(predictor, tokens, total_bytes, log):
              "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in predictor.plan.stages]
 
 def calibrate_mixer(model, cfg, table, rt, limit_s, log):
-    """Fit the mixer in `model` to the held-out text by scoring it as validation text is scored, but half a
-    window at a time, without TTT, and at rates that fall to MIXER_LR. Returns its seconds."""
+    """Fit `model`'s mixer by scoring the held-out text in half windows, without TTT; returns its seconds."""
     start_s, tokens = rt.clock(), load_held_out(cfg).astype(np.int64)
     S = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
     cfg = dataclasses.replace(cfg, ttt_enabled=False, eval_batch_windows=1, mixer_block=S,
@@ -1428,6 +1345,128 @@ def calibrate_mixer(model, cfg, table, rt, limit_s, log):
     log(f"calibration: {n:,} of {len(tokens) - 1:,} held-out tokens in {seconds:.1f} s, bits a token: "
         + ", ".join(f"{stage} {b / max(n, 1):.4f}" for stage, b in bits.items()))
     return seconds
+
+# ---- Range coder and code files ----------------------------------------------------------------------------
+# What was committed can be coded: encoder and decoder narrow one interval by the same integers. The range
+# stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back into the bytes
+# before. A code file, little-endian: magic (8 bytes), version (4), CRC-32 of the rest (4), tokens after BOS
+# (8), bytes of text (8), SHA-256 of artifact, settings (JSON) and text (32 each), code words.
+CODE_MAGIC, CODE_VERSION, CODE_HEAD = b"PGOLFTXT", 1, struct.Struct("<8sIIQQ32s32s32s")
+
+class RangeEncoder:
+    """Codes one symbol after the other into `out`; `low` and `range` are the interval, in 64 bits."""
+    def __init__(self):
+        self.low, self.range, self.out = 0, 1 << 64, bytearray()
+    def encode(self, start, freq):
+        """Narrow the interval to its part [start, start + freq) of 2^24."""
+        unit = self.range >> TOTAL_BITS
+        self.low, self.range = self.low + start * unit, freq * unit
+        if self.low >> 64:
+            at = len(self.out.rstrip(b"\xff")) - 1
+            self.out[at:] = bytes([self.out[at] + 1]) + bytes(len(self.out) - at - 1)
+        while self.range < 1 << 48:
+            self.out.append(self.low >> 56 & 255)
+            self.low, self.range = self.low << 8, self.range << 8
+        self.low &= (1 << 64) - 1
+    def finish(self):
+        """The code words, as bytes."""
+        return bytes(self.out) + self.low.to_bytes(8, "big")
+
+class RangeDecoder:
+    """The mirror image: `value` is the code's distance from the interval's low end."""
+    def __init__(self, words):
+        self.words, self.at, self.range = words, 8, 1 << 64
+        self.value = int.from_bytes(words[:8].ljust(8, b"\0"), "big")
+    def decode(self, freqs):
+        """The next symbol; freqs (V,) are what the encoder had."""
+        unit, ends = self.range >> TOTAL_BITS, np.cumsum(freqs, dtype=np.int64)
+        symbol = min(int(np.searchsorted(ends, self.value // unit, side="right")), len(freqs) - 1)
+        freq = int(freqs[symbol])
+        self.value, self.range = self.value - (int(ends[symbol]) - freq) * unit, freq * unit
+        while self.range < 1 << 48:
+            byte = self.words[self.at] if self.at < len(self.words) else 0
+            self.value, self.range, self.at = self.value << 8 | byte, self.range << 8, self.at + 1
+        return symbol
+
+def coding_predictor(cfg):
+    """(Predictor of the last stage, table, [digest of the artifact, of the settings]) for one process."""
+    rt, (_, table, weights) = start_runtime(cfg, {}), read_artifact(cfg.artifact)
+    torch.use_deterministic_algorithms(rt.device.type == "cuda")
+    shaping = {name: getattr(cfg, name) for name, group in sorted(GROUPS.items()) if group != "run"}
+    identity = cfg.artifact.read_bytes(), json.dumps(shaping).encode()
+    predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, evaluation_passes(cfg)[-1])
+    return predictor, table, [hashlib.sha256(data).digest() for data in identity]
+
+def write_code(path, tokens, cfg, log):
+    """Code tokens, int64 (n + 1,), BOS first, into a file; returns (bits committed to, frequencies (n,))."""
+    predictor, table, digests = coding_predictor(cfg)
+    coder, stage, text, coded = RangeEncoder(), predictor.plan.stages[-1], table.decode(tokens), []
+    def encode(commitment, targets):
+        for _, first, last, freqs in commitment.pieces:
+            mine = targets[first - commitment.start:last - commitment.start, None].to(freqs[stage].device)
+            ends, own = (f.gather(1, mine)[:, 0].tolist() for f in (freqs[stage].cumsum(1), freqs[stage]))
+            for end, freq in zip(ends, own):
+                coder.encode(end - freq, freq)
+            coded.extend(own)
+    bits, n = score_stream(predictor, tokens, log, visit=encode)
+    digests += [hashlib.sha256(text).digest(), coder.finish()]
+    body = struct.pack("<QQ", n, len(text)) + b"".join(digests)
+    write_atomically(path, struct.pack("<8sII", CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body)
+    return bits[stage], np.array(coded)
+
+def read_code(path, cfg, log):
+    """(tokens (n + 1,), frequencies (n,), text or None if its checksum differs) of a code file; UserError
+    for a foreign, cut or altered file, another artifact or other settings."""
+    data = read_file(path)
+    head = CODE_HEAD.unpack(data[:CODE_HEAD.size].ljust(CODE_HEAD.size, b"\0"))
+    magic, version, checksum, n, size, artifact, settings, text_digest = head
+    predictor, table, own = coding_predictor(cfg)
+    for fault, why in (((magic, version) != (CODE_MAGIC, CODE_VERSION), "is no code file of this version"),
+                       (zlib.crc32(data[16:]) != checksum, "is cut or altered: its checksum differs"),
+                       (artifact != own[0], f"was not made with the artifact {cfg.artifact}"),
+                       (settings != own[1], "was made with other settings")):
+        if fault:
+            raise UserError(f"{path} {why}")
+    decoder, freqs, stage = RangeDecoder(data[CODE_HEAD.size:]), [], predictor.plan.stages[-1]
+    stream, start_s = torch.full((n + 1,), table.bos_id), time.perf_counter()
+    for t in range(1, n + 1):
+        commitment = predictor.predict(stream[:t], t, t + 1)
+        row = commitment.pieces[0][3][stage][0].cpu().numpy()
+        stream[t] = decoder.decode(row)
+        freqs.append(row[stream[t]])
+        predictor.score(commitment, stream[t:t + 1])
+        if t + 1 == predictor.learned + predictor.block:
+            predictor.update(stream[:t + 1])
+        if t % 500 == 0:
+            log(f"decode: {progress_line(t, n, start_s, 'tokens')}")
+    text = table.decode(stream.numpy())
+    whole = len(text) == size and hashlib.sha256(text).digest() == text_digest
+    return stream.numpy(), np.array(freqs), text if whole else None
+
+def verify(cfg, tokens, report):
+    """Prove the last stage's figure on the stream's first VERIFY_TOKENS: write the code, let another process,
+    which never opens the shards, read it with the artifact, compare. UserError at the first difference."""
+    n, path, start_s = min(cfg.verify_tokens, len(tokens) - 1), cfg.run_dir / "proof.code", time.time()
+    bits, freqs = write_code(path, tokens[:n + 1], cfg, report.log)
+    encode_s = time.time() - start_s
+    env = os.environ | {name.upper(): str(getattr(cfg, name)) for name in GROUPS}
+    env |= {"DATA_PATH": os.devnull, "TOKENIZER_PATH": os.devnull, "ARTIFACT_PATH": str(cfg.artifact)}
+    command = [sys.executable, __file__, "decompress", str(path), str(path.with_suffix(".npz"))]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=env, **pipes) as decoder:
+        said = [report.log(line.rstrip()) or line for line in decoder.stdout]
+    if decoder.returncode:
+        raise UserError(f"verify: the decoder gave up: {said[-1].strip()}")
+    decoded, decode_s = np.load(path.with_suffix(".npz")), time.time() - start_s - encode_s
+    for t in np.flatnonzero((decoded["tokens"][1:] != tokens[1:n + 1]) | (decoded["freqs"] != freqs)):
+        raise UserError(f"verify: position {t + 1}: expected token {tokens[t + 1]} of frequency {freqs[t]}, "
+                        f"decoded {decoded['tokens'][t + 1]} of {decoded['freqs'][t]}")
+    size = path.stat().st_size - CODE_HEAD.size
+    report.results["proof"] = {"tokens": n, "predicted_bits": bits, "bytes_on_disk": size,
+                               "encode_seconds": encode_s, "decode_seconds": decode_s}
+    report.save()
+    report.log(f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; predicted: "
+               f"{bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode")
 
 # ---- Texts to shards ---------------------------------------------------------------------------------------
 # `tokenize` turns text into official shards; so does the demo with the only English that every machine has,
@@ -1442,25 +1481,21 @@ def read_documents(path):
             if is_txt or line.strip():
                 texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
                 texts[-1].encode()  # a string, and no half of a surrogate pair
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f'tokenize: {path}, line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}} '
-                        f"({error})") from error
-    except Exception as error:  # OSError, or zstandard's own class
-        raise UserError(f"tokenize: cannot read {path}: {error}") from error
+    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
+        raise UserError(f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
+                        f'{{"text": "..."}} ({error})') from error
     cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
     return re.findall(cut, "".join(texts)) if is_txt else texts
 
 def demo_documents():
-    """English on this machine, in order: pydoc's topics, then for each module of the standard library, numpy
-    and torch its docstrings of 80 or more characters as one document."""
+    """pydoc's topics, then the longer docstrings of each module of the standard library, numpy and torch."""
     from pydoc_data import topics
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
     for root in (Path(module.__file__).parent for module in (os, np, torch)):
         for path in sorted(root.rglob("*.py")):
             if sum(map(len, documents)) < DEMO_TEXT_CHARS and not skipped & set(path.relative_to(root).parts):
-                source = path.read_text(encoding="utf-8", errors="ignore")
-                found = re.findall('"""(.*?)"""', source, re.DOTALL)
+                found = re.findall('"""(.*?)"""', path.read_text("utf-8", errors="ignore"), re.DOTALL)
                 documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
     return list(filter(None, documents))
 
@@ -1515,7 +1550,7 @@ def write_shards(documents, out_dir, cfg, log):
 
 # ---- Report ------------------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the competition's limits.
-TRAIN_LIMIT_S = EVAL_LIMIT_S = 600.0
+LIMIT_S = 600.0  # of training, and of evaluation
 
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
@@ -1532,32 +1567,31 @@ class Report:
         self.log(f"{command} {cfg.run_dir.name}, {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}")
         self.log("\n".join([f"python {environment['python']}, torch {torch.__version__}, source {source}",
                             *rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())]))
-
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
             print(line, file=file, flush=True)
-
     def artifact(self, path, data):
         """Record the artifact's bytes; UserError if code + weights are over the cap (the file stays)."""
-        code, limit = code_bytes(), self.cfg.size_limit_bytes
-        total, digest = code + len(data), hashlib.sha256(data).hexdigest()
+        code, limit, digest = code_bytes(), self.cfg.size_limit_bytes, hashlib.sha256(data).hexdigest()
+        total = code + len(data)
         self.results["artifact"] = {"path": str(path), "weights_bytes": len(data), "code_bytes": code,
                                     "total_bytes": total, "limit_bytes": limit, "sha256": digest}
         self.log(f"artifact {path}: {len(data):,} B weights + {code:,} B code = {total:,} of {limit:,} B")
         if total > limit:
             raise UserError(f"artifact {path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES={limit:,}: "
                             "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again")
-
     def stages(self, stages):
         """Add scored stages and write results.json."""
         self.results["stages"] += stages
         self.results["val_bpb"] = stages[-1]["val_bpb"]
         for s in stages:
             self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, {s['seconds']:.1f} s")
+        self.rt.on_main(self.save)
+    def save(self):
+        """Write results.json."""
         text = json.dumps(self.results, indent=1) + "\n"
-        self.rt.on_main(lambda: write_atomically(self.cfg.run_dir / "results.json", text.encode()))
-
+        write_atomically(self.cfg.run_dir / "results.json", text.encode())
     def finish(self):
         """Log the table of stages and the budget ledger."""
         stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
@@ -1568,24 +1602,22 @@ class Report:
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
             train_s = train["seconds"] + train["calibration_seconds"]
-            self.log(f"train       {train_s:>10.1f} s of {TRAIN_LIMIT_S:.0f} s (calibration included)")
-            self.log(f"quantize    {train['quantize_seconds']:>10.1f} s")
+            self.log(f"train       {train_s:>10.1f} s of {LIMIT_S:.0f} s, calibration included; "
+                     f"quantize {train['quantize_seconds']:.1f} s")
         evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
-        self.log(f"evaluation  {evaluation_s:>10.1f} s of {EVAL_LIMIT_S:.0f} s (without pre_quant)")
-        self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
+        self.log(f"evaluation  {evaluation_s:>10.1f} s of {LIMIT_S:.0f} s (without pre_quant)\n"
+                 f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 def read_result(path):
     """The parts of a finished run's results.json that a submission shows; UserError names what is amiss."""
     try:
         run = json.loads(Path(path).read_text())
         last, artifact, settings = run["stages"][-1], run["artifact"], run["settings"]
-        whole = last["name"] == evaluation_passes(Config(**settings))[-1].stages[-1]
-        for fault, why in (
-                (not whole, f"ends at {last['name']}"),
-                (artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes), "over cap"),
-                (artifact.get("overridden"), f"{', '.join(artifact.get('overridden') or [])} overridden")):
-            if fault:
-                raise ValueError(why)
+        unfinished = last["name"] != evaluation_passes(Config(**settings))[-1].stages[-1]
+        over = artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes)
+        if unfinished or over or artifact.get("overridden"):
+            raise ValueError(unfinished and f"ends at {last['name']}" or over and "over cap" or
+                             f"{', '.join(artifact['overridden'])} overridden")
         return {"seed": run["seed"], "val_bpb": run["val_bpb"], "preset": settings["preset"],
                 "val_loss": last["val_loss"], "stage": last["name"], "val_tokens": last["tokens"],
                 "bytes_total": artifact["total_bytes"], "bytes_code": artifact["code_bytes"],
@@ -1606,17 +1638,15 @@ def summarize(paths, out_path):
         kept = dict(json.loads(Path(out_path).read_text())) if Path(out_path).exists() else {}
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
-    deviation = statistics.stdev if len(runs) > 1 else lambda _: None
     summary = {**{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
                "date": time.strftime("%Y-%m-%d", time.gmtime()),
                **{n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")},
                **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
-               "val_bpb_std": deviation([r["val_bpb"] for r in runs]),
+               "val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None,
                **{n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")},
                "seeds": {str(r["seed"]): {n: r[n] for n in ("val_loss", "val_bpb", "bytes_total")}
                          for r in runs}}
-    if len(runs) < 3:
-        summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
+    summary |= {"warning": f"{len(runs)} seed(s); a submission needs 3"} if len(runs) < 3 else {}
     write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
@@ -1631,14 +1661,13 @@ def open_run(cfg, environ, command, table=None):
         rt.on_main(lambda: check_writable(folder, 2 * cfg.size_limit_bytes))
     report = Report(cfg, rt, command)
     rt.on_main(lambda: prepare_demo(cfg, report.log))
-    decode = None
+    import sentencepiece
+    decode, tokens = None, load_validation(cfg)
     if table is None or Path(cfg.tokenizer_path).exists():
         on_disk = TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
         if table and table.digest != on_disk.digest:
             raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact has another tokenizer")
-        import sentencepiece
         table, decode = on_disk, sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path).decode
-    tokens = load_validation(cfg)
     total_bytes = audit_bytes(table, tokens, decode)
     report.log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has")
     return rt, report, table, tokens, total_bytes
@@ -1676,6 +1705,8 @@ def train_command(environ):
     plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
     evaluate_artifact(cfg, rt, report, tokens, total_bytes)
+    if cfg.verify_enabled:
+        rt.on_main(lambda: verify(cfg, tokens, report))
 
 def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
@@ -1690,18 +1721,33 @@ def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
         report.stages(evaluate(predictor, tokens, total_bytes, report.log))
     report.finish()
 
-def eval_command(environ):
-    """Evaluate the artifact at ARTIFACT_PATH; settings of the eval group may be overridden."""
+def artifact_config(environ):
+    """(Config of the artifact at ARTIFACT_PATH, its table); settings of the eval group may be overridden."""
     places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
     path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
     settings, table, _ = read_artifact(path)
-    cfg = config_from_env(environ, stored=settings)
-    if not cfg.run_id or path.resolve().parent == cfg.run_dir.resolve():  # keep the training run's results
-        cfg = dataclasses.replace(cfg, run_id=f"{cfg.run_dir.name}_eval")
-    cfg = dataclasses.replace(cfg, artifact_path=str(path))
-    rt, report, _, tokens, total_bytes = open_run(cfg, environ, "eval", table)
-    report.artifact(path, path.read_bytes())
+    return dataclasses.replace(config_from_env(environ, stored=settings), artifact_path=str(path)), table
+
+def eval_command(environ, command):
+    """`eval`: score the artifact at ARTIFACT_PATH in every stage; `verify`: prove its last stage's figure."""
+    cfg, table = artifact_config(environ)
+    if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():  # keep the run's results
+        cfg = dataclasses.replace(cfg, run_id=f"{cfg.run_dir.name}_{command}")
+    rt, report, _, tokens, total_bytes = open_run(cfg, environ, command, table)
+    report.artifact(cfg.artifact, cfg.artifact.read_bytes())
+    if command == "verify":
+        return rt.on_main(lambda: verify(cfg, tokens, report))
     evaluate_artifact(cfg, rt, report, tokens, total_bytes)
+
+def decompress_command(source, target, environ):
+    """Write what a code file stands for: the bytes, or, to a .npz, tokens and frequencies for `verify`."""
+    tokens, freqs, text = read_code(source, artifact_config(environ)[0], functools.partial(print, flush=True))
+    if target.endswith(".npz"):
+        np.savez(target, tokens=tokens, freqs=freqs, whole=text is not None)
+    elif text is None:
+        raise UserError(f"{source} decodes to another text here than was coded: another machine or torch?")
+    else:
+        write_atomically(target, text)
 
 def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
@@ -1719,8 +1765,10 @@ def dispatch(args, environ):
     match args:
         case []:
             train_command(environ)
-        case ["eval"]:
-            eval_command(environ)
+        case ["eval" | "verify" as command]:
+            eval_command(environ, command)
+        case ["decompress", source, target]:
+            decompress_command(source, target, environ)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", first, *more]:

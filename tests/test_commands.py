@@ -104,7 +104,7 @@ def test_results_have_every_field(demo, name, world):
     """results.json has all that others read from it, and its numbers agree with each other and with the file."""
     results, evaluated = demo.runs[name].results, " on " in name
     assert set(results) == {"run_id", "seed", "command", "settings", "environment", "train", "artifact", "stages",
-                            "val_bpb"}
+                            "val_bpb"} | (set() if evaluated else {"proof"})
     assert (results["run_id"], results["seed"], results["command"]) == (name, 1337, "eval" if evaluated else "train")
     settings, environment, artifact = results["settings"], results["environment"], results["artifact"]
     assert set(settings) == {f.name for f in dataclasses.fields(train_gpt.Config)}
@@ -114,6 +114,8 @@ def test_results_have_every_field(demo, name, world):
     if evaluated:
         assert results["train"] is None
     else:
+        proof = results["proof"]
+        assert proof["tokens"] == 1000 and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
         train = results["train"]
         assert (train["steps"], train["tokens"]) == (4, 4 * 256) and train["seconds"] > 0
         assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
