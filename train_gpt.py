@@ -1382,7 +1382,8 @@ class RangeDecoder:
         unit, ends = self.range >> TOTAL_BITS, np.cumsum(freqs, dtype=np.int64)
         symbol = min(int(np.searchsorted(ends, self.value // unit, side="right")), len(freqs) - 1)
         freq = int(freqs[symbol])
-        self.value, self.range = self.value - (int(ends[symbol]) - freq) * unit, freq * unit
+        self.range, start = freq * unit, int(ends[symbol]) - freq
+        self.value = min(self.value - start * unit, self.range - 1)  # foreign words stay in bounds
         while self.range < 1 << 48:
             byte = self.words[self.at] if self.at < len(self.words) else 0
             self.value, self.range, self.at = self.value << 8 | byte, self.range << 8, self.at + 1
@@ -1422,7 +1423,7 @@ def read_code(path, cfg, log):
     magic, version, checksum, n, size, artifact, settings, text_digest = head
     predictor, table, own = coding_predictor(cfg)
     for fault, why in (((magic, version) != (CODE_MAGIC, CODE_VERSION), "is no code file of this version"),
-                       (zlib.crc32(data[16:]) != checksum, "is cut or altered: its checksum differs"),
+                       (zlib.crc32(data[16:]) != checksum or len(data) < CODE_HEAD.size, "is cut or altered"),
                        (artifact != own[0], f"was not made with the artifact {cfg.artifact}"),
                        (settings != own[1], "was made with other settings")):
         if fault:
@@ -1444,8 +1445,7 @@ def read_code(path, cfg, log):
     return stream.numpy(), np.array(freqs), text if whole else None
 
 def verify(cfg, tokens, report):
-    """Prove the last stage's figure on the stream's first VERIFY_TOKENS: write the code, let another process,
-    which never opens the shards, read it with the artifact, compare. UserError at the first difference."""
+    """Code VERIFY_TOKENS, let another process without the shards decode them; UserError where they differ."""
     n, path, start_s = min(cfg.verify_tokens, len(tokens) - 1), cfg.run_dir / "proof.code", time.time()
     bits, freqs = write_code(path, tokens[:n + 1], cfg, report.log)
     encode_s = time.time() - start_s
