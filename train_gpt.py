@@ -50,7 +50,6 @@ import time
 import types
 import zlib
 from pathlib import Path
-
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin where ranks share cores
 
 import numpy as np
@@ -139,7 +138,7 @@ class Config:
     ttt_temperature: float = option(0.98, "eval", "divides the logits from the ttt stage on", 1e-3)
     polyak_decay: float = option(0.998, "eval", "average of TTT's weights that scores")
     mixer: str = option("learned", "eval", "learned, entropy or none")
-    ngram_order: int = option(10, "eval", "longest n-gram, in tokens, the predicted one included", 2)
+    ngram_order: int = option(10, "eval", "longest n-gram, the predicted token included; at most 9", 2)
     ngram_recent: int = option(4, "eval", "last occurrences that a context looks at", 1)
     ngram_hash_bits: int = option(26, "eval", "2^this heads of chains for each kind of context", 1)
     mixer_block: int = option(16_384, "eval", "positions between two updates of the learned mixer", 1)
@@ -180,11 +179,11 @@ PRESETS = {
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
     "demo": SMALL | dict(
         data_path=DEMO_CACHE, tokenizer_path=DEMO_CACHE + "/tokenizer.model", val_tokens=32_768,
-        size_limit_bytes=1_000_000, log_every=10, verify_tokens=1000, iterations=90,
+        size_limit_bytes=1_000_000, log_every=10, verify_tokens=1100, iterations=90,
         max_wallclock_seconds=80.0, train_batch_tokens=8192, micro_batch_tokens=8192, train_seq_len=256,
         warmdown_iters=60, muon_momentum_warmup_steps=100, ema_decay=0.9, swa_every=10, num_layers=4,
         model_dim=128, xsa_last_n=2, bigram_vocab_size=1024, bigram_dim=32, ve_layers="3", eval_seq_len=256,
-        ttt_chunk_tokens=2048, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768)}
+        ttt_chunk_tokens=512, ttt_freeze_blocks=4, ngram_hash_bits=18, mixer_calibration_tokens=32_768)}
 
 def parse_setting(field, text):
     """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
@@ -411,8 +410,7 @@ def audit_bytes(table, tokens, decode=None):
         except UnicodeDecodeError as error:
             if stop < len(tokens) or error.reason != "unexpected end of data":
                 raise UserError(f"{where}: {error}; shards and tokenizer do not belong together") from error
-        counted = int(counts[start:stop].sum())  # the next BOS included
-        if counted != len(text):
+        if (counted := int(counts[start:stop].sum())) != len(text):  # the next BOS included
             raise UserError(f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong")
     return int(counts.sum())
 
@@ -977,8 +975,7 @@ def fit_artifact(model, cfg, table, log):
 # same hash. Walking from t - 1 yields what is before t and nothing later, so a whole block may be linked
 # before its first position is predicted; contexts are compared, so what is found is real. How the stream was
 # cut into blocks changes nothing. Bytes: 28 a token, with a quarter to spare, and 24 a hash value.
-CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, and ends where the word begins
-CONTEXTS = len(CONTEXT_LENGTHS)
+CONTEXT_LENGTHS, CONTEXTS = (8, 5, 3, 2, 1, 8), 6  # in tokens; the last is the word's, up to its beginning
 
 class NgramHistory:
     """The stream so far. `word_begins`, bool (V,): tokens that begin a word or part words; C: CONTEXTS."""
@@ -1207,6 +1204,7 @@ class Predictor:
                 self.mixer = LearnedMixer(model.mixer, cfg, rt)
         self.block = cfg.mixer_block if self.mixer else cfg.ttt_chunk_tokens  # from update to update
         self.mix_seconds = 0.0
+        self.own = torch.zeros(cfg.verify_tokens, dtype=torch.int64, device=rt.device)  # what verify proves
     def predict(self, prefix, start, stop):
         """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
         in_order = self.committed == start < stop <= self.learned + self.block and len(prefix) == stop - 1
@@ -1233,6 +1231,8 @@ class Predictor:
             for s, stage in enumerate(self.plan.stages):
                 freq = freqs[stage].gather(1, target).double() if freqs else torch.tensor(math.nan)
                 bits[s, index] = (TOTAL_BITS - freq.log2()).sum().item()
+            if freqs and first <= len(self.own):
+                self.own[first - 1:last - 1] = freq[:len(self.own) - first + 1, 0]
         bits = self.rt.sum_over_ranks(bits.to(self.rt.device))  # one rank a batch: the sum adds zeros only
         if bits.isnan().any():
             raise UserError(f"logits are not finite between tokens {commitment.start} and {commitment.stop}: "
@@ -1299,7 +1299,7 @@ class Predictor:
         evidence = gather_evidence(p, ends, following, at, window)
         q = self.mixer.mix(p, *evidence)
         waiting = (*evidence, q.gather(1, evidence[0]), at)
-        self.mixer.waiting.setdefault(index, []).append([t[rows] for t in waiting])
+        self.mixer.waiting.setdefault(index, []).append([t[rows].clone() for t in waiting])
         return q
 
 def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None):
@@ -1339,7 +1339,7 @@ def calibrate_mixer(model, cfg, table, rt, limit_s, log):
                               ttt_chunk_tokens=math.lcm(S, cfg.eval_seq_len))
     predictor = Predictor(model, cfg, table, rt, EvalPass(("sliding", "mixer"), S))
     predictor.forward, predictor.mixer.calibration_blocks = model, len(tokens) // S  # as it is, not compiled
-    bits, n = score_stream(predictor, tokens, log, limit_s)
+    bits, n = score_stream(predictor, tokens, log, 0.95 * rt.from_main(limit_s - rt.clock() + start_s))
     model.mixer.copy_(predictor.mixer.weights)
     seconds = rt.clock() - start_s
     log(f"calibration: {n:,} of {len(tokens) - 1:,} held-out tokens in {seconds:.1f} s, bits a token: "
@@ -1448,15 +1448,15 @@ def verify(cfg, tokens, report):
     """Code VERIFY_TOKENS, let another process without the shards decode them; UserError where they differ."""
     n, path, start_s = min(cfg.verify_tokens, len(tokens) - 1), cfg.run_dir / "proof.code", time.time()
     bits, freqs = write_code(path, tokens[:n + 1], cfg, report.log)
-    encode_s = time.time() - start_s
-    env = os.environ | {name.upper(): str(getattr(cfg, name)) for name in GROUPS}
-    env |= {"DATA_PATH": os.devnull, "TOKENIZER_PATH": os.devnull, "ARTIFACT_PATH": str(cfg.artifact)}
+    freqs, encode_s = getattr(report, "own", freqs)[:n], time.time() - start_s  # the run's own, if it scored
+    run = {n.upper(): str(getattr(cfg, n)) for n, group in GROUPS.items() if group == "run"}
+    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | run | {  # no other settings
+        "DATA_PATH": os.devnull, "TOKENIZER_PATH": os.devnull, "ARTIFACT_PATH": str(cfg.artifact)}
     command = [sys.executable, __file__, "decompress", str(path), str(path.with_suffix(".npz"))]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **pipes) as decoder:
+    with subprocess.Popen(command, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True) as decoder:
         said = [report.log(line.rstrip()) or line for line in decoder.stdout]
     if decoder.returncode:
-        raise UserError(f"verify: the decoder gave up: {said[-1].strip()}")
+        raise UserError(f"verify: the decoder gave up: {str([decoder.returncode, *said][-1]).strip()}")
     decoded, decode_s = np.load(path.with_suffix(".npz")), time.time() - start_s - encode_s
     for t in np.flatnonzero((decoded["tokens"][1:] != tokens[1:n + 1]) | (decoded["freqs"] != freqs)):
         raise UserError(f"verify: position {t + 1}: expected token {tokens[t + 1]} of frequency {freqs[t]}, "
@@ -1550,7 +1550,6 @@ def write_shards(documents, out_dir, cfg, log):
 
 # ---- Report ------------------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the competition's limits.
-LIMIT_S = 600.0  # of training, and of evaluation
 
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
@@ -1602,10 +1601,10 @@ class Report:
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
             train_s = train["seconds"] + train["calibration_seconds"]
-            self.log(f"train       {train_s:>10.1f} s of {LIMIT_S:.0f} s, calibration included; "
+            self.log(f"train       {train_s:>10.1f} s of 600 s, calibration included; "
                      f"quantize {train['quantize_seconds']:.1f} s")
         evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
-        self.log(f"evaluation  {evaluation_s:>10.1f} s of {LIMIT_S:.0f} s (without pre_quant)\n"
+        self.log(f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)\n"
                  f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 def read_result(path):
@@ -1685,7 +1684,7 @@ def train_command(environ):
             with quantized_weights(model, estimate_coarseness(model, budget)):
                 left_s = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
                 result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
-    except (TrainingStopped, KeyboardInterrupt) as stop:
+    except (TrainingStopped, *((UserError, KeyboardInterrupt) if "result" in locals() else ())) as stop:
         path = cfg.run_dir / "stopped.int6.lzma"
         kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
         try:
@@ -1706,7 +1705,7 @@ def train_command(environ):
     report.stages(evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log))
     evaluate_artifact(cfg, rt, report, tokens, total_bytes)
     if cfg.verify_enabled:
-        rt.on_main(lambda: verify(cfg, tokens, report))
+        rt.on_main(lambda: verify(dataclasses.replace(cfg, device=rt.device.type), tokens, report))
 
 def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
@@ -1719,6 +1718,7 @@ def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
     for plan in evaluation_passes(cfg):
         predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, plan)
         report.stages(evaluate(predictor, tokens, total_bytes, report.log))
+    report.own = rt.sum_over_ranks(predictor.own).cpu().numpy()  # the last stage's first frequencies
     report.finish()
 
 def artifact_config(environ):
@@ -1736,7 +1736,7 @@ def eval_command(environ, command):
     rt, report, _, tokens, total_bytes = open_run(cfg, environ, command, table)
     report.artifact(cfg.artifact, cfg.artifact.read_bytes())
     if command == "verify":
-        return rt.on_main(lambda: verify(cfg, tokens, report))
+        return rt.on_main(lambda: verify(dataclasses.replace(cfg, device=rt.device.type), tokens, report))
     evaluate_artifact(cfg, rt, report, tokens, total_bytes)
 
 def decompress_command(source, target, environ):

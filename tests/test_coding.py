@@ -639,3 +639,54 @@ def test_decompress_refuses(command, coded, artifacts, tmp_path):
     message = error_line(command("decompress", file.path, out, ARTIFACT_PATH=artifact, TTT_TEMPERATURE="0.9"), 1)
     assert "settings" in message and str(file.path) in message
     assert os.listdir(tmp_path) == ["bad.code"]
+
+
+def test_the_proof_is_of_the_runs_own_figures(coded, tmp_path, here):
+    """Frequencies that the run reported are compared: one unit apart, and the proof fails at that position."""
+    file, report = coded("entropy", 40), new_report()
+    here()
+    report.own = file.freqs.copy()
+    cfg = replace(file.cfg, log_dir=str(tmp_path), verify_tokens=30)
+    verify(cfg, STREAM, report)
+    report.own[7] += 1
+    with pytest.raises(UserError, match="position 8:"):
+        verify(cfg, STREAM, report)
+
+
+def test_a_predictor_keeps_the_first_frequencies_of_its_last_stage(coded):
+    """What verify compares is what was scored, for as many tokens as it will ask for."""
+    file = coded("entropy", 40)
+    predictor = scorer(replace(file.cfg, verify_tokens=25))
+    train_gpt.evaluate(predictor, file.tokens, 1, quiet)
+    assert predictor.own.tolist() == file.freqs[:25].tolist()
+
+
+def test_settings_that_the_artifact_has_not_cannot_be_proved(coded, tmp_path, here):
+    """The decoder has no settings but the artifact's: a run with others is not proved."""
+    file, report = coded("none, no ttt", 40), new_report()
+    here()
+    with pytest.raises(UserError, match="other settings"):
+        verify(replace(file.cfg, log_dir=str(tmp_path), verify_tokens=30, ttt_temperature=0.9, mixer="entropy"),
+               STREAM, report)
+
+
+def test_a_decoder_that_dies_without_a_word(coded, tmp_path, monkeypatch):
+    """Its status is all that can be told."""
+    class Dead(contextlib.nullcontext):
+        returncode, stdout = -9, ()
+
+        def __init__(self, *args, **how):
+            super().__init__(self)
+
+    monkeypatch.setattr(train_gpt, "subprocess", SimpleNamespace(Popen=Dead, PIPE=-1, STDOUT=-2))
+    file = coded("none, no ttt", 40)
+    with pytest.raises(UserError, match="gave up: -9"):
+        verify(replace(file.cfg, log_dir=str(tmp_path), verify_tokens=30), STREAM, new_report())
+
+
+def test_a_decoder_keeps_only_its_own_rows(coded):
+    """The evidence that waits for update holds one row a token, not the batch that it came from."""
+    predictor = scorer(coded("learned", 40).cfg)
+    predictor.predict(torch.from_numpy(STREAM[:1]), 1, 2)
+    for tensor in next(iter(predictor.mixer.waiting.values()))[0]:
+        assert len(tensor) == 1 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -115,7 +115,7 @@ def test_results_have_every_field(demo, name, world):
         assert results["train"] is None
     else:
         proof = results["proof"]
-        assert proof["tokens"] == 1000 and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
+        assert proof["tokens"] == 1100 and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
         train = results["train"]
         assert (train["steps"], train["tokens"]) == (4, 4 * 256) and train["seconds"] > 0
         assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
@@ -481,3 +481,24 @@ def test_a_stopped_run_can_be_evaluated(command, monkeypatch, tmp_path):
     model = train_gpt.new_model(cfg, train_gpt.Runtime(), weights)
     assert len(train_gpt.pack_artifact(model, cfg, table, train_gpt.FINEST)) > budget
     assert command("eval", ARTIFACT_PATH=str(path), RUN_ID="again", **settings) == (0, "")
+
+
+def test_a_failed_calibration_keeps_the_weights(command, tmp_path, monkeypatch):
+    """Whatever goes wrong after training, the trained weights are on disk."""
+    def fail(*args):
+        raise train_gpt.UserError("no such luck")
+
+    monkeypatch.setattr(train_gpt, "calibrate_mixer", fail)
+    message, path = error_line(command(), 1), tmp_path / "logs" / "run" / "stopped.int6.lzma"
+    assert "no such luck" in message and path.name in message
+    assert len(train_gpt.read_artifact(path)[2]) > 10
+
+
+def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
+    """Untrained weights are not offered as the last good ones."""
+    def interrupt(cfg):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "TrainStream", interrupt)
+    assert "interrupted" in error_line(command(), 130)
+    assert not list(tmp_path.rglob("stopped.int6.lzma"))
