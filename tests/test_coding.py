@@ -90,8 +90,8 @@ def bits_of(freqs):
 
 
 def assert_size(words, bits):
-    """Code words take what was predicted, within 0.01 % and 64 bytes."""
-    assert abs(len(words) - bits / 8) <= 1e-4 * bits / 8 + 64
+    """Code words take what was predicted, within 0.01 % and 16 bytes."""
+    assert abs(len(words) - bits / 8) <= 1e-4 * bits / 8 + 16
 
 
 def random_tables(seed, n, vocab, sharpness):
@@ -159,8 +159,7 @@ def boundary(encoder):
 
 
 def straddle(table, runs):
-    """(symbols, code words): each of `runs` (length, step) stays on the boundary, then, where the table has a symbol
-    on that side, steps below or above it."""
+    """(symbols, code words): each of `runs` (length, step) stays on the boundary, then steps off to one side of it."""
     encoder, symbols, ends = RangeEncoder(), [], np.cumsum(table)
     for length, step in runs:
         leaves = False
@@ -231,7 +230,8 @@ def artifacts(tmp_path_factory):
     @functools.cache
     def made(name, seed=0):
         path = folder / f"{name}{seed}.lzma"
-        cfg = tiny_config(**SETTINGS[name], mixer_lr=0.01, device="cpu", artifact_path=str(path), run_id="run")
+        cfg = tiny_config(**SETTINGS[name], num_layers=2, ve_layers="1", xsa_last_n=1, ttt_freeze_blocks=1,
+                          mixer_lr=0.01, device="cpu", artifact_path=str(path), run_id="run")
         model = warm_model(cfg, seed)
         with torch.no_grad():
             model.embed.tokens.mul_(4)  # sharp predictions
@@ -242,8 +242,7 @@ def artifacts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def coded(artifacts, tmp_path_factory):
-    """coded(name, n=N) -> the first n tokens of STREAM (BOS does not count) as a code file with that artifact:
-    cfg, path, tokens, and what write_code returned."""
+    """coded(name, n=N) -> a code file of STREAM's first n tokens after BOS, with what write_code got and returned."""
     folder = tmp_path_factory.mktemp("coded")
 
     @functools.cache
@@ -303,7 +302,7 @@ def test_nothing_coded(artifacts, tmp_path):
     assert tokens.tolist() == [1] and len(freqs) == 0 and text == b""
 
 
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 64, 65])
+@pytest.mark.parametrize("n", [1, 32, 33, 64])
 def test_where_a_stream_ends(n, artifacts, tmp_path):
     """Streams that end at the borders of windows and chunks."""
     cfg, path = artifacts("learned"), tmp_path / "short.code"
@@ -394,7 +393,7 @@ def walk(predictor, tokens, step, cached):
     return {stage: torch.cat(rows) for stage, rows in parts.items()}, runs[0]
 
 
-@pytest.mark.parametrize("name, windows", [("learned", 1), ("learned", 3), ("entropy", 1), ("none, no ttt", 3)])
+@pytest.mark.parametrize("name, windows", [("learned", 3), ("entropy", 1), ("none, no ttt", 3)])
 def test_the_cache_changes_nothing(name, windows, artifacts):
     """Commitments with cached keys and values are those without, token by token and in blocks, over TTT's updates."""
     cfg, tokens, n = replace(artifacts(name), eval_batch_windows=windows), STREAM[:110], 109
@@ -409,12 +408,15 @@ def test_the_cache_changes_nothing(name, windows, artifacts):
 
 
 def test_the_cache_forgets(artifacts):
-    """Known tokens that are the same before and after TTT's update have other keys and values."""
+    """Equal known tokens have other keys and values after TTT's update; one other token is another known part."""
     cfg, tokens = replace(artifacts("none"), eval_batch_windows=1), np.full(100, 7)
     tokens[0] = 1
     plain, kept = (walk(scorer(cfg), tokens, 1, cached)[0]["ttt"] for cached in (False, True))
     assert torch.equal(plain, kept)
     assert torch.equal(plain[48:56], plain[56:64]) and not torch.equal(plain[56:64], plain[64:72])
+    tokens[28] = 9  # known by the window that scores 49..56, beyond the next one
+    plain, kept = (walk(scorer(cfg), tokens[:65], 1, cached)[0]["ttt"] for cached in (False, True))
+    assert torch.equal(plain, kept) and not torch.equal(plain[48:56], plain[56:64])
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -432,8 +434,7 @@ def new_report():
 
 @pytest.fixture
 def here(monkeypatch):
-    """here(before, after): verify's decoder runs in this process, between calls with its command; returns the list
-    of the (command, environment) that it is given."""
+    """here(before, after) -> [(command, environment)] of verify's decoders, which then run in this process."""
     def run(before=lambda command: None, after=lambda command: None):
         calls = []
 
@@ -456,14 +457,16 @@ def here(monkeypatch):
     return run
 
 
-def test_a_proof(coded, tmp_path, here):
+def test_a_proof(coded, tmp_path, here, monkeypatch):
     """verify reports tokens, bits and bytes of what it coded; the decoder is this script and gets no shards."""
     file, report, calls = coded("entropy", 40), new_report(), here()
     cfg = replace(file.cfg, log_dir=str(tmp_path), verify_tokens=30)
+    monkeypatch.setenv("TTT_TEMPERATURE", "0.5")  # of no interest: the artifact has its own
     verify(cfg, STREAM, report)
     (command, env), proof = calls[0], report.results["proof"]
     assert command[:2] == [sys.executable, train_gpt.__file__] and len(calls) == 1
     assert env["DATA_PATH"] == os.devnull and env["ARTIFACT_PATH"] == cfg.artifact_path
+    assert "TTT_TEMPERATURE" not in env and env["PATH"] == os.environ["PATH"]
     path, = tmp_path.rglob("*.code")
     assert proof["tokens"] == 30 and proof["predicted_bits"] == pytest.approx(bits_of(file.freqs[:30]), rel=1e-12)
     assert proof["bytes_on_disk"] == path.stat().st_size - CODE_HEAD.size
@@ -533,12 +536,16 @@ def update_first(predictor):
     original = predictor.predict
 
     def predict_what_was_learned(self, prefix, start, stop):
+        before = self.mixer.weights.clone()
+        self.mixer.optimizer.state.clear()  # no momentum from the blocks before
         for _ in range(4):
             original(self, prefix, start, stop)
             self.history.extend(torch.as_strided(prefix, (stop,), (1,)))
             self.mixer.learn(self.history.tokens)
             self.pending, self.committed = None, start
-        return original(self, prefix, start, stop)
+        commitment = original(self, prefix, start, stop)
+        self.mixer.weights.copy_(before)
+        return commitment
 
     predictor.predict = predict_what_was_learned
 
@@ -546,7 +553,7 @@ def update_first(predictor):
 @pytest.mark.parametrize("cheat, decoder", [(peek, "genuine"), (open_gate, "of its kind"), (update_first, "here")])
 def test_a_cheat_is_caught(cheat, decoder, artifacts, tmp_path, monkeypatch, real_process, here):
     """A predictor that looked at what it predicts is refuted by a decoder that cannot, even by one of its own kind."""
-    report, n = new_report(), 72
+    report, n = new_report(), 70
     cfg = replace(artifacts("learned"), log_dir=str(tmp_path), verify_tokens=n)
     honest_bits, honest = write_code(tmp_path / "honest.code", STREAM[:n + 1], cfg, quiet)
     if decoder == "of its kind":  # a copy of the script that cheats
@@ -561,7 +568,7 @@ def test_a_cheat_is_caught(cheat, decoder, artifacts, tmp_path, monkeypatch, rea
         here(before=lambda command: [setattr(Predictor, name, method) for name, method in originals.items()])
     cheat(Predictor)
     bits, freqs = write_code(tmp_path / "cheat.code", STREAM[:n + 1], cfg, quiet)
-    assert bits < honest_bits - 1  # it pays
+    assert bits < honest_bits  # it pays
     with pytest.raises(UserError) as error:
         verify(cfg, STREAM, report)
     t, *found = (int(number) for number in re.findall(r"\d+", str(error.value)))
