@@ -138,7 +138,7 @@ class Config:
     ttt_temperature: float = option(0.98, "eval", "divides the logits from the ttt stage on", 1e-3)
     polyak_decay: float = option(0.998, "eval", "average of TTT's weights that scores")
     mixer: str = option("learned", "eval", "learned, entropy or none")
-    ngram_order: int = option(10, "eval", "longest n-gram, the predicted token included; at most 9", 2)
+    ngram_order: int = option(10, "eval", "longest n-gram, the predicted token included; above 9 as 9", 2)
     ngram_recent: int = option(4, "eval", "last occurrences that a context looks at", 1)
     ngram_hash_bits: int = option(26, "eval", "2^this heads of chains for each kind of context", 1)
     mixer_block: int = option(16_384, "eval", "positions between two updates of the learned mixer", 1)
@@ -1332,7 +1332,7 @@ def evaluate(predictor, tokens, total_bytes, log):
              "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in predictor.plan.stages]
 
 def calibrate_mixer(model, cfg, table, rt, limit_s, log):
-    """Fit `model`'s mixer by scoring the held-out text in half windows, without TTT; returns its seconds."""
+    """Fit `model`'s mixer by scoring held-out text in half windows, in 95 % of limit_s; returns seconds."""
     start_s, tokens = rt.clock(), load_held_out(cfg).astype(np.int64)
     S = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
     cfg = dataclasses.replace(cfg, ttt_enabled=False, eval_batch_windows=1, mixer_block=S,
@@ -1416,8 +1416,7 @@ def write_code(path, tokens, cfg, log):
     return bits[stage], np.array(coded)
 
 def read_code(path, cfg, log):
-    """(tokens (n + 1,), frequencies (n,), text or None if its checksum differs) of a code file; UserError
-    for a foreign, cut or altered file, another artifact or other settings."""
+    """(tokens (n + 1,), frequencies (n,), text or None if it is another) of a code file; or UserError."""
     data = read_file(path)
     head = CODE_HEAD.unpack(data[:CODE_HEAD.size].ljust(CODE_HEAD.size, b"\0"))
     magic, version, checksum, n, size, artifact, settings, text_digest = head
@@ -1677,20 +1676,21 @@ def train_command(environ):
     rt, report, table, tokens, total_bytes = open_run(cfg, environ, "train")
     model = new_model(cfg, rt)
     report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    budget = cfg.size_limit_bytes - code_bytes()
+    budget, result = cfg.size_limit_bytes - code_bytes(), None
     try:
         result = train(model, cfg, rt, report.log, budget)
         if cfg.calibrates:
             with quantized_weights(model, estimate_coarseness(model, budget)):
                 left_s = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
                 result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
-    except (TrainingStopped, *((UserError, KeyboardInterrupt) if "result" in locals() else ())) as stop:
-        path = cfg.run_dir / "stopped.int6.lzma"
+    except (UserError, KeyboardInterrupt) as stop:
+        if result is None and not isinstance(stop, TrainingStopped):
+            raise  # before the first step there is nothing to keep
+        path, level = cfg.run_dir / "stopped.int6.lzma", estimate_coarseness(model, 0.9 * budget)
         kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
         try:
             if rt.rank == 0:
-                coarseness = estimate_coarseness(model, 0.9 * budget)
-                write_atomically(path, pack_artifact(model, cfg, table, coarseness))
+                write_atomically(path, pack_artifact(model, cfg, table, level))
         except UserError as error:
             kept = f"its weights are lost ({error})"
         if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
@@ -1743,7 +1743,7 @@ def decompress_command(source, target, environ):
     """Write what a code file stands for: the bytes, or, to a .npz, tokens and frequencies for `verify`."""
     tokens, freqs, text = read_code(source, artifact_config(environ)[0], functools.partial(print, flush=True))
     if target.endswith(".npz"):
-        np.savez(target, tokens=tokens, freqs=freqs, whole=text is not None)
+        np.savez(target, tokens=tokens, freqs=freqs)
     elif text is None:
         raise UserError(f"{source} decodes to another text here than was coded: another machine or torch?")
     else:

@@ -127,9 +127,8 @@ def run_learned(stream, mixer, gather=train_gpt.gather_evidence, size=64):
 
 def new_mixer(cfg, size, rate, blocks=0, hidden=train_gpt.MIXER_HIDDEN):
     """An untrained mixer, as a new model has it."""
-    F = train_gpt.MIXER_FEATURES
-    weights = torch.zeros(hidden, F + 1)
-    weights[:, :-1].normal_(std=F ** -0.5, generator=torch.Generator().manual_seed(0))
+    train_gpt.MIXER_HIDDEN = hidden
+    weights = train_gpt.GPT(cfg).mixer
     return LearnedMixer(weights, replace(cfg, mixer_block=size, mixer_lr=rate), Runtime(), blocks)
 
 
@@ -207,12 +206,12 @@ def table(folder):
     rows = [("TTT", neural, 0.0)]
     rows.append(("entropy rule, reference's alphas",
                  *run(val, entropy_rule(cfg, 0.20, 0.55, 3.0, 2))[:2]))
-    label, *rest = best(val, {f"entropy rule, best of 8: {a}": entropy_rule(cfg, *a) for a in (
-        (0, .05, 1, 1), (0, .1, 1, 1), (0, .15, 1, 1), (0, .2, 1, 1), (.05, .05, 1, 1), (0, .2, 3, 1), (0, .3, 4, 1),
-        (0, .2, 3, 2))})
+    label, *rest = best(val, {f"entropy rule, best of 12: {a}": entropy_rule(cfg, *a) for a in (
+        (0, .1, 1, 1), (0, .15, 1, 1), (0, .2, 1, 1), (0, .25, 1, 1), (0, .3, 1, 1), (.05, .2, 1, 1), (0, .2, 2, 1),
+        (0, .3, 2, 1), (0, .2, 3, 1), (0, .3, 3, 1), (0, .3, 4, 1), (0, .2, 1, 2))})
     rows.append((label, *rest))
-    label, *rest = best(val, {f"one-token tilt, best of 12: beta {b}{', times 1 - p' * a}{', outside' * o}":
-                              one_token_tilt(b, a, o) for b in (0.5, 1.0, 1.5) for a in (0, 1) for o in (0, 1)})
+    label, *rest = best(val, {f"one-token tilt, best of 16: beta {b}{', times 1 - p' * a}{', outside' * o}":
+                              one_token_tilt(b, a, o) for b in (1.0, 1.5, 2.0, 3.0) for a in (0, 1) for o in (0, 1)})
     rows.append((label, *rest))
     label, *rest = best(val, {f"Dirichlet/PPM, best of 12: theta {t}, contexts of {m}+": dirichlet(t, m)
                               for t in (4, 8, 16, 32) for m in (1, 3, 5)})
