@@ -5,7 +5,7 @@
     PRESET=demo python train_gpt.py                          the same on a laptop: no data, no GPU, 3 minutes
     python train_gpt.py eval                                 score the artifact at ARTIFACT_PATH again
     python train_gpt.py verify                               prove its figure by decoding
-    python train_gpt.py decompress IN OUT                    a code file, as verify writes them, to text
+    python train_gpt.py compress IN OUT, decompress IN OUT   any file to code words, and back, byte for byte
     python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
     python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
 
@@ -39,10 +39,8 @@ import json
 import lzma
 import math
 import os
-import platform
 import re
 import shutil
-import statistics
 import struct
 import subprocess
 import sys
@@ -51,13 +49,11 @@ import types
 import zlib
 from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's threads must not spin where ranks share cores
-
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-
 # ---- Config ------------------------------------------------------------------------------------------------
 # One frozen dataclass is the only door for settings, in groups: `run` says where things are on this machine,
 # `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length and can be
@@ -65,7 +61,6 @@ from torch import nn
 class UserError(Exception):
     """Something the user can mend. Its message names the setting or file and the way out, in one line."""
     exit_status = 1
-
 class UsageError(UserError):
     """A bad command line or setting."""
     exit_status = 2
@@ -154,10 +149,6 @@ class Config:
         """Where this run's log, results and artifact go."""
         return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
     @property
-    def calibrates(self):
-        """Whether training ends with the calibration of a mixer."""
-        return self.mixer == "learned" and self.mixer_calibration_tokens > 0
-    @property
     def artifact(self):
         """Path of the artifact, to be written or to be evaluated."""
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
@@ -239,7 +230,6 @@ def check_config(c):
                        ("muon_momentum", 1 - 1e-9), ("alpha_base", 1), ("alpha_range", 1 - c.alpha_base),
                        ("min_count", c.ngram_recent), ("vocab_size", 65_536), ("ngram_hash_bits", 30)):
         need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
-
 # ---- Runtime -----------------------------------------------------------------------------------------------
 # Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one rank: the
 # split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same integers.
@@ -296,7 +286,7 @@ def start_runtime(cfg, environ):
         torch.cuda.set_device(device)
     torch.set_num_threads(os.cpu_count())
     fast = cuda or can.get("avx512_bf16") or can.get("amx_bf16")
-    name = torch.cuda.get_device_name() if cuda else can.get("cpu_name", platform.machine())
+    name = torch.cuda.get_device_name() if cuda else can.get("cpu_name", os.uname().machine)
     dtype, why = (torch.bfloat16, "multiplied in hardware") if fast else (torch.float32, "no bf16 units")
     if world > 1:
         dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
@@ -330,7 +320,6 @@ def write_atomically(path, data):
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
-
 def read_file(path, name="", hint=""):
     """A file's bytes; UserError says which setting or file it was."""
     try:
@@ -344,32 +333,16 @@ def check_writable(folder, need_bytes):
     (folder / ".probe").unlink()
     if (free := shutil.disk_usage(folder).free) < need_bytes:
         raise UserError(f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere")
-
 # ---- Tokenizer and byte accounting -------------------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
 # where a decoder prints one: not after a boundary (BOS, control, unknown). Every document's text is compared.
 SPACE = "\u2581"
-
 @dataclasses.dataclass(frozen=True)
 class TokenTable:
     """The tokenizer: pieces[i], of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
     pieces: tuple
     kinds: str
     bos_id: int
-    @staticmethod
-    def from_model(path, vocab_size):
-        """The table of a SentencePiece model; UserError when there is none that fits."""
-        import sentencepiece
-        try:
-            sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
-        if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
-            raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
-        ids = range(vocab_size)
-        tests = (("U", sp.is_unknown), ("C", sp.is_control), ("X", sp.is_unused), ("B", sp.is_byte))
-        kinds = "".join(next((kind for kind, test in tests if test(i)), "N") for i in ids)
-        return TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
     @functools.cached_property
     def digest(self):
         """SHA-256 of pieces and kinds: two tokenizers with the same digest read the same tokens."""
@@ -377,9 +350,8 @@ class TokenTable:
     @functools.cached_property
     def texts(self):
         """What each token prints, as bytes, its leading space included: nothing, where it is a boundary."""
-        return tuple(bytes([int(piece[3:5], 16)]) if kind == "B" else  # <0xE2>
-                     piece.replace(SPACE, " ").encode() if kind == "N" else b""
-                     for piece, kind in zip(self.pieces, self.kinds))
+        return tuple(bytes([int(piece[3:5], 16)]) if kind == "B" else piece.replace(SPACE, " ").encode()
+                     if kind == "N" else b"" for piece, kind in zip(self.pieces, self.kinds))
     @functools.cached_property
     def byte_tables(self):
         """(bytes without a leading space, has a leading space, is a boundary), each an array over V."""
@@ -395,6 +367,22 @@ class TokenTable:
         _, leading, boundary = self.byte_tables
         cut = leading[tokens] & np.append(True, boundary[tokens[:-1]])
         return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
+
+def load_tokenizer(path, vocab_size, table=None):
+    """(TokenTable, processor) of a SentencePiece model; UserError if it does not fit, or is not `table`'s."""
+    import sentencepiece
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
+    if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
+        raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
+    ids, tests = range(vocab_size), dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
+    kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
+    found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
+    if table and table.digest != found.digest:
+        raise UserError(f"TOKENIZER_PATH={path}: the artifact has another tokenizer")
+    return found, sp
 
 def audit_bytes(table, tokens, decode=None):
     """Total bytes of tokens[1:], each document's compared with its text, by SentencePiece or the table."""
@@ -413,12 +401,10 @@ def audit_bytes(table, tokens, decode=None):
         if (counted := int(counts[start:stop].sum())) != len(text):  # the next BOS included
             raise UserError(f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong")
     return int(counts.sum())
-
 # ---- Data --------------------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
 # zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any number of ranks.
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-
 def read_bytes(path):
     """A file's contents, decompressed when its name ends in .zst; EOFError when a frame is cut."""
     data, parts = Path(path).read_bytes(), []
@@ -448,7 +434,6 @@ def read_shard(path, vocab_size):
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
     return tokens
-
 def shard_bytes(tokens):
     """A shard file's contents for uint16 tokens: the inverse of read_shard."""
     header = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(SHARD_HEADER_BYTES, b"\0")
@@ -471,11 +456,10 @@ def load_validation(cfg):
         raise UserError(f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
                         f"raise VAL_TOKENS, lower EVAL_SEQ_LEN={cfg.eval_seq_len} or add text")
     return tokens
-
 def load_held_out(cfg):
     """The end of the last shard, never trained on, for the mixer's calibration, uint16 (n + 1,), or empty."""
     wanted = cfg.mixer_calibration_tokens + 1
-    if not cfg.calibrates:
+    if cfg.mixer != "learned" or wanted == 1:
         return np.zeros(0, dtype=np.uint16)
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
@@ -507,13 +491,11 @@ def micro_batch_sequences(cfg, world):
                          f"over {world} ranks; change it or --nproc_per_node")
     share = sequences // world
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
-
 def micro_batches(tokens, cfg, rt):
     """Rank r's share of a step, the r-th run of its sequences: equal (x, y), int64 (B, T) on the device."""
     x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
     mine, size = np.split(np.arange(len(x)), rt.world)[rt.rank], micro_batch_sequences(cfg, rt.world)
     return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
-
 # ---- Model -------------------------------------------------------------------------------------------------
 # An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out of a
 # head's output what the position's own value already says; VRL and value embeddings hand early information to
@@ -522,23 +504,18 @@ def micro_batches(tokens, cfg, rt):
 # and values, which is what lets a decoder afford the scorer's own shapes.
 EMBED_CONTEXT = 2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
-
 def attention(q, k, v):
     """Causal attention whose last query row sees every key. q (B, T, H, d); k, v (B, T', G, d), T' >= T."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    rows, keys = q.size(2), k.size(2)
-    if rows == keys:
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:
+    rows, keys, seen = q.size(2), k.size(2), None
+    if rows < keys:
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), 1) for z in (k, v))  # fused GQA takes no mask
         seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-    return y.transpose(1, 2)
-
+    whole = rows == keys
+    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, enable_gqa=whole).transpose(1, 2)
 def rms_norm(x):
     """RMSNorm over the last dimension, without weights."""
     return F.rms_norm(x, (x.size(-1),))
-
 def linear(x, weight):
     """x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
     return F.linear(x, weight.to(x.dtype))
@@ -550,19 +527,18 @@ def exclude_self(y, v):
     y = y.view(B, T, v.size(2), -1, d)
     return (y - (y * direction).sum(-1, keepdim=True) * direction).view(B, T, H, d)
 
-class Rotary(nn.Module):
-    """Cosines and sines of the partial rotary embedding, NTK-scaled beyond 1,024 training tokens."""
-    def __init__(self, dims, train_seq_len, max_len):
-        super().__init__()
-        base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-        angle = torch.arange(max_len).double()[:, None] * base ** (-torch.arange(0, dims, 2).double() / dims)
-        self.register_buffer("turns", torch.stack([angle.cos(), angle.sin()]).float(), persistent=False)
-    def forward(self, x, first_row):
-        """Rotate the leading dims of x (B, T, heads, d) at rows first_row, first_row + 1, ..."""
-        cos, sin = self.turns[:, first_row:first_row + x.size(1), None].to(x.dtype)
-        half = cos.size(-1)
-        a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-        return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+def rotary_turns(dims, train_seq_len, max_len):
+    """Cosines and sines of the rotary embedding, (2, max_len, dims / 2), NTK-scaled beyond 1,024 rows."""
+    base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
+    angle = torch.arange(max_len).double()[:, None] * base ** (-torch.arange(0, dims, 2).double() / dims)
+    return torch.stack([angle.cos(), angle.sin()]).float()
+
+def rotate(x, turns):
+    """Turn the leading dims of x (B, T, heads, d) by `turns` (2, T, dims / 2)."""
+    cos, sin = turns[:, :, None].to(x.dtype)
+    half = cos.size(-1)
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 class Embedding(nn.Module):
     """Token table + hashed bigram table, RMS-normed, then smeared with the position before."""
@@ -598,16 +574,15 @@ class Block(nn.Module):
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
         for name, value in (("mix_x", 1.0), ("mix_x0", 0.0), ("attn_scale", 1.0), ("mlp_scale", 1.0)):
             self.register_parameter(name, nn.Parameter(torch.full((D,), value)))
-    def forward(self, x, x0, extra_v, rotary, past):
-        """x, x0 (B, T, D), extra_v added to the values, past (k, v) of earlier rows or None.
+    def forward(self, x, x0, extra_v, turns, past):
+        """x, x0 (B, T, D), the rows' turns, extra_v added to the values, past (k, v) of rows before or None.
         Returns (output, this layer's own value projection, (k, v) of all rows so far)."""
         B, T, _ = x.shape
         x = self.mix_x.to(x.dtype) * x + self.mix_x0.to(x.dtype) * x0
         h = rms_norm(x) * self.norm_scale
         q, k, own_v = (linear(h, w).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
-        first_row = past[0].size(1) if past else 0
-        q = rotary(rms_norm(q), first_row) * self.q_gain.to(x.dtype)[:, None]
-        k = rotary(rms_norm(k), first_row)
+        q = rotate(rms_norm(q), turns) * self.q_gain.to(x.dtype)[:, None]
+        k = rotate(rms_norm(k), turns)
         v = own_v + extra_v
         present = (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)) if past else (k, v)
         y = attention(q, *present)
@@ -625,7 +600,8 @@ class GPT(nn.Module):
         self.kv_heads, self.vrl_enabled = cfg.num_kv_heads, cfg.vrl_enabled
         layers, kv = cfg.num_layers, cfg.num_kv_heads * (cfg.model_dim // cfg.num_heads)
         self.embed = Embedding(cfg)
-        self.rotary = Rotary(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
+        turns = rotary_turns(cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len))
+        self.register_buffer("turns", turns, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
         self.skip_weights = nn.Parameter(torch.ones(layers // 2, cfg.model_dim))
         self.ve_layers = sorted({int(i) for i in cfg.ve_layers.split(",") if i.strip()})
@@ -650,6 +626,7 @@ class GPT(nn.Module):
         if past:
             x, tokens = x[:, EMBED_CONTEXT:], tokens[:, EMBED_CONTEXT:]
         x0, v0, skips, present, half = x, None, [], [], len(self.blocks) // 2
+        turns = self.turns[:, (past[0][0].size(1) if past else 0):][:, :x.size(1)]
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
@@ -660,7 +637,7 @@ class GPT(nn.Module):
                 extra_v = scale * ve.unflatten(-1, (self.kv_heads, -1))
             if self.vrl_enabled and i:
                 extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
-            x, own_v, kv = block(x, x0, extra_v, self.rotary, past[i] if past else None)
+            x, own_v, kv = block(x, x0, extra_v, turns, past[i] if past else None)
             v0 = own_v if i == 0 else v0
             present.append(kv)
             if i < half:
@@ -681,7 +658,6 @@ def new_model(cfg, rt, weights=None):
     if weights:
         model.load_state_dict(weights)
     return model.to(rt.device)
-
 # ---- Complementary objective -------------------------------------------------------------------------------
 # What bigram statistics predict the mixer will predict too, so the model is to care less for it: weight 1 -
 # alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from counts before the step.
@@ -700,20 +676,17 @@ class BigramCounts:
         pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
         self.counts += self.rt.sum_over_ranks(torch.bincount(pairs, minlength=len(self.counts)).int())
         self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
-
 # ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
 # torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with fp32 state
 # takes tables and vectors. Schedules are pure functions of step and clock.
 def new_optimizers(model, cfg):
-    """[Muon for matrices, AdamW for tables and vectors]; each group remembers its full rate as `peak_lr`."""
+    """[Muon for matrices, AdamW for tables and vectors]; a step sets a group's rate from its `peak_lr`."""
     matrices, tables, vectors = (list(group.values()) for group in model.parameter_groups())
-    adam_groups = [dict(params=tables, lr=cfg.tied_embed_lr), dict(params=vectors, lr=cfg.scalar_lr)]
-    optimizers = [torch.optim.Muon(matrices, cfg.matrix_lr, cfg.muon_wd, cfg.muon_momentum),
-                  torch.optim.AdamW(adam_groups, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd,
-                                    fused=next(model.parameters()).is_cuda)]
-    for group in (g for o in optimizers for g in o.param_groups):
-        group["peak_lr"] = group["lr"]
-    return optimizers
+    groups = [dict(params=params, peak_lr=rate) for params, rate in (
+        (matrices, cfg.matrix_lr), (tables, cfg.tied_embed_lr), (vectors, cfg.scalar_lr))]
+    return [torch.optim.Muon(groups[:1], weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum),
+            torch.optim.AdamW(groups[1:], betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd,
+                              fused=next(model.parameters()).is_cuda)]
 
 def lr_scale(step, elapsed_s, cfg):
     """Learning-rate factor: 1, then linear to 0 over the last WARMDOWN_ITERS of iterations or time."""
@@ -721,7 +694,6 @@ def lr_scale(step, elapsed_s, cfg):
     if cfg.max_wallclock_seconds and step:
         left = min(left, (cfg.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
     return min(1.0, max(0.0, left / max(cfg.warmdown_iters, 1)))
-
 def muon_momentum(step, cfg):
     """Momentum of Muon: linear from 0.92 (or MUON_MOMENTUM, if less) to MUON_MOMENTUM."""
     start = min(0.92, cfg.muon_momentum)
@@ -745,7 +717,6 @@ class WeightAverage:
         """Replace the weights by their average, if there is one."""
         if self.snapshots or (self.cfg.ema_decay and not self.cfg.swa_enabled):
             torch._foreach_copy_(self.params, self.mean)
-
 # ---- Training loop -----------------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
 # loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock stops
@@ -814,7 +785,7 @@ def train(model, cfg, rt, log, budget):
     infinity and Ctrl-C raise TrainingStopped, with the last good weights, averaged, in the model."""
     stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
     result = types.SimpleNamespace(steps=0, tokens=0, seconds=0., warmup_seconds=0., calibration_seconds=0.)
-    if cfg.calibrates:  # what time it needs is not training's
+    if stream.held_out:  # what time it needs is not training's
         cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
     if cfg.warmup_steps:
         trainer.warm_up()
@@ -847,7 +818,6 @@ def train(model, cfg, rt, log, budget):
     if epochs := (stream.opened - 1) // len(stream.files):
         log(f"note: the training shards were read {epochs} time(s) over; more shards would help")
     return result
-
 # ---- Quantization ------------------------------------------------------------------------------------------
 # Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
 # number governs the size, `coarseness`: a row's top level stands at coarseness times its root mean square.
@@ -855,7 +825,6 @@ def train(model, cfg, rt, log, budget):
 # is raised until code + artifact just fit the cap. Late QAT trains through these very functions.
 INT6_MAX, INT8_MAX = 31, 127
 FINEST, COARSEST = 4.0, 64.0  # below 4 a Gaussian row loses more to clipping than it gains in precision
-
 def quantize(w, limit, row_max):
     """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels in +-limit, fp16 row scales)."""
     scale = (row_max / limit).clamp(2.0 ** -24, 65_504.0).half()
@@ -869,7 +838,6 @@ def encode_tensor(name, w, coarseness):
     if name in TABLES:
         return "int8", quantize(w, INT8_MAX, w.abs().amax(1))
     return "fp16", (w.half(),)
-
 def decode_tensor(kind, stored):
     """fp32 parameter from what encode_tensor stored: fp16 values, or int8 levels and fp16 row scales."""
     return stored[0].float() if kind == "fp16" else stored[0].float() * stored[1].float()[:, None]
@@ -894,7 +862,6 @@ def estimate_coarseness(model, budget_bytes):
         sizes[encode_tensor(name, w, FINEST)[0]] += w.numel()
     bits = (8 * budget_bytes / 1.03 - 7 * sizes["int8"] - 15 * sizes["fp16"]) / max(sizes["int6"], 1)
     return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
-
 # ---- Artifact ----------------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
 #   4 bytes  format version            4 bytes  length of the header
@@ -903,7 +870,6 @@ def estimate_coarseness(model, budget_bytes):
 # Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from LZMA.
 ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"PGOLFART", 1, struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-
 def pack_artifact(model, cfg, table, coarseness):
     """The artifact's bytes. The same weights and settings give the same bytes."""
     index, payload, values = [], [], model.state_dict()
@@ -922,11 +888,8 @@ def pack_artifact(model, cfg, table, coarseness):
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
 
 def read_artifact(path):
-    """unpack_artifact of a file; UserError when it cannot be read."""
-    return unpack_artifact(read_file(path, "ARTIFACT_PATH: ", "; train first"), path)
-
-def unpack_artifact(data, path):
-    """(settings, TokenTable, {name: fp32 tensor}) of an artifact's bytes; `path` is for error messages."""
+    """(settings, TokenTable, {name: fp32 tensor}) of an artifact file; UserError if it is none or damaged."""
+    data = read_file(path, "ARTIFACT_PATH: ", "; train first")
     head, body = data[:ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0"), data[ARTIFACT_HEAD.size:]
     magic, version, length, digest = ARTIFACT_HEAD.unpack(head)
     for fault, why in (
@@ -948,7 +911,6 @@ def unpack_artifact(data, path):
         weights[name] = decode_tensor(kind, stored)
     t = header["tokenizer"]
     return header["settings"], TokenTable(tuple(t["pieces"]), t["kinds"], t["bos_id"]), weights
-
 def code_bytes():
     """Bytes of this script, which count against the cap."""
     return len(Path(__file__).read_bytes())
@@ -968,7 +930,6 @@ def fit_artifact(model, cfg, table, log):
         shift = 2 ** ((len(data) - 0.999 * budget) / slope_bytes)
         coarseness = min(max(coarseness * shift, FINEST), COARSEST)
     return best if best[0] else (data, coarseness)
-
 # ---- N-gram history ----------------------------------------------------------------------------------------
 # Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, the
 # word so far) there are hash chains, as in LZ77: prev[i] is the last earlier position whose context has the
@@ -976,11 +937,11 @@ def fit_artifact(model, cfg, table, log):
 # before its first position is predicted; contexts are compared, so what is found is real. How the stream was
 # cut into blocks changes nothing. Bytes: 28 a token, with a quarter to spare, and 24 a hash value.
 CONTEXT_LENGTHS, CONTEXTS = (8, 5, 3, 2, 1, 8), 6  # in tokens; the last is the word's, up to its beginning
-
 class NgramHistory:
-    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or part words; C: CONTEXTS."""
-    def __init__(self, cfg, word_begins, device):
-        self.recent, self.size, self.device = cfg.ngram_recent, 0, device
+    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or part words; C: CONTEXTS. Where
+    `lanes` texts run side by side, the token before position t is at t - lanes."""
+    def __init__(self, cfg, word_begins, device, lanes=1):
+        self.recent, self.size, self.device, self.lanes = cfg.ngram_recent, 0, device, lanes
         self.word_begins = torch.as_tensor(word_begins, device=device)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
         self.tokens = torch.zeros(0, dtype=torch.int32, device=device)
@@ -989,7 +950,7 @@ class NgramHistory:
     def contexts(self, ends):
         """Tokens of the contexts that end at `ends` (C, n): int32 (C, n, 8), newest first, -1 beyond them."""
         back = torch.arange(max(CONTEXT_LENGTHS), device=self.device)
-        where = ends[..., None] - back
+        where = ends[..., None] - back * self.lanes
         tokens = self.tokens[where.clamp(min=0)]
         inside = (back < self.lengths[:, None, None]) & (where >= 0)
         begins = self.word_begins[tokens[-1]].int()
@@ -1019,16 +980,15 @@ class NgramHistory:
         self.prev.scatter_(1, ends, older)
         kind, newest = F.pad(border, (0, 1), value=True).nonzero(as_tuple=True)
         self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
-    def occurrences(self, start, stop):
-        """Where the contexts of positions start..stop-1 ended before, within each one's strict prefix: int64
-        (R, C, M), of the last M = NGRAM_RECENT of the chain, newest first, the real ones; else -1."""
-        at, found = torch.arange(start - 1, stop - 1, device=self.device).expand(CONTEXTS, -1), []
+    def occurrences(self, at):
+        """Where contexts that end at `at` (R,) ended before, with a known successor: int64 (R, C, M), of the
+        last M = NGRAM_RECENT of the chain, newest first, the real ones; else -1."""
+        found, known, at = [], at - at % self.lanes, at.expand(CONTEXTS, -1)
         contexts = self.contexts(at)
         for _ in range(self.recent):
             at = torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1)
-            found.append(torch.where((self.contexts(at) == contexts).all(-1), at, -1))
+            found.append(torch.where((self.contexts(at) == contexts).all(-1) & (at < known), at, -1))
         return torch.stack(found, -1).transpose(0, 1)
-
 # ---- Mixers and commitment ---------------------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
 # vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
@@ -1038,7 +998,6 @@ class NgramHistory:
 # q[v] - [v = x]: learning is two small products, once a block is scored; gradients add up as integers.
 TOTAL_BITS, TOTAL = 24, 1 << 24
 MIXER_HIDDEN, MIXER_FEATURES = 32, 4 * CONTEXTS + 3
-
 def commit(p):
     """Probabilities (R, V), float64 -> frequencies int32 (R, V), each >= 1, each row summing to exactly 2^24.
     Every token gets 1 plus the floor of its share of the rest; the likeliest, what the floors leave."""
@@ -1059,9 +1018,9 @@ def mix_entropy(p, ends, following, cfg):
     alpha = alpha * enough.any(1, keepdim=True)
     return (1 - alpha) * p + alpha * counts / real.sum(1, keepdim=True).clamp(min=1)
 
-def gather_evidence(p, ends, following, at, window):
+def gather_evidence(p, ends, following, at, window, lanes=1):
     """What speaks for each candidate of R positions, whose contexts end at `at` (R,) and whose models see the
-    tokens from `window` (R,) on. p (R, V) float64; ends, following (R, C, M): occurrences, tokens after them.
+    lane from `window` (R,) on. p (R, V) float64; ends, following (R, C, M): occurrences, tokens after them.
     Returns tokens (R, J), J = C * M, distinct (R, J): each one's first slot, features (R, F, J) fp32: of each
     context log odds of the share, inverse rank and log distance of the last occurrence, if the model sees it;
     of the model log p's distance to the top, the top; and 1. Shapes are fixed, for equal rounding."""
@@ -1070,9 +1029,10 @@ def gather_evidence(p, ends, following, at, window):
     count, total, rank = same.sum(2), real.sum(2)[..., None], same.argmax(2)
     distinct = same.flatten(1, 2).argmax(1) == torch.arange(tokens.size(1), device=tokens.device)
     seen, last = count > 0, ends.gather(2, rank)
+    distance = at[:, None, None] - last
     context = [((count + 0.4) / (total - count + 0.4)).log() * (total > 0), seen / (1 + rank),
-               seen * (at[:, None, None] - last).clamp(min=1).log2() / 8,
-               seen & (last >= window[:, None, None])]
+               seen * (distance / lanes).clamp(min=1).log2() / 8,
+               seen & (last >= window[:, None, None]) & (distance % lanes == 0)]
     logp = p.log().float()
     top, mine = logp.amax(1, keepdim=True), logp.gather(1, tokens)
     model = [(top - mine) / 4, top.expand_as(mine) / 2, torch.ones_like(mine)]
@@ -1102,8 +1062,8 @@ class LearnedMixer:
         """One Adam step on the block that waits, now that its tokens are scored; the same on every rank."""
         total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
         for parts in self.waiting.values():  # a batch of windows each, in however many calls it was committed
-            *evidence, at = map(torch.cat, zip(*parts))
-            gradient = self.gradient(*evidence, tokens[at + 1])
+            *evidence, positions = map(torch.cat, zip(*parts))
+            gradient = self.gradient(*evidence, tokens[positions])
             total += (gradient.double() * FIXED_POINT_SCALE).round().long()
         mean = self.rt.sum_over_ranks(total).double() / (FIXED_POINT_SCALE * self.cfg.mixer_block)
         left = max(0.0, 1 - self.blocks / self.calibration_blocks) if self.calibration_blocks else 0.0
@@ -1111,13 +1071,11 @@ class LearnedMixer:
         self.weights.grad = mean.float()
         self.optimizer.step()
         self.blocks, self.waiting = self.blocks + 1, {}
-
 # ---- Test-time training ------------------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the next. The
 # first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient is rounded to int64:
 # integers add up the same on any ranks. The schedule's length is the artifact's setting, not the text's.
 TTT_MICRO_BATCH_SEQUENCES, FIXED_POINT_SCALE = 2, 2.0 ** 36
-
 class TestTimeTrainer:
     """Adapts a copy of `model` to scored chunks; `model` itself becomes the Polyak average that scores."""
     def __init__(self, model, cfg, table, rt):
@@ -1164,7 +1122,6 @@ class TestTimeTrainer:
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
-
 # ---- Predictor and scorer ----------------------------------------------------------------------------------
 # Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
 # position i + 1. The first window scores all its W rows, each later one its last S (a tile), in two passes of
@@ -1172,12 +1129,10 @@ class TestTimeTrainer:
 # the unknown is a dummy that no earlier row sees: the integers depend neither on ranks nor on what is known.
 class OrderError(RuntimeError):
     """predict, score and update were not called in the order that makes a score honest."""
-
 # Frequencies for positions start..stop-1, as far as this rank computes them. Each piece: the batch's index in
 # the chunk, first position, last + 1, {stage: freqs int32 (R, V)}. A pass is one walk: stages, window stride.
 Commitment = collections.namedtuple("Commitment", "start stop pieces")
 EvalPass = collections.namedtuple("EvalPass", "stages stride")
-
 def evaluation_passes(cfg):
     """The passes over the quantized model. Stages that come from the same neural distribution share one."""
     passes = [["round_trip"], ["sliding"], ["ttt"]][:3 if cfg.ttt_enabled else 2]
@@ -1188,10 +1143,10 @@ def evaluation_passes(cfg):
 class Predictor:
     """The one place where probabilities become commitments. predict -> score -> ... -> update, or OrderError.
     It owns `model`: with TTT its weights change. Every rank makes the same calls with the same arguments."""
-    def __init__(self, model, cfg, table, rt, plan):
-        self.model, self.cfg, self.rt, self.plan = model, cfg, rt, plan
-        self.learned = 1     # first position that update has not seen
-        self.committed = 1   # first position without a commitment
+    def __init__(self, model, cfg, table, rt, plan, lanes=1):
+        self.model, self.cfg, self.rt, self.plan, self.lanes = model, cfg, rt, plan, lanes
+        self.learned = lanes    # first position that update has not seen
+        self.committed = lanes  # first position without a commitment
         self.pending = None  # the commitment that waits for its score
         self.cache = None    # (known tokens of the last batch, their keys and values): what a decoder repeats
         self.forward = rt.compiled(model)
@@ -1199,7 +1154,7 @@ class Predictor:
         self.history = self.mixer = None
         if "mixer" in plan.stages:
             _, leading, boundary = table.byte_tables
-            self.history = NgramHistory(cfg, leading | boundary, rt.device)
+            self.history = NgramHistory(cfg, leading | boundary, rt.device, lanes)
             if cfg.mixer == "learned":
                 self.mixer = LearnedMixer(model.mixer, cfg, rt)
         self.block = cfg.mixer_block if self.mixer else cfg.ttt_chunk_tokens  # from update to update
@@ -1211,14 +1166,7 @@ class Predictor:
         if self.pending is not None or not in_order:
             raise OrderError(f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next "
                              f"is {self.committed}, once all is scored; update {self.learned + self.block}")
-        pieces = []
-        for index, starts in enumerate(self._batches()):
-            first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + self._rows(starts))
-            if first < last and index % self.rt.world == self.rt.rank:
-                rows = slice(first - starts[0] - 1, last - starts[0] - 1)
-                freqs = self._commit(self._logits(prefix, starts), prefix, starts, index, rows)
-                pieces.append((index, first, last, freqs))
-        self.pending, self.committed = Commitment(start, stop, pieces), stop
+        self.pending, self.committed = Commitment(start, stop, list(self._pieces(prefix, start, stop))), stop
         return self.pending
     def score(self, commitment, targets):
         """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length."""
@@ -1230,7 +1178,7 @@ class Predictor:
             target = targets[first - commitment.start:last - commitment.start, None].to(self.rt.device)
             for s, stage in enumerate(self.plan.stages):
                 freq = freqs[stage].gather(1, target).double() if freqs else torch.tensor(math.nan)
-                bits[s, index] = (TOTAL_BITS - freq.log2()).sum().item()
+                bits[s, index] += (TOTAL_BITS - freq.log2()).sum().item()
             if freqs and first <= len(self.own):
                 self.own[first - 1:last - 1] = freq[:len(self.own) - first + 1, 0]
         bits = self.rt.sum_over_ranks(bits.to(self.rt.device))  # one rank a batch: the sum adds zeros only
@@ -1250,9 +1198,17 @@ class Predictor:
         if self.ttt and (self.learned - 1) % chunk == 0:
             self.ttt.adapt_chunk(prefix[self.learned - 1 - chunk:])
             self.cache = None
-    def _rows(self, starts):
-        """Scored rows of a batch's windows: all W of the window at the stream's start, else the stride."""
-        return self.cfg.eval_seq_len if starts[0] == 0 else self.plan.stride
+    def _pieces(self, prefix, start, stop):
+        """The pieces of start..stop-1's commitment, one after the other."""
+        for index, starts in enumerate(self._batches()):
+            S = self.plan.stride if starts[0] else self.cfg.eval_seq_len  # the first one scores all rows
+            first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + S)
+            if first < last and index % self.rt.world == self.rt.rank:
+                rows = slice(first - starts[0] - 1, last - starts[0] - 1)
+                at = starts[0] + torch.arange(len(starts) * S, device=self.rt.device)
+                window = at - (at - starts[0]) % S + S - self.cfg.eval_seq_len
+                logits = self._logits(prefix, starts, S)
+                yield index, first, last, self._commit(logits, prefix[:last - 1], at, window, index, rows)
     def _batches(self):
         """Batches of the chunk that `learned` is in: lists of each window's first scored row."""
         W, S, chunk = self.cfg.eval_seq_len, self.plan.stride, self.cfg.ttt_chunk_tokens
@@ -1260,9 +1216,9 @@ class Predictor:
         starts = list(range(origin or W, origin + chunk, S))
         return ([] if origin else [[0]]) + [starts[i:i + size] for i in range(0, len(starts), size)]
     @torch.no_grad()
-    def _logits(self, prefix, starts):
-        """Logits of the rows that a batch scores, (R, V), with dummies where `prefix` has no token yet."""
-        W, rows = self.cfg.eval_seq_len, self._rows(starts)
+    def _logits(self, prefix, starts, rows):
+        """Logits of the last `rows` of each window, (R, V), with dummies where `prefix` has no token yet."""
+        W = self.cfg.eval_seq_len
         size = 1 if starts[0] == 0 else self.cfg.eval_batch_windows
         first = torch.tensor(starts + [starts[-1]] * (size - len(starts))) + rows - W
         where = first[:, None] + torch.arange(W)
@@ -1274,8 +1230,9 @@ class Predictor:
         tile = tokens[:, max(0, known - EMBED_CONTEXT):]
         return self.forward(tile, past)[0][:len(starts)].flatten(0, 1)
     @torch.no_grad()
-    def _commit(self, logits, prefix, starts, index, rows):
-        """{stage: frequencies} of `rows` of a batch's logits (R, V). All R are made, for equal rounding."""
+    def _commit(self, logits, prefix, at, window, index, rows):
+        """{stage: frequencies} of `rows` of a batch's logits (R, V). Contexts end at `at` (R,), models see
+        `prefix` from `window` (R,) on. All R are made, for equal rounding."""
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         p = torch.softmax(logits.double() / temperature, -1)
         if not p.isfinite().all():
@@ -1283,39 +1240,65 @@ class Predictor:
         freqs = {self.plan.stages[0]: commit(p)[rows]}
         if self.history:
             start_s = self.rt.clock()
-            freqs["mixer"] = commit(self._mix(p, prefix, starts, index, rows))[rows]
+            self.history.extend(prefix)
+            freqs["mixer"] = commit(self._mix(p, at, window, index, rows))[rows]
             self.mix_seconds += self.rt.clock() - start_s
         return freqs
-    def _mix(self, p, prefix, starts, index, rows):
+    def _mix(self, p, at, window, index, rows):
         """The mixture (R, V) that a batch's p (R, V) becomes by what the history knows of its `rows`."""
-        at = starts[0] + torch.arange(len(p), device=p.device)  # where the context of each row ends
-        self.history.extend(prefix[:starts[0] + rows.stop])
         ends = at.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
-        ends[rows] = self.history.occurrences(starts[0] + rows.start + 1, starts[0] + rows.stop + 1)
-        following = self.history.tokens[ends + 1].long()  # where there is none, any token
+        ends[rows] = self.history.occurrences(at[rows])
+        following = self.history.tokens[ends + self.lanes].long()  # where there is none, any token
         if not self.mixer:
             return mix_entropy(p, ends, following, self.cfg)
-        window = at - (at - starts[0]) % self._rows(starts) + self._rows(starts) - self.cfg.eval_seq_len
-        evidence = gather_evidence(p, ends, following, at, window)
+        evidence = gather_evidence(p, ends, following, at, window, self.lanes)
         q = self.mixer.mix(p, *evidence)
-        waiting = (*evidence, q.gather(1, evidence[0]), at)
+        waiting = (*evidence, q.gather(1, evidence[0]), at + self.lanes)
         self.mixer.waiting.setdefault(index, []).append([t[rows].clone() for t in waiting])
         return q
 
-def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None):
-    """Score `tokens`, int64 (n + 1,), in one walk, `visit` shown each block; ({stage: bits}, how many)."""
-    plan, stream, n, stop = predictor.plan, torch.from_numpy(tokens), len(tokens) - 1, 1
+class Lockstep(Predictor):
+    """Predicts L segments of a text side by side: position t is of lane t % L, its context ends at t - L. One
+    pass adds a row to every lane's cached keys and values, in coder and decoder alike, and gives L tokens;
+    in plain order a decoder repeats a tile for each. TTT and other ranks have no part in it."""
+    def __init__(self, model, cfg, table, rt, plan, lanes):
+        super().__init__(model, cfg, table, rt, plan, lanes)
+        self.forward, self.past = model.to(rt.dtype), None  # shapes grow row by row: not compiled
+    def _batches(self):
+        return [None]
+    @torch.no_grad()
+    def _pieces(self, prefix, start, stop):
+        """Rows of L positions, the last one cut; start is a row's first position."""
+        W, S, L = self.cfg.eval_seq_len, self.plan.stride, self.lanes
+        for first in range(start, stop, L):
+            row, rows = first // L - 1, slice(0, min(L, stop - first))
+            begin = 0 if row < W else row - (row - W) % S + S - W  # of the window, as in the sliding stage
+            tokens = prefix[:first].view(-1, L).T[:, begin:].to(self.rt.device)
+            known = row - begin
+            if begin and known == W - S > 0:
+                self.past = self.forward(tokens[:, :-1])[1]
+            past = self.past if known >= EMBED_CONTEXT else None
+            logits, self.past = self.forward(tokens[:, -1 - EMBED_CONTEXT:] if past else tokens, past)
+            at = torch.arange(first - L, first, device=self.rt.device)
+            freqs = self._commit(logits[:, -1], prefix[:first], at, torch.full_like(at, begin * L), 0, rows)
+            yield 0, first, first + rows.stop, freqs
+
+def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None, step=None):
+    """Score `tokens`, int64 (n,), in one walk, by blocks or `step` tokens; ({stage: bits}, last position).
+    `visit` is shown each commitment and its tokens before they are scored: a decoder's fills them in."""
+    plan, stream, n, stop = predictor.plan, torch.from_numpy(tokens), len(tokens) - 1, predictor.learned
     bits, start_s, said_s = dict.fromkeys(plan.stages, 0.0), time.perf_counter(), time.perf_counter()
     while stop <= n:
         if limit_s < math.inf and predictor.rt.from_main(time.perf_counter() - start_s) > limit_s:
             break
-        start, stop = stop, min(stop + predictor.block, n + 1)
+        block_end = predictor.learned + predictor.block
+        start, stop = stop, min(stop + (step or predictor.block), block_end, n + 1)
         commitment = predictor.predict(stream[:stop - 1], start, stop)
+        if visit and all(freqs for *_, freqs in commitment.pieces):
+            visit(commitment, stream[start:stop])
         for stage, block_bits in predictor.score(commitment, stream[start:stop]).items():
             bits[stage] += block_bits
-        if visit:
-            visit(commitment, stream[start:stop])
-        if stop <= n:
+        if stop == block_end <= n:
             predictor.update(stream[:stop])
         if time.perf_counter() - said_s > 15:
             said_s = time.perf_counter()
@@ -1332,8 +1315,10 @@ def evaluate(predictor, tokens, total_bytes, log):
              "tokens": n, "bytes": total_bytes, "seconds": added_s[stage]} for stage in predictor.plan.stages]
 
 def calibrate_mixer(model, cfg, table, rt, limit_s, log):
-    """Fit `model`'s mixer by scoring held-out text in half windows, in 95 % of limit_s; returns seconds."""
+    """Fit `model`'s mixer by scoring held-out text in half windows, if any, in 95 % of limit_s. Seconds."""
     start_s, tokens = rt.clock(), load_held_out(cfg).astype(np.int64)
+    if not len(tokens):
+        return 0.0
     S = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
     cfg = dataclasses.replace(cfg, ttt_enabled=False, eval_batch_windows=1, mixer_block=S,
                               ttt_chunk_tokens=math.lcm(S, cfg.eval_seq_len))
@@ -1345,14 +1330,13 @@ def calibrate_mixer(model, cfg, table, rt, limit_s, log):
     log(f"calibration: {n:,} of {len(tokens) - 1:,} held-out tokens in {seconds:.1f} s, bits a token: "
         + ", ".join(f"{stage} {b / max(n, 1):.4f}" for stage, b in bits.items()))
     return seconds
-
 # ---- Range coder and code files ----------------------------------------------------------------------------
 # What was committed can be coded: encoder and decoder narrow one interval by the same integers. The range
 # stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back into the bytes
-# before. A code file, little-endian: magic (8 bytes), version (4), CRC-32 of the rest (4), tokens after BOS
-# (8), bytes of text (8), SHA-256 of artifact, settings (JSON) and text (32 each), code words.
-CODE_MAGIC, CODE_VERSION, CODE_HEAD = b"PGOLFTXT", 1, struct.Struct("<8sIIQQ32s32s32s")
-
+# before. A code file, little-endian: magic (8 bytes), version (4), CRC-32 of the rest (4), lanes (4; 0: plain
+# order, as scored; `compress` cuts a file into lanes, which take turns), tokens after BOS (8), bytes of text
+# (8), SHA-256 of artifact, settings (JSON) and text (32 each), code words.
+MOST_LANES, CODE_MAGIC, CODE_VERSION, CODE_HEAD = 16, b"PGOLFTXT", 2, struct.Struct("<8sIIIQQ32s32s32s")
 class RangeEncoder:
     """Codes one symbol after the other into `out`; `low` and `range` are the interval, in 64 bits."""
     def __init__(self):
@@ -1371,7 +1355,6 @@ class RangeEncoder:
     def finish(self):
         """The code words, as bytes."""
         return bytes(self.out) + self.low.to_bytes(8, "big")
-
 class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
     def __init__(self, words):
@@ -1389,18 +1372,26 @@ class RangeDecoder:
             self.value, self.range, self.at = self.value << 8 | byte, self.range << 8, self.at + 1
         return symbol
 
-def coding_predictor(cfg):
-    """(Predictor of the last stage, table, [digest of the artifact, of the settings]) for one process."""
+def coding_predictor(cfg, lanes):
+    """(Predictor of the last stage, Lockstep for `lanes` > 0; table, [digests of artifact, of settings])."""
     rt, (_, table, weights) = start_runtime(cfg, {}), read_artifact(cfg.artifact)
     torch.use_deterministic_algorithms(rt.device.type == "cuda")
     shaping = {name: getattr(cfg, name) for name, group in sorted(GROUPS.items()) if group != "run"}
     identity = cfg.artifact.read_bytes(), json.dumps(shaping).encode()
-    predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, evaluation_passes(cfg)[-1])
+    plan = evaluation_passes(dataclasses.replace(cfg, ttt_enabled=cfg.ttt_enabled and not lanes))[-1]
+    kind = Lockstep if lanes else Predictor
+    predictor = kind(new_model(cfg, rt, weights), cfg, table, rt, plan, max(lanes, 1))
     return predictor, table, [hashlib.sha256(data).digest() for data in identity]
 
-def write_code(path, tokens, cfg, log):
+def lane_order(n, lanes):
+    """Which of a text's n tokens are coded one after the other, int64 (n,): one of each lane in turn. Lanes
+    are segments of the text, the first n % lanes of them a token longer than the others."""
+    row, lane = np.divmod(np.arange(n), lanes)
+    return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
+
+def write_code(path, tokens, cfg, log, lanes=0):
     """Code tokens, int64 (n + 1,), BOS first, into a file; returns (bits committed to, frequencies (n,))."""
-    predictor, table, digests = coding_predictor(cfg)
+    predictor, table, digests = coding_predictor(cfg, lanes)
     coder, stage, text, coded = RangeEncoder(), predictor.plan.stages[-1], table.decode(tokens), []
     def encode(commitment, targets):
         for _, first, last, freqs in commitment.pieces:
@@ -1409,9 +1400,11 @@ def write_code(path, tokens, cfg, log):
             for end, freq in zip(ends, own):
                 coder.encode(end - freq, freq)
             coded.extend(own)
-    bits, n = score_stream(predictor, tokens, log, visit=encode)
+    order = lane_order(len(tokens) - 1, predictor.lanes)
+    stream = np.append(np.full(predictor.lanes, table.bos_id), tokens[1:][order])
+    bits, _ = score_stream(predictor, stream, log, visit=encode)
     digests += [hashlib.sha256(text).digest(), coder.finish()]
-    body = struct.pack("<QQ", n, len(text)) + b"".join(digests)
+    body = struct.pack("<IQQ", lanes, len(order), len(text)) + b"".join(digests)
     write_atomically(path, struct.pack("<8sII", CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body)
     return bits[stage], np.array(coded)
 
@@ -1419,38 +1412,34 @@ def read_code(path, cfg, log):
     """(tokens (n + 1,), frequencies (n,), text or None if it is another) of a code file; or UserError."""
     data = read_file(path)
     head = CODE_HEAD.unpack(data[:CODE_HEAD.size].ljust(CODE_HEAD.size, b"\0"))
-    magic, version, checksum, n, size, artifact, settings, text_digest = head
-    predictor, table, own = coding_predictor(cfg)
+    magic, version, checksum, lanes, n, size, artifact, settings, text_digest = head
+    predictor, table, own = coding_predictor(cfg, lanes)
     for fault, why in (((magic, version) != (CODE_MAGIC, CODE_VERSION), "is no code file of this version"),
-                       (zlib.crc32(data[16:]) != checksum or len(data) < CODE_HEAD.size, "is cut or altered"),
+                       (len(data) < CODE_HEAD.size or zlib.crc32(data[16:]) != checksum, "is cut or altered"),
                        (artifact != own[0], f"was not made with the artifact {cfg.artifact}"),
                        (settings != own[1], "was made with other settings")):
         if fault:
             raise UserError(f"{path} {why}")
-    decoder, freqs, stage = RangeDecoder(data[CODE_HEAD.size:]), [], predictor.plan.stages[-1]
-    stream, start_s = torch.full((n + 1,), table.bos_id), time.perf_counter()
-    for t in range(1, n + 1):
-        commitment = predictor.predict(stream[:t], t, t + 1)
-        row = commitment.pieces[0][3][stage][0].cpu().numpy()
-        stream[t] = decoder.decode(row)
-        freqs.append(row[stream[t]])
-        predictor.score(commitment, stream[t:t + 1])
-        if t + 1 == predictor.learned + predictor.block:
-            predictor.update(stream[:t + 1])
-        if t % 500 == 0:
-            log(f"decode: {progress_line(t, n, start_s, 'tokens')}")
-    text = table.decode(stream.numpy())
+    decoder, coded, stage = RangeDecoder(data[CODE_HEAD.size:]), [], predictor.plan.stages[-1]
+    def decode(commitment, targets):
+        for i, freqs in enumerate(commitment.pieces[0][3][stage].cpu().numpy()):
+            targets[i] = decoder.decode(freqs)
+            coded.append(freqs[targets[i]])
+    stream = np.full(predictor.lanes + n, table.bos_id)
+    score_stream(predictor, stream, log, visit=decode, step=predictor.lanes)
+    tokens = np.full(n + 1, table.bos_id)
+    tokens[1:][lane_order(n, predictor.lanes)] = stream[predictor.lanes:]
+    text = table.decode(tokens)
     whole = len(text) == size and hashlib.sha256(text).digest() == text_digest
-    return stream.numpy(), np.array(freqs), text if whole else None
+    return tokens, np.array(coded), text if whole else None
 
 def verify(cfg, tokens, report):
     """Code VERIFY_TOKENS, let another process without the shards decode them; UserError where they differ."""
     n, path, start_s = min(cfg.verify_tokens, len(tokens) - 1), cfg.run_dir / "proof.code", time.time()
     bits, freqs = write_code(path, tokens[:n + 1], cfg, report.log)
     freqs, encode_s = getattr(report, "own", freqs)[:n], time.time() - start_s  # the run's own, if it scored
-    run = {n.upper(): str(getattr(cfg, n)) for n, group in GROUPS.items() if group == "run"}
-    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | run | {  # no other settings
-        "DATA_PATH": os.devnull, "TOKENIZER_PATH": os.devnull, "ARTIFACT_PATH": str(cfg.artifact)}
+    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | {  # no settings but these
+        "DEVICE": cfg.device, "ARTIFACT_PATH": str(cfg.artifact), "DATA_PATH": os.devnull}
     command = [sys.executable, __file__, "decompress", str(path), str(path.with_suffix(".npz"))]
     with subprocess.Popen(command, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True) as decoder:
         said = [report.log(line.rstrip()) or line for line in decoder.stdout]
@@ -1466,12 +1455,10 @@ def verify(cfg, tokens, report):
     report.save()
     report.log(f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; predicted: "
                f"{bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode")
-
 # ---- Texts to shards ---------------------------------------------------------------------------------------
 # `tokenize` turns text into official shards; so does the demo with the only English that every machine has,
 # the documentation inside Python and its packages. One document in 20, chosen by a checksum, is validation.
 SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
-
 def read_documents(path):
     """A file's documents: JSON's "text" fields, or .txt cut at blank lines after TXT_DOCUMENT_CHARS."""
     number, texts, is_txt = 0, [], path.endswith(".txt")
@@ -1497,7 +1484,6 @@ def demo_documents():
                 found = re.findall('"""(.*?)"""', path.read_text("utf-8", errors="ignore"), re.DOTALL)
                 documents.append("\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80))
     return list(filter(None, documents))
-
 def prepare_demo(cfg, log):
     """Make the demo's shards in its cache, once."""
     if Path(cfg.data_path) == Path(DEMO_CACHE) and not any(Path(DEMO_CACHE).glob("fineweb_val_*.bin")):
@@ -1521,7 +1507,6 @@ def train_tokenizer(documents, vocab_size, path):
 
 def write_shards(documents, out_dir, cfg, log):
     """Tokenize a list of texts to out_dir/fineweb_{train,val}_*.bin; trains a tokenizer if there is none."""
-    import sentencepiece
     if len(documents) < 2:
         raise UserError("tokenize: two documents are the least, since validation text must not be trained on")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
@@ -1532,8 +1517,7 @@ def write_shards(documents, out_dir, cfg, log):
     if not Path(cfg.tokenizer_path).exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
         train_tokenizer([d for d, h in zip(documents, held) if not h], cfg.vocab_size, cfg.tokenizer_path)
-    TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)  # refuses a tokenizer that does not fit
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(cfg.tokenizer_path))
+    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     tokens, start_s = {"train": [], "val": []}, time.perf_counter()
     for first in range(0, len(documents), 2000):
         batch = documents[first:first + 2000]
@@ -1546,10 +1530,8 @@ def write_shards(documents, out_dir, cfg, log):
             write_atomically(Path(out_dir) / f"fineweb_{split}_{number:06d}.bin", shard_bytes(piece))
         log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}")
-
 # ---- Report ------------------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the competition's limits.
-
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
     def __init__(self, cfg, rt, command):
@@ -1557,7 +1539,7 @@ class Report:
         log_path = cfg.run_dir / f"{command}.log"
         self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.rank == 0 else []
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        environment = {"python": platform.python_version(), "torch": torch.__version__, "device": rt.notes[0],
+        environment = {"python": sys.version.split()[0], "torch": torch.__version__, "device": rt.notes[0],
                        "world_size": rt.world, "dtype": str(rt.dtype), "source_sha256": source}
         settings = dict(sorted(dataclasses.asdict(cfg).items()))
         self.results = dict(run_id=cfg.run_dir.name, seed=cfg.seed, command=command, settings=settings,
@@ -1580,23 +1562,21 @@ class Report:
             raise UserError(f"artifact {path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES={limit:,}: "
                             "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again")
     def stages(self, stages):
-        """Add scored stages and write results.json."""
-        self.results["stages"] += stages
-        self.results["val_bpb"] = stages[-1]["val_bpb"]
+        """Add scored stages, log their rows of the table, and write results.json."""
+        if not self.results["stages"]:
+            self.log(f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
         for s in stages:
-            self.log(f"{s['name']}: val_bpb {s['val_bpb']:.6f}, {s['seconds']:.1f} s")
+            delta = s["val_bpb"] - (self.results["val_bpb"] or s["val_bpb"])
+            self.results["stages"], self.results["val_bpb"] = [*self.results["stages"], s], s["val_bpb"]
+            self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{delta:>+11.6f}"
+                     f"{s['val_loss']:>10.6f}{s['tokens']:>12,}{s['seconds']:>9.1f}")
         self.rt.on_main(self.save)
     def save(self):
         """Write results.json."""
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.cfg.run_dir / "results.json", text.encode())
+        write_atomically(self.cfg.run_dir / "results.json", f"{json.dumps(self.results, indent=1)}\n".encode())
     def finish(self):
-        """Log the table of stages and the budget ledger."""
+        """Log the budget ledger."""
         stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
-        self.log(f"\n{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}")
-        for before, s in zip([stages[0], *stages], stages):
-            self.log(f"{s['name']:<12}{s['val_bpb']:>10.6f}{s['val_bpb'] - before['val_bpb']:>+11.6f}"
-                     f"{s['val_loss']:>10.6f}{s['tokens']:>12,}{s['seconds']:>9.1f}")
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
             train_s = train["seconds"] + train["calibration_seconds"]
@@ -1638,16 +1618,15 @@ def summarize(paths, out_path):
         raise UserError(f"summarize: {out_path} is not a JSON object ({error}); mend or remove it") from error
     summary = {**{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
                "date": time.strftime("%Y-%m-%d", time.gmtime()),
-               **{n: statistics.mean(r[n] for r in runs) for n in ("val_loss", "val_bpb")},
+               **{n: np.mean([r[n] for r in runs]) for n in ("val_loss", "val_bpb")},
                **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
-               "val_bpb_std": statistics.stdev(r["val_bpb"] for r in runs) if len(runs) > 1 else None,
+               "val_bpb_std": np.std([r["val_bpb"] for r in runs], ddof=1) if len(runs) > 1 else None,
                **{n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")},
                "seeds": {str(r["seed"]): {n: r[n] for n in ("val_loss", "val_bpb", "bytes_total")}
                          for r in runs}}
     summary |= {"warning": f"{len(runs)} seed(s); a submission needs 3"} if len(runs) < 3 else {}
     write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
-
 # ---- Commands ----------------------------------------------------------------------------------------------
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
 def open_run(cfg, environ, command, table=None):
@@ -1659,14 +1638,10 @@ def open_run(cfg, environ, command, table=None):
         rt.on_main(lambda: check_writable(folder, 2 * cfg.size_limit_bytes))
     report = Report(cfg, rt, command)
     rt.on_main(lambda: prepare_demo(cfg, report.log))
-    import sentencepiece
-    decode, tokens = None, load_validation(cfg)
+    tokens, sp = load_validation(cfg), None
     if table is None or Path(cfg.tokenizer_path).exists():
-        on_disk = TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
-        if table and table.digest != on_disk.digest:
-            raise UserError(f"TOKENIZER_PATH={cfg.tokenizer_path}: the artifact has another tokenizer")
-        table, decode = on_disk, sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path).decode
-    total_bytes = audit_bytes(table, tokens, decode)
+        table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
+    total_bytes = audit_bytes(table, tokens, sp and sp.decode)
     report.log(f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has")
     return rt, report, table, tokens, total_bytes
 
@@ -1679,10 +1654,9 @@ def train_command(environ):
     budget, result = cfg.size_limit_bytes - code_bytes(), None
     try:
         result = train(model, cfg, rt, report.log, budget)
-        if cfg.calibrates:
-            with quantized_weights(model, estimate_coarseness(model, budget)):
-                left_s = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
-                result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
+        with quantized_weights(model, estimate_coarseness(model, budget)):
+            left_s = cfg.max_wallclock_seconds - result.seconds if cfg.max_wallclock_seconds else math.inf
+            result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
     except (UserError, KeyboardInterrupt) as stop:
         if result is None and not isinstance(stop, TrainingStopped):
             raise  # before the first step there is nothing to keep
@@ -1739,6 +1713,31 @@ def eval_command(environ, command):
         return rt.on_main(lambda: verify(dataclasses.replace(cfg, device=rt.device.type), tokens, report))
     evaluate_artifact(cfg, rt, report, tokens, total_bytes)
 
+def text_tokens(data, table, encode):
+    """Tokens, int64 (n + 1,), BOS first, that decode to exactly these bytes: words as SentencePiece `encode`s
+    them, after a BOS (which prints nothing) if no space is before; what that would change, as byte pieces."""
+    byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
+    if len(byte_ids) < 256:
+        raise UserError("compress: the artifact's tokenizer has no byte pieces; train one by `tokenize`")
+    @functools.cache
+    def ids_of(run):
+        spaced = run[:1] == b" " and len(run) > 1
+        ids = np.array([table.bos_id, *encode(run[spaced:].decode("utf-8", "replace"))])
+        exact = table.decode(ids) == run[spaced:] and (not spaced or table.byte_tables[1][ids[1]])
+        return ids[spaced:] if exact else [byte_ids[run[i:i + 1]] for i in range(len(run))]
+    runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
+    return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
+
+def compress_command(source, target, environ):
+    """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, segments of it side by side."""
+    (cfg, table), data = artifact_config(environ), read_file(source)
+    log, start_s = functools.partial(print, flush=True), time.perf_counter()
+    tokens = text_tokens(data, table, load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)[1].encode)
+    most = 1 << max(1, len(tokens) // (2 * cfg.eval_seq_len)).bit_length() - 1  # two windows or more for each
+    bits, _ = write_code(target, tokens, cfg, log, math.gcd(cfg.mixer_block, MOST_LANES, most))
+    log(f"{len(data):,} B -> {Path(target).stat().st_size:,} B: a header of {CODE_HEAD.size} B, the rest "
+        f"predicted as {bits / 8:,.1f} B; {len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s")
+
 def decompress_command(source, target, environ):
     """Write what a code file stands for: the bytes, or, to a .npz, tokens and frequencies for `verify`."""
     tokens, freqs, text = read_code(source, artifact_config(environ)[0], functools.partial(print, flush=True))
@@ -1767,6 +1766,8 @@ def dispatch(args, environ):
             train_command(environ)
         case ["eval" | "verify" as command]:
             eval_command(environ, command)
+        case ["compress", source, target]:
+            compress_command(source, target, environ)
         case ["decompress", source, target]:
             decompress_command(source, target, environ)
         case ["tokenize", out_dir, first, *more]:
@@ -1782,14 +1783,13 @@ def dispatch(args, environ):
 
 def main():
     """Run the command line; returns the exit status. What a user can mend is one line on stderr."""
-    status, message = 0, ""
+    status = 0
     try:
         dispatch(sys.argv[1:], os.environ)
     except (UserError, KeyboardInterrupt) as error:
-        status = getattr(error, "exit_status", 130)
-        message = str(error) or "interrupted; logs and files written so far are kept"
-    if status and os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        status, message = getattr(error, "exit_status", 130), str(error) or "interrupted; files are kept"
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if not status:
             dist.barrier()

@@ -37,12 +37,12 @@ RATE = dict(cold=5e-3, calibrated=1e-3)
 class Recorder(Predictor):
     """Keeps the log probabilities of every position that it commits."""
 
-    def _commit(self, logits, prefix, starts, index, rows):
-        first = starts[0] + rows.start
+    def _commit(self, logits, prefix, at, window, index, rows):
+        first = int(at[rows.start])
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         kept = torch.log_softmax(logits.double() / temperature, -1)[rows].float()
         self.store[first:first + len(kept)] = kept.numpy()
-        return super()._commit(logits, prefix, starts, index, rows)
+        return super()._commit(logits, prefix, at, window, index, rows)
 
 
 def record(artifact, folder):
@@ -87,8 +87,7 @@ class Replay:
         for start in range(0, self.n, size):
             stop = min(start + size, self.n)
             history.extend(self.tokens[:stop])
-            ends = history.occurrences(start + 1, stop + 1)
-            at = torch.arange(start, stop)
+            ends = history.occurrences(at := torch.arange(start, stop))
             window = torch.where(at < W, 0, at // self.stride * self.stride + self.stride - W)
             p = torch.from_numpy(self.logp[start:stop].astype(np.float64)).exp()
             yield p, ends, history.tokens[ends + 1].long(), at, window, self.tokens[start + 1:stop + 1]
@@ -119,7 +118,7 @@ def run_learned(stream, mixer, gather=train_gpt.gather_evidence, size=64):
         q = mixer.mix(p, *found)
         bits.append(code_bits(q, targets))
         if len(targets) == size:
-            mixer.waiting = {0: [[*found, q.gather(1, found[0]), at]]}
+            mixer.waiting = {0: [[*found, q.gather(1, found[0]), at + 1]]}
             mixer.learn(stream.tokens)
     seconds, bits = time.perf_counter() - began, torch.cat(bits)
     return bits.sum().item() / stream.bytes, seconds, bits
@@ -194,7 +193,7 @@ def best(stream, methods):
 def open_streams(folder, *names, **changes):
     """(cfg, streams) of a recorded folder; changes are settings."""
     cfg = replace(train_gpt.config_from_env({**os.environ, "PRESET": os.environ.get("PRESET", "bench")}), **changes)
-    table = train_gpt.TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
+    table = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)[0]
     strides = {"calib": cfg.eval_seq_len // 2, "tune": cfg.eval_stride, "val": cfg.eval_stride}
     return cfg, [Replay(folder, name, cfg, table, strides[name]) for name in names]
 
@@ -267,7 +266,7 @@ def scale(*counts):
     """Seconds and bytes a token after so many tokens of training text, with record's mixer settings and one fixed
     stand-in distribution; linking, mixing, committing and learning in blocks of 2,048 on one thread."""
     cfg = replace(train_gpt.config_from_env({**os.environ, "PRESET": "bench"}), ngram_hash_bits=26, mixer_block=2048)
-    table = train_gpt.TokenTable.from_model(cfg.tokenizer_path, cfg.vocab_size)
+    table = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)[0]
     _, leading, boundary = table.byte_tables
     history, mixer = NgramHistory(cfg, leading | boundary, "cpu"), new_mixer(cfg, 2048, 1e-3)
     counts, files = sorted(map(int, counts)), train_gpt.list_shards(cfg, "train")
@@ -278,11 +277,11 @@ def scale(*counts):
     for start in range(0, counts[-1] - 2047, 2048):
         began = time.thread_time()
         history.extend(tokens[:start + 2048])
-        ends, at = history.occurrences(start + 1, start + 2049), torch.arange(start, start + 2048)
+        ends = history.occurrences(at := torch.arange(start, start + 2048))
         found = train_gpt.gather_evidence(p, ends, history.tokens[ends + 1].long(), at, (at - 512).clamp(min=0))
         q = mixer.mix(p, *found)
         bits += code_bits(q, tokens[start + 1:start + 2049]).sum().item()
-        mixer.waiting = {0: [[*found, q.gather(1, found[0]), at]]}
+        mixer.waiting = {0: [[*found, q.gather(1, found[0]), at + 1]]}
         mixer.learn(tokens)
         seconds += time.thread_time() - began
         if start + 4096 > counts[0]:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two ranks on two cores: threads that spin would starve each other
@@ -39,6 +40,14 @@ def tiny_table():
     pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>", "<0xA9>"]
     pieces += [train_gpt.SPACE + w if i % 2 else w for i, w in enumerate(f"w{j}" for j in range(VOCAB - len(pieces)))]
     return train_gpt.TokenTable(tuple(pieces), "UCCBBB" + "N" * (VOCAB - 6), 1)
+
+
+def unpacked(data, name="artifact"):
+    """read_artifact of these bytes, from a file of that name in a folder of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        return train_gpt.read_artifact(path)
 
 
 def tiny_stream(n, seed=0):

@@ -287,10 +287,10 @@ def test_the_header(coded):
     """The file says what it holds, as documented."""
     file = coded("learned")
     data, text = file.path.read_bytes(), TABLE.decode(STREAM)
-    magic, version, checksum, n, size, artifact, _, digest = struct.unpack("<8sIIQQ32s32s32s", data[:128])
-    assert (magic, version, n, size) == (b"PGOLFTXT", 1, N, len(text)) and checksum == zlib.crc32(data[16:])
+    magic, version, checksum, lanes, n, size, artifact, _, digest = struct.unpack("<8sIIIQQ32s32s32s", data[:132])
+    assert (magic, version, lanes, n, size) == (b"PGOLFTXT", 2, 0, N, len(text)) and checksum == zlib.crc32(data[16:])
     assert artifact == hashlib.sha256(file.cfg.artifact.read_bytes()).digest()
-    assert digest == hashlib.sha256(text).digest() and CODE_HEAD.size == 128
+    assert digest == hashlib.sha256(text).digest() and CODE_HEAD.size == 132
 
 
 def test_nothing_coded(artifacts, tmp_path):
@@ -314,9 +314,9 @@ def test_where_a_stream_ends(n, artifacts, tmp_path):
 def test_damaged_files(coded, tmp_path, monkeypatch):
     """Every cut of the header, cuts of the body, more bytes, and a bit flipped in each byte: refused, by name."""
     file, path = coded("learned", 40), tmp_path / "bad.code"
-    data, parts = file.path.read_bytes(), train_gpt.coding_predictor(file.cfg)
-    monkeypatch.setattr(train_gpt, "coding_predictor", lambda cfg: parts)
-    bad = {f"cut to {size}": data[:size] for size in {*range(CODE_HEAD.size + 3), *range(128, len(data), 13),
+    data, parts = file.path.read_bytes(), train_gpt.coding_predictor(file.cfg, 0)
+    monkeypatch.setattr(train_gpt, "coding_predictor", lambda cfg, lanes: parts)
+    bad = {f"cut to {size}": data[:size] for size in {*range(CODE_HEAD.size + 3), *range(132, len(data), 13),
                                                       len(data) - 1}}
     bad |= {f"padded with {more}": data + more for more in (b"\0", b"\xff", b"\0" * 8, data)}
     bad |= {f"bit {at % 8} of {at}": data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:]
@@ -352,7 +352,7 @@ def test_another_artifact_or_other_settings(coded, artifacts):
 def forget_the_text(path, target):
     """Write the code file at path to target with another text's checksum, and all else in order."""
     data = path.read_bytes()
-    body = data[16:96] + bytes(32) + data[128:]
+    body = data[16:100] + bytes(32) + data[132:]
     target.write_bytes(data[:12] + struct.pack("<I", zlib.crc32(body)) + body)
 
 
@@ -509,26 +509,28 @@ def peek(predictor):
     """Cheat: raises what it predicts by 2 nats, looking behind the end of the prefix that it was given."""
     original = predictor._commit
 
-    def commit_after_a_look(self, logits, prefix, starts, index, rows):
+    def commit_after_a_look(self, logits, prefix, at, window, index, rows):
         stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
-        at = (starts[0] + 1 + torch.arange(len(logits))).clamp(max=len(stream) - 1)
-        logits = logits.scatter_add(1, stream[at, None], torch.full_like(logits[:, :1], 2.0))
-        return original(self, logits, prefix, starts, index, rows)
+        target = stream[(at + 1).clamp(max=len(stream) - 1), None]
+        logits = logits.scatter_add(1, target, torch.full_like(logits[:, :1], 2.0))
+        return original(self, logits, prefix, at, window, index, rows)
 
     predictor._commit = commit_after_a_look
 
 
 def open_gate(predictor):
     """Cheat: both its distributions are causal, but which of the two is used depends on the token to come."""
-    original = predictor._mix
+    commit, mix = predictor._commit, predictor._mix
 
-    def the_better_one(self, p, prefix, starts, index, rows):
-        q = original(self, p, prefix, starts, index, rows)
-        stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
-        target = stream[(starts[0] + 1 + torch.arange(len(p))).clamp(max=len(stream) - 1), None]
+    def look(self, logits, prefix, *where):
+        self.stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
+        return commit(self, logits, prefix, *where)
+
+    def the_better_one(self, p, at, window, index, rows):
+        q, target = mix(self, p, at, window, index, rows), self.stream[(at + 1).clamp(max=len(self.stream) - 1), None]
         return torch.where(q.gather(1, target) > p.gather(1, target), q, p)
 
-    predictor._mix = the_better_one
+    predictor._commit, predictor._mix = look, the_better_one
 
 
 def update_first(predictor):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, warm_model
+from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, unpacked, warm_model
 from test_history import naive_counts, naive_mix
 
 import train_gpt
@@ -147,7 +147,7 @@ def test_the_mutated_block_exercises_the_learned_mixer():
     assert torch.equal(freqs["ttt"], frozen["ttt"]) and predictor.mixer.blocks == (BLOCK - 1 + CHUNK) // size - 1
     moved = (freqs["mixer"] != frozen["mixer"]).any(1).view(-1, size)
     assert moved.any(1).all() and moved.float().mean() > 0.8  # an update comes before each part
-    ends = predictor.history.occurrences(BLOCK, BLOCK + CHUNK)
+    ends = predictor.history.occurrences(torch.arange(BLOCK - 1, BLOCK + CHUNK - 1))
     assert (ends >= 0).any(0).all() and (ends < 0).any(0).all()
 
 
@@ -193,24 +193,24 @@ class MixerLearningFirst(Predictor):
 honest_occurrences, honest_evidence = NgramHistory.occurrences, train_gpt.gather_evidence
 
 
-def occurrences_if_right(history, start, stop):
+def occurrences_if_right(history, at):
     """A context takes part only where it was followed by the token that comes."""
-    ends = honest_occurrences(history, start, stop)
-    right = (history.tokens[ends + 1] == history.tokens[start:stop, None, None]) & (ends >= 0)
+    ends = honest_occurrences(history, at)
+    right = (history.tokens[ends + 1] == history.tokens[at + 1, None, None]) & (ends >= 0)
     return torch.where(right.any(2, keepdim=True), ends, -1)
 
 
-def newest_of_the_block(history, start, stop):
+def newest_of_the_block(history, at):
     """The last occurrence is that of all tokens there are, not that before the position."""
-    ends, at = honest_occurrences(history, start, stop), torch.arange(start - 1, stop - 1)
+    ends = honest_occurrences(history, at)
     newest = history.heads.gather(1, history.hashes(at.expand(ends.size(1), -1))).T.long()
-    ends[..., 0] = torch.where(newest < stop - 2, newest, -1)  # the token after it is known
+    ends[..., 0] = torch.where(newest < at[-1], newest, -1)  # the token after it is known
     return ends
 
 
-def contexts_that_hold_their_token(history, start, stop):
+def contexts_that_hold_their_token(history, at):
     """Looks for the context that ends with the token to be predicted."""
-    return torch.cat([honest_occurrences(history, start + 1, stop), honest_occurrences(history, stop - 1, stop)])
+    return torch.cat([honest_occurrences(history, at[1:]), honest_occurrences(history, at[-1:])])
 
 
 def gate_of_the_block(p, ends, following, cfg):
@@ -221,9 +221,9 @@ def gate_of_the_block(p, ends, following, cfg):
     return (1 - alpha) * p + alpha * counts / counts.sum(1, keepdim=True).clamp(min=1)
 
 
-def features_of_the_block(p, ends, following, at, window):
+def features_of_the_block(p, ends, following, at, window, lanes):
     """Features in units of the batch's largest."""
-    tokens, distinct, features = honest_evidence(p, ends, following, at, window)
+    tokens, distinct, features = honest_evidence(p, ends, following, at, window, lanes)
     return tokens, distinct, features / features.abs().amax((0, 2))[:, None]
 
 
@@ -638,7 +638,7 @@ def rank_scores(rt, artifacts, tokens):
     committed, and the weights at the end."""
     reports = []
     for artifact in artifacts:
-        settings, table, weights = train_gpt.unpack_artifact(artifact, "")
+        settings, table, weights = unpacked(artifact)
         cfg = train_gpt.Config(**settings)
         passes = [EvalPass(("pre_quant",), cfg.eval_seq_len), *evaluation_passes(cfg)]
         for plan in passes[-1:] if cfg.mixer == "learned" else passes:
@@ -672,7 +672,7 @@ def test_two_ranks_commit_what_one_commits(run_ranks):
                 assert same(piece[2], merged[2])
         assert [bool(block) for block in second["pieces"]] == [*(len(c) > 1 for c in expected["pieces"][:-1]), False]
         assert all(first["pieces"]) and any(second["pieces"])
-    start = train_gpt.unpack_artifact(artifacts[0], "")[2]
+    start = unpacked(artifacts[0])[2]
     mixer = start.pop("mixer")
     assert [same(report["weights"], start) for report in alone] == [True, True, True, False, False]
     assert same(alone[3]["weights"], alone[4]["weights"]) and not torch.equal(alone[4]["mixer"]["weights"], mixer)

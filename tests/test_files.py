@@ -20,10 +20,10 @@ import pytest
 import sentencepiece
 import torch
 import zstandard
-from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, warm_model
+from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, unpacked, warm_model
 
 import train_gpt
-from train_gpt import COARSEST, FINEST, SPACE, Config, Runtime, TokenTable, UsageError, UserError
+from train_gpt import COARSEST, FINEST, SPACE, Config, Runtime, TokenTable, UsageError, UserError, load_tokenizer
 
 
 def refusal(action, *args, kind=UserError, **how):
@@ -158,9 +158,9 @@ def test_every_damage_to_an_artifact_is_told(artifact):
     damaged += [b"PGOLFARX" + artifact[8:], b"PK\3\4", json.dumps({"vocab_size": 64}).encode()]
     damaged += [artifact[:8] + struct.pack("<I", version) + artifact[12:] for version in (0, 2, 2 ** 32 - 1)]
     for data in damaged:
-        assert "some/where.lzma" in refusal(train_gpt.unpack_artifact, data, "some/where.lzma")
+        assert "where.lzma" in refusal(unpacked, data, "where.lzma")
     assert len(damaged) > 150
-    assert "version 2" in refusal(train_gpt.unpack_artifact, artifact[:8] + b"\2\0\0\0" + artifact[12:], "x")
+    assert "version 2" in refusal(unpacked, artifact[:8] + b"\2\0\0\0" + artifact[12:])
 
 
 def test_unreadable_artifacts(tmp_path):
@@ -178,7 +178,7 @@ def test_reading_an_artifact_executes_nothing(artifact, monkeypatch):
                           (__import__("builtins"), ("eval", "exec"))):
         for name in names:
             monkeypatch.setattr(module, name, forbidden)
-    result = train_gpt.unpack_artifact(artifact, "")
+    result = unpacked(artifact)
     monkeypatch.undo()
     assert result[0]["vocab_size"] == VOCAB
 
@@ -418,7 +418,7 @@ def tokenizer(tmp_path_factory, texts):
     """(path of a SentencePiece model of 400 pieces, the same opened by sentencepiece, its TokenTable)."""
     path = tmp_path_factory.mktemp("tokenizer") / "small.model"
     train_gpt.train_tokenizer(texts, 400, path)
-    return path, sentencepiece.SentencePieceProcessor(model_file=str(path)), TokenTable.from_model(path, 400)
+    return path, sentencepiece.SentencePieceProcessor(model_file=str(path)), load_tokenizer(path, 400)[0]
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +444,7 @@ def test_table_is_the_models(tokenizer):
     assert len(table.pieces) == sp.vocab_size() == 400 and table.bos_id == sp.bos_id() == 1
     assert table.kinds == "UCC" + "B" * 256 + "N" * 141 and SPACE in table.pieces
     assert list(table.pieces) == [sp.id_to_piece(i) for i in range(400)] and table.texts[3 + 0xE2] == b"\xe2"
-    assert table.digest == TokenTable.from_model(path, 400).digest != dataclasses.replace(table, bos_id=2).digest
+    assert table.digest == load_tokenizer(path, 400)[0].digest != dataclasses.replace(table, bos_id=2).digest
     for ids in np.random.default_rng(0).integers(259, 400, (300, 7)).tolist():
         tokens = np.array([1, *ids])
         assert table.decode(tokens).decode() == sp.decode(ids)
@@ -455,7 +455,7 @@ def test_no_tokenizer(tmp_path):
     """A missing file, a folder and a file of another kind name the setting and the path."""
     (tmp_path / "text.model").write_bytes(b"no model at all")
     for path in (tmp_path / "none.model", tmp_path, tmp_path / "text.model"):
-        assert re.match(f"TOKENIZER_PATH: .*{re.escape(str(path))}", refusal(TokenTable.from_model, path, 400))
+        assert re.match(f"TOKENIZER_PATH: .*{re.escape(str(path))}", refusal(load_tokenizer, path, 400))
 
 
 GOLDEN_PIECES = {
@@ -645,7 +645,7 @@ def test_near_misses(typo, meant):
 def test_environment_against_an_artifact():
     """The artifact's settings beat the preset's; variables beat both, except for what the weights fix."""
     cfg = tiny_config(seed=5, ttt_lr=0.004)
-    stored = train_gpt.unpack_artifact(train_gpt.pack_artifact(warm_model(cfg), cfg, tiny_table(), 8.0), "")[0]
+    stored = unpacked(train_gpt.pack_artifact(warm_model(cfg), cfg, tiny_table(), 8.0))[0]
     plain = from_env(stored)
     assert (plain.preset, plain.model_dim, plain.ttt_lr, plain.seed) == ("bench", 32, 0.004, 5)
     assert plain.val_tokens == train_gpt.PRESETS["bench"]["val_tokens"]  # a setting of the machine, not of the file
@@ -780,7 +780,7 @@ def test_tokenize_loses_nothing(tmp_path, texts, monkeypatch, capsys):
     (tmp_path / "b.jsonl.zst").write_bytes(b"".join(frames))
     (tmp_path / "c.txt").write_bytes(prose.encode())
     environ = tokenize(tmp_path, tmp_path / "a.jsonl", tmp_path / "b.jsonl.zst", tmp_path / "c.txt")
-    table = TokenTable.from_model(environ["TOKENIZER_PATH"], int(environ["VOCAB_SIZE"]))
+    table = load_tokenizer(environ["TOKENIZER_PATH"], int(environ["VOCAB_SIZE"]))[0]
     train, val = (decoded(tmp_path, split, table) for split in ("train", "val"))
     cut = list(train_gpt.read_documents(str(tmp_path / "c.txt")))
     expected = [t for t in plain + many if t.strip()] + cut

@@ -80,7 +80,7 @@ def occurrences(tokens, order, recent, blocks, ahead=0, begins=BEGINS, bits=20):
             history.extend(stream[:linked])
             history.extend(stream[:stop - 1])  # known already
             assert history.size == linked
-            parts.append(history.occurrences(start, stop))
+            parts.append(history.occurrences(torch.arange(start - 1, stop - 1)))
         start = stop
     return torch.cat(parts).numpy()
 
@@ -110,9 +110,9 @@ def test_occurrences_by_hand():
     tokens = [0, 1, 2, 6, 1, 2, 0, 1, 2, 3, 6, 1]
     history = new_history(4, 3)
     history.extend(torch.tensor(tokens))
-    assert history.occurrences(9, 10)[0].tolist() == [[2, -1, -1]] * 3 + [[5, 2, -1], [5, 2, -1], [2, -1, -1]]
-    assert history.occurrences(12, 13)[0].tolist() == [[-1] * 3] * 3 + [[4, -1, -1], [7, 4, 1], [4, -1, -1]]
-    assert (history.occurrences(1, 2) == -1).all() and history.occurrences(1, 13).shape == (12, 6, 3)
+    assert history.occurrences(torch.tensor([8]))[0].tolist() == [[2, -1, -1]] * 3 + [[5, 2, -1], [5, 2, -1], [2, -1, -1]]
+    assert history.occurrences(torch.tensor([11]))[0].tolist() == [[-1] * 3] * 3 + [[4, -1, -1], [7, 4, 1], [4, -1, -1]]
+    assert (history.occurrences(torch.tensor([0])) == -1).all() and history.occurrences(torch.arange(12)).shape == (12, 6, 3)
 
 
 def test_a_words_context_is_no_n_gram():
@@ -202,7 +202,7 @@ def test_linking_ahead_does_not_leak():
             history = new_history(9, 4, bits=14)
             for linked in (100, 164, 240):
                 history.extend(torch.from_numpy(other[:linked]))
-            ends = history.occurrences(100, 164)[position - 100]
+            ends = history.occurrences(torch.arange(99, 163))[position - 100]
             assert ends.max() < position - 1
             seen.add(tuple(ends.flatten().tolist() + history.tokens[ends + 1].flatten().tolist()))
         assert len(seen) == 1
@@ -308,7 +308,7 @@ def test_the_mixture_of_a_stream(order, min_count):
     tokens, p = few_words(300, seed=order), torch.softmax(torch.randn(299, 8, dtype=torch.float64) * 2, -1)
     history = new_history(order, 5)
     history.extend(torch.from_numpy(tokens))
-    ends = history.occurrences(1, 300)
+    ends = history.occurrences(torch.arange(299))
     mixed = mix_entropy(p, ends, history.tokens[ends + 1].long(), cfg)
     counts, used = naive_counts(tokens.tolist(), 8, cfg, BEGINS)
     assert set(used) == {0, *(min(length, order - 1) for length in LENGTHS)}

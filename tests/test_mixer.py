@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, warm_model
+from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, unpacked, warm_model
 from test_evaluation import BEGINS, CHUNK, LEARNED, S, STREAM, advance, naive_probabilities, new_predictor
 from test_evaluation import one_thread  # noqa: F401 (a fixture that every test here uses)
 from test_history import few_words, naive_occurrences, new_history, padded
@@ -72,7 +72,7 @@ def a_stream(seed=0, recent=3, bits=20):
     p = torch.softmax(torch.from_numpy(random.normal(0, 2, (N, 8))), -1)
     history, at = new_history(10, recent, bits=bits), torch.arange(N)
     history.extend(torch.from_numpy(tokens))
-    ends, window = history.occurrences(1, N + 1), at - torch.from_numpy(random.integers(0, 40, N))
+    ends, window = history.occurrences(torch.arange(N)), at - torch.from_numpy(random.integers(0, 40, N))
     evidence = gather_evidence(p, ends, history.tokens[ends + 1].long(), at, window)
     rows = [[list(c) for c in row] for row in ends.tolist()]
     naive = [naive_evidence(p[t - 1].log().tolist(), rows[t - 1], tokens.tolist(), t, window[t - 1].item())
@@ -198,7 +198,7 @@ def test_a_step_is_adams(calibration_blocks):
     rates = [cfg.mixer_lr * r for r in ([10, 7.75, 5.5, 3.25, 1, 1] if calibration_blocks else [1] * 6)]
     for number, (at, rate) in enumerate(zip(blocks, rates)):
         here = [part[at] for part in evidence]
-        waiting = [*here, mixer.mix(p[at], *here).gather(1, here[0]), at]
+        waiting = [*here, mixer.mix(p[at], *here).gather(1, here[0]), at + 1]
         mixer.waiting = {7: [[part[:4] for part in waiting], [part[4:9] for part in waiting]],
                          2: [[part[9:] for part in waiting]]}
         optimizer.param_groups[0]["lr"] = rate
@@ -303,7 +303,7 @@ def test_nothing_is_held_out_for_nothing(tmp_path):
     """Without a learned mixer, or with no calibration, all text trains."""
     for changes in (dict(mixer="entropy"), dict(mixer="none"), dict(mixer_calibration_tokens=0)):
         cfg = learner(tmp_path, (300, 90), **changes)
-        assert len(load_held_out(cfg)) == 0 and not cfg.calibrates
+        assert len(load_held_out(cfg)) == 0
         expected = np.concatenate([tiny_stream(300, seed=0), tiny_stream(90, seed=1)])
         np.testing.assert_array_equal(TrainStream(cfg).take(2 * 390)[:780], np.tile(expected, 2))
 
@@ -390,7 +390,7 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
     cfg = learner(tmp_path)
     model = cold_model(cfg)
     calibrate_mixer(model, cfg, TABLE, HERE, math.inf, print)
-    settings, table, weights = train_gpt.unpack_artifact(train_gpt.pack_artifact(model, cfg, TABLE, 8.0), "")
+    settings, table, weights = unpacked(train_gpt.pack_artifact(model, cfg, TABLE, 8.0))
     back = new_model(train_gpt.Config(**settings), HERE, weights)
     assert torch.equal(back.mixer, model.mixer.half().float()) and back.mixer[:, -1].any()
     predictor = Predictor(back, train_gpt.Config(**settings), table, HERE, EvalPass(("sliding", "mixer"), 8))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, warm_model
+from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, unpacked, warm_model
 from torch import nn
 
 import train_gpt
@@ -290,9 +290,9 @@ def test_exclude_self_takes_out_the_own_value():
 @pytest.mark.parametrize("train_seq_len, base", [(512, 10_000.0), (1024, 10_000.0), (2048, 10_000.0 * 2 ** (16 / 14))])
 def test_rotary_turns_half_split_pairs(train_seq_len, base):
     """The first 16 of 24 dimensions turn as pairs (j, j + 8), by the position times the scaled frequencies."""
-    rotary, x = train_gpt.Rotary(16, train_seq_len, 64), torch.randn(1, 20, 2, 24)
+    turns, x = train_gpt.rotary_turns(16, train_seq_len, 64), torch.randn(1, 20, 2, 24)
     naive = [[naive_rotate(head, 5 + t, 16, base) for head in row] for t, row in enumerate(x[0].double().numpy())]
-    out = rotary(x, first_row=5)
+    out = train_gpt.rotate(x, turns[:, 5:25])
     np.testing.assert_allclose(out[0].numpy(), np.array(naive), atol=2e-6)
     assert torch.equal(out[..., 16:], x[..., 16:])
 
@@ -320,10 +320,10 @@ def test_smear_gate_mixes_in_the_row_before():
 def test_mlp_is_the_square_of_a_leaky_relu():
     """A block without attention adds mlp_scale * (LeakyReLU of slope 0.5, squared) to its input."""
     block, x = warm_model(tiny_config()).blocks[2], torch.randn(1, 5, 32)
-    rotary = train_gpt.Rotary(8, 32, 32)
+    turns = train_gpt.rotary_turns(8, 32, 32)[:, :5]
     with torch.no_grad():
         block.attn_out.zero_()
-        out, _, _ = block(x, torch.zeros_like(x), 0, rotary, None)
+        out, _, _ = block(x, torch.zeros_like(x), 0, turns, None)
     w = {n: p.detach().double().numpy() for n, p in block.named_parameters()}
     mixed = w["mix_x"] * x[0].double().numpy()
     added = naive_mlp(naive_rms(mixed) / math.sqrt(3), w["mlp_in"], w["mlp_out"])
@@ -594,7 +594,7 @@ def test_quantized_weights_are_the_artifacts():
     cfg = tiny_config()
     model = warm_model(cfg)
     exact = weights_of(model)
-    stored = train_gpt.unpack_artifact(train_gpt.pack_artifact(model, cfg, tiny_table(), 12.0), "")[2]
+    stored = unpacked(train_gpt.pack_artifact(model, cfg, tiny_table(), 12.0))[2]
     with train_gpt.quantized_weights(model, 12.0):
         inside = weights_of(model)
     assert torch.equal(stored.pop("mixer"), model.mixer.half().float())
@@ -684,7 +684,7 @@ def test_same_seed_gives_the_same_artifact(data):
         model, _, _ = trained(data, seed=seed, iterations=4)
         artifacts.append(train_gpt.pack_artifact(model, tiny_config(seed=seed), tiny_table(), 8.0))
     assert artifacts[0] == artifacts[1]
-    first, other = (train_gpt.unpack_artifact(a, "")[2] for a in artifacts[1:])
+    first, other = (unpacked(a)[2] for a in artifacts[1:])
     assert not same(first, other) and not torch.equal(first["embed.tokens"], other["embed.tokens"])
 
 
