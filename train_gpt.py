@@ -508,11 +508,11 @@ def attention(q, k, v):
     """Causal attention whose last query row sees every key. q (B, T, H, d); k, v (B, T', G, d), T' >= T."""
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
     rows, keys, seen = q.size(2), k.size(2), None
-    if rows < keys:
+    if 1 < rows < keys:
         k, v = (z.repeat_interleave(q.size(1) // z.size(1), 1) for z in (k, v))  # fused GQA takes no mask
         seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-    whole = rows == keys
-    return F.scaled_dot_product_attention(q, k, v, seen, is_causal=whole, enable_gqa=whole).transpose(1, 2)
+    y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=rows == keys, enable_gqa=seen is None)
+    return y.transpose(1, 2)
 def rms_norm(x):
     """RMSNorm over the last dimension, without weights."""
     return F.rms_norm(x, (x.size(-1),))
@@ -1407,7 +1407,6 @@ def write_code(path, tokens, cfg, log, lanes=0):
     body = struct.pack("<IQQ", lanes, len(order), len(text)) + b"".join(digests)
     write_atomically(path, struct.pack("<8sII", CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body)
     return bits[stage], np.array(coded)
-
 def read_code(path, cfg, log):
     """(tokens (n + 1,), frequencies (n,), text or None if it is another) of a code file; or UserError."""
     data = read_file(path)
@@ -1573,7 +1572,8 @@ class Report:
         self.rt.on_main(self.save)
     def save(self):
         """Write results.json."""
-        write_atomically(self.cfg.run_dir / "results.json", f"{json.dumps(self.results, indent=1)}\n".encode())
+        text = json.dumps(self.results, indent=1) + "\n"
+        write_atomically(self.cfg.run_dir / "results.json", text.encode())
     def finish(self):
         """Log the budget ledger."""
         stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
@@ -1715,19 +1715,20 @@ def eval_command(environ, command):
 
 def text_tokens(data, table, encode):
     """Tokens, int64 (n + 1,), BOS first, that decode to exactly these bytes: words as SentencePiece `encode`s
-    them, after a BOS (which prints nothing) if no space is before; what that would change, as byte pieces."""
-    byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
+    them, if need be after a BOS, which prints nothing; white space and what would change, as byte pieces."""
+    byte_ids, dot = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}, len(encode("."))
     if len(byte_ids) < 256:
         raise UserError("compress: the artifact's tokenizer has no byte pieces; train one by `tokenize`")
     @functools.cache
     def ids_of(run):
-        spaced = run[:1] == b" " and len(run) > 1
-        ids = np.array([table.bos_id, *encode(run[spaced:].decode("utf-8", "replace"))])
-        exact = table.decode(ids) == run[spaced:] and (not spaced or table.byte_tables[1][ids[1]])
-        return ids[spaced:] if exact else [byte_ids[run[i:i + 1]] for i in range(len(run))]
+        word, bos = run.decode("utf-8", "replace"), table.bos_id
+        tries = [encode("." + word)[dot:]] if word[0] == " " else [encode(word), [bos, *encode(word)]]
+        for ids in tries * (not run.isspace()):
+            if table.decode(np.array([byte_ids[b"\n"], *ids])) == b"\n" + run:
+                return ids
+        return [byte_ids[run[i:i + 1]] for i in range(len(run))]
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
     return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
-
 def compress_command(source, target, environ):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, segments of it side by side."""
     (cfg, table), data = artifact_config(environ), read_file(source)
@@ -1737,7 +1738,6 @@ def compress_command(source, target, environ):
     bits, _ = write_code(target, tokens, cfg, log, math.gcd(cfg.mixer_block, MOST_LANES, most))
     log(f"{len(data):,} B -> {Path(target).stat().st_size:,} B: a header of {CODE_HEAD.size} B, the rest "
         f"predicted as {bits / 8:,.1f} B; {len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s")
-
 def decompress_command(source, target, environ):
     """Write what a code file stands for: the bytes, or, to a .npz, tokens and frequencies for `verify`."""
     tokens, freqs, text = read_code(source, artifact_config(environ)[0], functools.partial(print, flush=True))

@@ -11,7 +11,6 @@ streams: `calib`, the end of the last training shard, in half windows; `tune`, t
 of committed integer frequencies; seconds are those of linking, mixing and learning on this machine's one thread.
 """
 
-import math
 import os
 import sys
 import time

@@ -38,19 +38,21 @@ ODD_FILES = {
 
 @pytest.fixture(scope="module")
 def tokenizers(tmp_path_factory):
-    """{name: (path, TokenTable, processor)} of 400 pieces: one that keeps text as it is, one that folds it."""
+    """{name: (path, TokenTable, processor)} of 400 pieces: one that keeps text as it is, one that folds it, one that
+    puts no space before a text's first word, like the challenge's."""
     folder, found = tmp_path_factory.mktemp("tokenizers"), {}
     texts = README.decode().split("\n\n")
     train_gpt.train_tokenizer(texts, 400, folder / "plain.model")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(README.decode().splitlines()), model_prefix=str(folder / "folding"), vocab_size=400,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="nmt_nfkc_cf", minloglevel=2)
-    for name in ("plain", "folding"):
+    for name, how in (("folding", dict(normalization_rule_name="nmt_nfkc_cf")), ("bare", dict(add_dummy_prefix=False))):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(README.decode().splitlines()), model_prefix=str(folder / name), vocab_size=400,
+            model_type="bpe", byte_fallback=True, minloglevel=2, **how)
+    for name in ("plain", "folding", "bare"):
         found[name] = (folder / f"{name}.model", *load_tokenizer(folder / f"{name}.model", 400))
     return found
 
 
-@pytest.mark.parametrize("name", ["plain", "folding"])
+@pytest.mark.parametrize("name", ["plain", "folding", "bare"])
 def test_tokens_give_the_bytes_back(name, tokenizers):
     """Odd files, random bytes, random mixtures of text and bytes, and the README, under both tokenizers."""
     _, table, sp = tokenizers[name]
@@ -68,6 +70,10 @@ def test_words_are_the_tokenizers(tokenizers):
     _, table, sp = tokenizers["folding"]
     line = "the bits of a code that a decoder can read"
     assert text_tokens(line.encode(), table, sp.encode)[2:].tolist() == sp.encode(line)
+    _, bare, unprefixed = tokenizers["bare"]
+    lines = f"{line}\nbits {line}, {line}"
+    assert text_tokens(lines.encode(), bare, unprefixed.encode)[1:].tolist() == [
+        *unprefixed.encode(line), 3 + ord("\n"), *unprefixed.encode(lines[len(line) + 1:])]
     bos, byte = table.bos_id, lambda data: [3 + b for b in data]
     assert text_tokens(b"the\n bits", table, sp.encode).tolist() == [
         bos, bos, *sp.encode("the"), *byte(b"\n"), *sp.encode("bits")]
@@ -239,7 +245,7 @@ def test_files_come_back(name, coder, command, tmp_path):  # noqa: F811
         source.write_bytes(data)
         assert command("compress", source, code, **coder[name]) == (0, "")
         assert command("decompress", code, out, ARTIFACT_PATH=coder[name]["ARTIFACT_PATH"]) == (0, "")
-        assert out.read_bytes() == data and source.read_bytes() == data
+        assert out.read_bytes() == source.read_bytes() == data
         out.unlink()
     assert CODE_HEAD.unpack(code.read_bytes()[:CODE_HEAD.size])[3] == 8  # MIXER_BLOCK of them
 
