@@ -64,7 +64,6 @@ class UserError(Exception):
 class UsageError(UserError):
     """A bad command line or setting."""
     exit_status = 2
-
 def option(default, group, doc, low=0):
     """A Config field: its default, group, one line of documentation and, for a number, its least value."""
     return dataclasses.field(default=default, metadata={"group": group, "doc": doc, "low": low})
@@ -1284,26 +1283,27 @@ class Lockstep(Predictor):
             yield 0, first, first + rows.stop, freqs
 
 def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None, step=None):
-    """Score `tokens`, int64 (n,), in one walk, by blocks or `step` tokens; ({stage: bits}, last position).
+    """Score `tokens`, int64 (n,), in one walk, by blocks or `step` tokens; ({stage: bits}, how many).
     `visit` is shown each commitment and its tokens before they are scored: a decoder's fills them in."""
-    plan, stream, n, stop = predictor.plan, torch.from_numpy(tokens), len(tokens) - 1, predictor.learned
-    bits, start_s, said_s = dict.fromkeys(plan.stages, 0.0), time.perf_counter(), time.perf_counter()
-    while stop <= n:
+    plan, stream, n, first = predictor.plan, torch.from_numpy(tokens), len(tokens), predictor.learned
+    bits, stop, start_s = dict.fromkeys(plan.stages, 0.0), first, time.perf_counter()
+    said_s = start_s
+    while stop < n:
         if limit_s < math.inf and predictor.rt.from_main(time.perf_counter() - start_s) > limit_s:
             break
         block_end = predictor.learned + predictor.block
-        start, stop = stop, min(stop + (step or predictor.block), block_end, n + 1)
+        start, stop = stop, min(stop + (step or predictor.block), block_end, n)
         commitment = predictor.predict(stream[:stop - 1], start, stop)
         if visit and all(freqs for *_, freqs in commitment.pieces):
             visit(commitment, stream[start:stop])
         for stage, block_bits in predictor.score(commitment, stream[start:stop]).items():
             bits[stage] += block_bits
-        if stop == block_end <= n:
+        if stop == block_end < n:
             predictor.update(stream[:stop])
         if time.perf_counter() - said_s > 15:
             said_s = time.perf_counter()
-            log(f"{'+'.join(plan.stages)}: {progress_line(stop - 1, n, start_s, 'tokens')}")
-    return bits, stop - 1
+            log(f"{'+'.join(plan.stages)}: {progress_line(stop - first, n - first, start_s, 'tokens')}")
+    return bits, stop - first
 
 def evaluate(predictor, tokens, total_bytes, log):
     """Score `tokens`, int64 (n + 1,), in one walk; returns the plan's stages as results.json has them."""
