@@ -1272,8 +1272,7 @@ class Lockstep(Predictor):
         for first in range(start, stop, L):
             row, rows = first // L - 1, slice(0, min(L, stop - first))
             begin = 0 if row < W else row - (row - W) % S + S - W  # of the window, as in the sliding stage
-            tokens = prefix[:first].view(-1, L).T[:, begin:].to(self.rt.device)
-            known = row - begin
+            tokens, known = prefix[:first].view(-1, L).T[:, begin:].to(self.rt.device), row - begin
             if begin and known == W - S > 0:
                 self.past = self.forward(tokens[:, :-1])[1]
             past = self.past if known >= EMBED_CONTEXT else None
@@ -1416,7 +1415,8 @@ def read_code(path, cfg, log):
     for fault, why in (((magic, version) != (CODE_MAGIC, CODE_VERSION), "is no code file of this version"),
                        (len(data) < CODE_HEAD.size or zlib.crc32(data[16:]) != checksum, "is cut or altered"),
                        (artifact != own[0], f"was not made with the artifact {cfg.artifact}"),
-                       (settings != own[1], "was made with other settings")):
+                       (settings != own[1], "was made with other settings"),
+                       (lanes and predictor.block % lanes, f"has {lanes} lanes, which no block holds")):
         if fault:
             raise UserError(f"{path} {why}")
     decoder, coded, stage = RangeDecoder(data[CODE_HEAD.size:]), [], predictor.plan.stages[-1]
@@ -1437,8 +1437,8 @@ def verify(cfg, tokens, report):
     n, path, start_s = min(cfg.verify_tokens, len(tokens) - 1), cfg.run_dir / "proof.code", time.time()
     bits, freqs = write_code(path, tokens[:n + 1], cfg, report.log)
     freqs, encode_s = getattr(report, "own", freqs)[:n], time.time() - start_s  # the run's own, if it scored
-    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | {  # no settings but these
-        "DEVICE": cfg.device, "ARTIFACT_PATH": str(cfg.artifact), "DATA_PATH": os.devnull}
+    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | dict(  # no settings but these
+        DEVICE=cfg.device, ARTIFACT_PATH=str(cfg.artifact), DATA_PATH=os.devnull, TOKENIZER_PATH=os.devnull)
     command = [sys.executable, __file__, "decompress", str(path), str(path.with_suffix(".npz"))]
     with subprocess.Popen(command, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True) as decoder:
         said = [report.log(line.rstrip()) or line for line in decoder.stdout]
@@ -1724,7 +1724,7 @@ def text_tokens(data, table, encode):
         word, bos = run.decode("utf-8", "replace"), table.bos_id
         tries = [encode("." + word)[dot:]] if word[0] == " " else [encode(word), [bos, *encode(word)]]
         for ids in tries * (not run.isspace()):
-            if table.decode(np.array([byte_ids[b"\n"], *ids])) == b"\n" + run:
+            if ids and table.texts[ids[-1]] and table.decode(np.array([byte_ids[b"a"], *ids])) == b"a" + run:
                 return ids
         return [byte_ids[run[i:i + 1]] for i in range(len(run))]
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)

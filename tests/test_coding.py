@@ -334,6 +334,25 @@ def test_damaged_files(coded, tmp_path, monkeypatch):
     assert read_code(path, file.cfg, quiet)[0].tolist() == file.tokens.tolist()
 
 
+def test_logits_that_are_not_finite(coded, tmp_path, monkeypatch):
+    """Coder and decoder say so, in plain order and in lanes, and no file is written."""
+    files, original = {}, Predictor._commit
+    for lanes in (0, 4):
+        files[lanes] = tmp_path / f"{lanes}.code"
+        write_code(files[lanes], STREAM[:41], coded("learned", 40).cfg, quiet, lanes)
+
+    def commit(self, logits, *where):
+        return original(self, logits.log() if len(where[0]) > 20 else logits, *where)  # of negative ones: NaN
+
+    monkeypatch.setattr(Predictor, "_commit", commit)
+    for lanes, path in files.items():
+        with pytest.raises(UserError, match="logits are not finite"):
+            read_code(path, coded("learned", 40).cfg, quiet)
+        with pytest.raises(UserError, match="logits are not finite"):
+            write_code(tmp_path / "none.code", STREAM[:41], coded("learned", 40).cfg, quiet, lanes)
+    assert not (tmp_path / "none.code").exists()
+
+
 def test_another_artifact_or_other_settings(coded, artifacts):
     """Both are named; settings of the machine do not matter."""
     file = coded("none, no ttt", 40)
@@ -617,7 +636,8 @@ def test_verify_and_decompress(command, artifacts, tmp_path, monkeypatch, real_p
     settings = dict(ARTIFACT_PATH=cfg.artifact_path, DATA_PATH=str(shards), TOKENIZER_PATH=str(tmp_path / "none"),
                     RUN_ID="proof", VERIFY_TOKENS="70", SIZE_LIMIT_BYTES="1000000")
     assert command("verify", **settings) == (0, "")
-    assert [env["DATA_PATH"] for env in environments] == [os.devnull] and not shards.exists()
+    assert [(env["DATA_PATH"], env["TOKENIZER_PATH"]) for env in environments] == [(os.devnull, os.devnull)]
+    assert not shards.exists()
     results = json.loads((tmp_path / "logs" / "proof" / "results.json").read_text())
     code, = tmp_path.rglob("*.code")
     proof, size = results["proof"], code.stat().st_size - CODE_HEAD.size

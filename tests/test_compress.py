@@ -3,6 +3,8 @@
 import math
 import random
 import re
+import struct
+import zlib
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +81,13 @@ def test_words_are_the_tokenizers(tokenizers):
         bos, bos, *sp.encode("the"), *byte(b"\n"), *sp.encode("bits")]
     assert text_tokens(b"the Bits  read", table, sp.encode).tolist() == [
         bos, bos, *sp.encode("the"), *byte(b" Bits"), *byte(b" "), *sp.encode("read")]
+
+
+def test_what_prints_nothing_does_not_swallow_a_space(tokenizers):
+    """An `encode` that ends each text with </s> or begins it with <s>: the next word keeps its space."""
+    _, table, sp = tokenizers["plain"]
+    for odd in (lambda text: [*sp.encode(text), 2], lambda text: [1, *sp.encode(text)], lambda text: []):
+        assert table.decode(text_tokens(b"two words\n and more", table, odd)) == b"two words\n and more"
 
 
 def test_a_tokenizer_without_bytes_is_refused():
@@ -170,8 +179,7 @@ def test_no_row_depends_on_itself_or_later_ones(name):
     stream = interleaved(tiny_stream(n + 1, seed=2)[1:], lanes)
 
     def rows(tokens):
-        predictor, found = lockstep(name, lanes)[0], []
-        predictor.cfg = replace(predictor.cfg, mixer_lr=0.05)
+        predictor, found = lockstep(name, lanes, mixer_lr=0.05)[0], []
         while predictor.committed < len(tokens):
             start = predictor.committed
             stop = min(start + predictor.block, len(tokens))
@@ -189,6 +197,34 @@ def test_no_row_depends_on_itself_or_later_ones(name):
         differs = (rows(changed) != plain).any(1)
         end = (t // lanes + 1) * lanes - lanes  # the first position of the row after t's
         assert not differs[:end].any() and differs[end:].any()
+
+
+def test_evidence_of_lanes_by_hand():
+    """Of four occurrences, each in rows of two lanes: how many rows ago, and whether the model sees it: its own lane's
+    window only."""
+    p, slot = torch.full((1, 8), 1 / 8, dtype=torch.float64), 3 * 4  # the context of 2 tokens
+    ends, following = torch.full((1, 6, 4), -1), torch.zeros(1, 6, 4, dtype=torch.int64)
+    ends[0, 3], following[0, 3] = torch.tensor([19, 13, 12, 2]), torch.tensor([1, 2, 3, 4])
+    features = train_gpt.gather_evidence(p, ends, following, torch.tensor([20]), torch.tensor([4]), lanes=2)[2]
+    distance, inside = features[0, 2 * 6 + 3, slot:slot + 4], features[0, 3 * 6 + 3, slot:slot + 4]
+    assert distance.tolist() == pytest.approx([0, math.log2(3.5) / 8, 2 / 8, math.log2(9) / 8], abs=1e-6)
+    assert inside.tolist() == [0, 0, 1, 0]
+
+
+def test_lanes_learn_from_their_own_tokens():
+    """What waits for the update are the block's positions, each with its candidates' tokens, and it changes the mixer."""
+    predictor, _ = lockstep("learned, no ttt", 2)
+    stream = interleaved(tiny_stream(81, seed=2)[1:], 2)
+    for start in range(2, 66, 8):
+        predictor.score(predictor.predict(stream[:start + 7], start, start + 8), stream[start:start + 8])
+        tokens, distinct, features, q, positions = map(torch.cat, zip(*predictor.mixer.waiting[0]))
+        assert positions.tolist() == list(range(start, start + 8))
+        gradient = predictor.mixer.gradient(tokens, distinct, features, q, stream[start:start + 8])
+        predictor.update(stream[:start + 8])
+        assert torch.allclose(predictor.mixer.weights.grad, gradient / 8, atol=1e-6)
+    for row, at in zip(tokens, range(56, 64)):  # candidates follow a known context: their tokens have been seen before
+        assert set(row[distinct[at - 56]].tolist()) <= set(stream[:58].tolist())
+    assert distinct.any() and predictor.mixer.blocks == 8
 
 
 def test_lockstep_keeps_the_order_of_calls():
@@ -280,6 +316,17 @@ def test_bad_input(coder, command, tmp_path):  # noqa: F811
         (tmp_path / "bad").write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1:])
         assert "bad " in error_line(command("decompress", "bad", "text", ARTIFACT_PATH=plain["ARTIFACT_PATH"]), 1)
     assert not (tmp_path / "text").exists()
+
+
+@pytest.mark.parametrize("lanes", [3, 16, 2 ** 31])
+def test_lanes_that_do_not_fit(lanes, artifacts, tmp_path):  # noqa: F811
+    """A file whose header is in order but for lanes that no block of 8 is made of is refused by name."""
+    cfg, path = artifacts("learned"), tmp_path / "odd.code"
+    write_code(path, STREAM[:41], cfg, quiet, 2)
+    body = struct.pack("<I", lanes) + path.read_bytes()[20:]
+    path.write_bytes(struct.pack("<8sII", b"PGOLFTXT", 2, zlib.crc32(body)) + body)
+    with pytest.raises(UserError, match=f"odd.code has {lanes} lanes"):
+        read_code(path, cfg, quiet)
 
 
 class Uniform:
