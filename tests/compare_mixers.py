@@ -40,7 +40,7 @@ class Recorder(Predictor):
         first = int(at[rows.start])
         temperature = self.cfg.ttt_temperature if self.ttt else 1.0
         kept = torch.log_softmax(logits.double() / temperature, -1)[rows].float()
-        self.store[first:first + len(kept)] = kept.numpy()
+        self.store[first : first + len(kept)] = kept.numpy()
         return super()._commit(logits, prefix, at, window, index, rows)
 
 
@@ -52,15 +52,33 @@ def record(artifact, folder):
     plain = replace(cfg, ttt_enabled=False, mixer="none")
     held_out = train_gpt.load_held_out(cfg).astype(np.int64)
     shard = train_gpt.read_shard(train_gpt.list_shards(cfg, "train")[-1], cfg.vocab_size)
-    streams = {"calib": (held_out, plain, EvalPass(("sliding",), cfg.eval_seq_len // 2)),
-               "tune": (shard[:cfg.val_tokens + 1].astype(np.int64), plain, EvalPass(("sliding",), cfg.eval_stride)),
-               "val": (train_gpt.load_validation(cfg), replace(cfg, mixer="none"), EvalPass(("ttt",), cfg.eval_stride))}
+    streams = {
+        "calib": (held_out, plain, EvalPass(("sliding",), cfg.eval_seq_len // 2)),
+        "tune": (
+            shard[: cfg.val_tokens + 1].astype(np.int64),
+            plain,
+            EvalPass(("sliding",), cfg.eval_stride),
+        ),
+        "val": (
+            train_gpt.load_validation(cfg),
+            replace(cfg, mixer="none"),
+            EvalPass(("ttt",), cfg.eval_stride),
+        ),
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, (tokens, settings, plan) in streams.items():
         predictor = Recorder(train_gpt.new_model(cfg, rt, weights), settings, table, rt, plan)
-        predictor.store = np.lib.format.open_memmap(f"{folder}/{name}.npy", mode="w+", dtype=np.float32,
-                                                    shape=(len(tokens) - 1, cfg.vocab_size))
-        print(name, train_gpt.evaluate(predictor, tokens, int(table.count_bytes(tokens).sum()), print), flush=True)
+        predictor.store = np.lib.format.open_memmap(
+            f"{folder}/{name}.npy",
+            mode="w+",
+            dtype=np.float32,
+            shape=(len(tokens) - 1, cfg.vocab_size),
+        )
+        print(
+            name,
+            train_gpt.evaluate(predictor, tokens, int(table.count_bytes(tokens).sum()), print),
+            flush=True,
+        )
         np.save(f"{folder}/{name}_tokens.npy", tokens)
 
 
@@ -89,7 +107,14 @@ class Replay:
             ends = history.occurrences(at := torch.arange(start, stop))
             window = torch.where(at < W, 0, at // self.stride * self.stride + self.stride - W)
             p = torch.from_numpy(self.logp[start:stop].astype(np.float64)).exp()
-            yield p, ends, history.tokens[ends + 1].long(), at, window, self.tokens[start + 1:stop + 1]
+            yield (
+                p,
+                ends,
+                history.tokens[ends + 1].long(),
+                at,
+                window,
+                self.tokens[start + 1 : stop + 1],
+            )
 
 
 def code_bits(q, targets):
@@ -130,12 +155,16 @@ def new_mixer(cfg, size, rate, blocks=0, hidden=train_gpt.MIXER_HIDDEN):
     return LearnedMixer(weights, replace(cfg, mixer_block=size, mixer_lr=rate), Runtime(), blocks)
 
 
-def calibrated_mixer(cfg, calib, size, rate=RATE["calibrated"], gather=train_gpt.gather_evidence, **changes):
+def calibrated_mixer(
+    cfg, calib, size, rate=RATE["calibrated"], gather=train_gpt.gather_evidence, **changes
+):
     """A mixer that has learned from the `calib` stream as calibrate_mixer does, then stored as fp16."""
     S = cfg.eval_seq_len // 2
     mixer = new_mixer(cfg, S, 1e-3, calib.n // S, **changes)
     run_learned(calib, mixer, gather, S)
-    return LearnedMixer(mixer.weights.half().float(), replace(cfg, mixer_block=size, mixer_lr=rate), Runtime())
+    return LearnedMixer(
+        mixer.weights.half().float(), replace(cfg, mixer_block=size, mixer_lr=rate), Runtime()
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -145,13 +174,16 @@ def calibrated_mixer(cfg, calib, size, rate=RATE["calibrated"], gather=train_gpt
 
 def entropy_rule(cfg, base, span, center, min_count):
     """PR 1033's rule over the same history."""
-    changed = replace(cfg, alpha_base=base, alpha_range=span, alpha_center=center, min_count=min_count)
+    changed = replace(
+        cfg, alpha_base=base, alpha_range=span, alpha_center=center, min_count=min_count
+    )
     return lambda p, ends, following, at, window: train_gpt.mix_entropy(p, ends, following, changed)
 
 
 def one_token_tilt(beta, adaptive, outside):
     """The logit of one hinted token, the one after the last occurrence of the longest context, is raised by beta
     (times 1 - p(hint), if adaptive); with `outside`, only where that occurrence is outside the model's window."""
+
     def method(p, ends, following, at, window):
         seen = ends[:, :-1, 0] >= 0
         longest = seen.int().argmax(1)[:, None]
@@ -160,13 +192,17 @@ def one_token_tilt(beta, adaptive, outside):
         if outside:
             wanted &= ends[:, :-1, 0].gather(1, longest) < window[:, None]
         boost = beta * (1 - p.gather(1, hint) if adaptive else 1.0) * wanted
-        return torch.softmax(p.log().scatter_add(1, hint, boost.double() * torch.ones_like(hint)), -1)
+        return torch.softmax(
+            p.log().scatter_add(1, hint, boost.double() * torch.ones_like(hint)), -1
+        )
+
     return method
 
 
 def dirichlet(theta, least):
     """p(v | context) = (count + theta * p(v | shorter context)) / (total + theta), from the model's p upwards through
     the contexts of `least` or more tokens (PPM with a Dirichlet prior at each step)."""
+
     def method(p, ends, following, at, window):
         for c in reversed(range(CONTEXTS - 1)):
             if train_gpt.CONTEXT_LENGTHS[c] >= least:
@@ -174,12 +210,17 @@ def dirichlet(theta, least):
                 counts = torch.zeros_like(p).scatter_add_(1, following[:, c], real)
                 p = (counts + theta * p) / (real.sum(1, keepdim=True) + theta)
         return p
+
     return method
 
 
 def best(stream, methods):
     """(label, bits a byte, seconds) of the best of {label: method} on this very stream."""
-    found = [(bpb, label, seconds) for label, m in methods.items() for bpb, seconds, _ in [run(stream, m)]]
+    found = [
+        (bpb, label, seconds)
+        for label, m in methods.items()
+        for bpb, seconds, _ in [run(stream, m)]
+    ]
     bpb, label, seconds = min(found)
     return label, bpb, seconds
 
@@ -191,7 +232,10 @@ def best(stream, methods):
 
 def open_streams(folder, *names, **changes):
     """(cfg, streams) of a recorded folder; changes are settings."""
-    cfg = replace(train_gpt.config_from_env({**os.environ, "PRESET": os.environ.get("PRESET", "bench")}), **changes)
+    cfg = replace(
+        train_gpt.config_from_env({**os.environ, "PRESET": os.environ.get("PRESET", "bench")}),
+        **changes,
+    )
     table = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)[0]
     strides = {"calib": cfg.eval_seq_len // 2, "tune": cfg.eval_stride, "val": cfg.eval_stride}
     return cfg, [Replay(folder, name, cfg, table, strides[name]) for name in names]
@@ -202,42 +246,96 @@ def table(folder):
     cfg, (val,) = open_streams(folder, "val", ngram_recent=16)
     neural, seconds, base = run(val, lambda p, *_: p)
     rows = [("TTT", neural, 0.0)]
-    rows.append(("entropy rule, reference's alphas",
-                 *run(val, entropy_rule(cfg, 0.20, 0.55, 3.0, 2))[:2]))
-    label, *rest = best(val, {f"entropy rule, best of 12: {a}": entropy_rule(cfg, *a) for a in (
-        (0, .1, 1, 1), (0, .15, 1, 1), (0, .2, 1, 1), (0, .25, 1, 1), (0, .3, 1, 1), (.05, .2, 1, 1), (0, .2, 2, 1),
-        (0, .3, 2, 1), (0, .2, 3, 1), (0, .3, 3, 1), (0, .3, 4, 1), (0, .2, 1, 2))})
+    rows.append(
+        ("entropy rule, reference's alphas", *run(val, entropy_rule(cfg, 0.20, 0.55, 3.0, 2))[:2])
+    )
+    label, *rest = best(
+        val,
+        {
+            f"entropy rule, best of 12: {a}": entropy_rule(cfg, *a)
+            for a in (
+                (0, 0.1, 1, 1),
+                (0, 0.15, 1, 1),
+                (0, 0.2, 1, 1),
+                (0, 0.25, 1, 1),
+                (0, 0.3, 1, 1),
+                (0.05, 0.2, 1, 1),
+                (0, 0.2, 2, 1),
+                (0, 0.3, 2, 1),
+                (0, 0.2, 3, 1),
+                (0, 0.3, 3, 1),
+                (0, 0.3, 4, 1),
+                (0, 0.2, 1, 2),
+            )
+        },
+    )
     rows.append((label, *rest))
-    label, *rest = best(val, {f"one-token tilt, best of 16: beta {b}{', times 1 - p' * a}{', outside' * o}":
-                              one_token_tilt(b, a, o) for b in (1.0, 1.5, 2.0, 3.0) for a in (0, 1) for o in (0, 1)})
+    label, *rest = best(
+        val,
+        {
+            f"one-token tilt, best of 16: beta {b}{', times 1 - p' * a}{', outside' * o}": one_token_tilt(
+                b, a, o
+            )
+            for b in (1.0, 1.5, 2.0, 3.0)
+            for a in (0, 1)
+            for o in (0, 1)
+        },
+    )
     rows.append((label, *rest))
-    label, *rest = best(val, {f"Dirichlet/PPM, best of 12: theta {t}, contexts of {m}+": dirichlet(t, m)
-                              for t in (4, 8, 16, 32) for m in (1, 3, 5)})
+    label, *rest = best(
+        val,
+        {
+            f"Dirichlet/PPM, best of 12: theta {t}, contexts of {m}+": dirichlet(t, m)
+            for t in (4, 8, 16, 32)
+            for m in (1, 3, 5)
+        },
+    )
     rows.append((label, *rest))
     cfg, (val, calib) = open_streams(folder, "val", "calib")
-    rows.append((f"learned, cold, rate {RATE['cold']}", *run_learned(val, new_mixer(cfg, 64, RATE["cold"]))[:2]))
+    rows.append(
+        (
+            f"learned, cold, rate {RATE['cold']}",
+            *run_learned(val, new_mixer(cfg, 64, RATE["cold"]))[:2],
+        )
+    )
     bpb, seconds, bits = run_learned(val, calibrated_mixer(cfg, calib, 64))
     rows.append(("learned, calibrated", bpb, seconds))
-    frozen = LearnedMixer(calibrated_mixer(cfg, calib, 64).weights, replace(cfg, mixer_lr=0.0, mixer_block=64), Runtime())
+    frozen = LearnedMixer(
+        calibrated_mixer(cfg, calib, 64).weights,
+        replace(cfg, mixer_lr=0.0, mixer_block=64),
+        Runtime(),
+    )
     rows.append(("learned, calibrated, frozen", *run_learned(val, frozen)[:2]))
     for label, bpb, seconds in rows:
         print(f"{label:<60} {bpb:.4f} {bpb - neural:+.4f} {seconds:6.1f} s", flush=True)
     slices = (bits - base).unfold(0, 100_000, 10_000).sum(1) * (val.n / val.bytes / 100_000)
-    print(f"learned, calibrated, against TTT on slices of 100,000 tokens: {slices.min():+.4f} to {slices.max():+.4f}")
+    print(
+        f"learned, calibrated, against TTT on slices of 100,000 tokens: {slices.min():+.4f} to {slices.max():+.4f}"
+    )
 
 
 def without(*rows):
     """gather_evidence with some rows of features at zero."""
+
     def gather(*args):
         tokens, distinct, features = train_gpt.gather_evidence(*args)
         features[:, list(rows)] = 0
         return tokens, distinct, features
+
     return gather
 
 
 def ablate(folder):
     """Change of the calibrated mixer's bits a byte on `tune` when one thing is taken away or changed."""
-    def final(size=64, rate=1e-3, gather=train_gpt.gather_evidence, calib_tokens=None, hidden=32, **changes):
+
+    def final(
+        size=64,
+        rate=1e-3,
+        gather=train_gpt.gather_evidence,
+        calib_tokens=None,
+        hidden=32,
+        **changes,
+    ):
         cfg, (tune, calib) = open_streams(folder, "tune", "calib", **changes)
         calib.n = calib_tokens or calib.n
         mixer = calibrated_mixer(cfg, calib, size, rate, gather, hidden=hidden)
@@ -248,8 +346,13 @@ def ablate(folder):
     base = final()[0]
     print(f"model {neural:.4f}, learned {base:.4f} ({base - neural:+.4f})", flush=True)
     names = ("log odds", "inverse rank", "log distance", "in the window")
-    trials = {f"without {n}": dict(gather=without(*range(i * C, i * C + C))) for i, n in enumerate(names)}
-    trials |= {"without the distance to the top": dict(gather=without(4 * C)), "without the top": dict(gather=without(4 * C + 1))}
+    trials = {
+        f"without {n}": dict(gather=without(*range(i * C, i * C + C))) for i, n in enumerate(names)
+    }
+    trials |= {
+        "without the distance to the top": dict(gather=without(4 * C)),
+        "without the top": dict(gather=without(4 * C + 1)),
+    }
     trials |= {f"NGRAM_RECENT={m}": dict(ngram_recent=m) for m in (1, 2, 8, 16)}
     trials |= {f"NGRAM_ORDER={m}": dict(ngram_order=m) for m in (3, 4, 6)}
     trials |= {f"MIXER_BLOCK={m}": dict(size=m) for m in (256, 1024, 4096)}
@@ -264,32 +367,50 @@ def ablate(folder):
 def scale(*counts):
     """Seconds and bytes a token after so many tokens of training text, with record's mixer settings and one fixed
     stand-in distribution; linking, mixing, committing and learning in blocks of 2,048 on one thread."""
-    cfg = replace(train_gpt.config_from_env({**os.environ, "PRESET": "bench"}), ngram_hash_bits=26, mixer_block=2048)
+    cfg = replace(
+        train_gpt.config_from_env({**os.environ, "PRESET": "bench"}),
+        ngram_hash_bits=26,
+        mixer_block=2048,
+    )
     table = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)[0]
     _, leading, boundary = table.byte_tables
     history, mixer = NgramHistory(cfg, leading | boundary, "cpu"), new_mixer(cfg, 2048, 1e-3)
     counts, files = sorted(map(int, counts)), train_gpt.list_shards(cfg, "train")
-    tokens = np.concatenate([train_gpt.read_shard(f, cfg.vocab_size) for f in files])[:counts[-1] + 1]
+    tokens = np.concatenate([train_gpt.read_shard(f, cfg.vocab_size) for f in files])[
+        : counts[-1] + 1
+    ]
     tokens = torch.from_numpy(tokens.astype(np.int64))
-    p = torch.bincount(tokens, minlength=cfg.vocab_size).double().add(1).div(len(tokens)).expand(2048, -1)
+    p = (
+        torch.bincount(tokens, minlength=cfg.vocab_size)
+        .double()
+        .add(1)
+        .div(len(tokens))
+        .expand(2048, -1)
+    )
     seconds, before, done, bits = 0.0, 0.0, 0, 0.0  # of this thread, others do not count
     for start in range(0, counts[-1] - 2047, 2048):
         began = time.thread_time()
-        history.extend(tokens[:start + 2048])
+        history.extend(tokens[: start + 2048])
         ends = history.occurrences(at := torch.arange(start, start + 2048))
-        found = train_gpt.gather_evidence(p, ends, history.tokens[ends + 1].long(), at, (at - 512).clamp(min=0))
+        found = train_gpt.gather_evidence(
+            p, ends, history.tokens[ends + 1].long(), at, (at - 512).clamp(min=0)
+        )
         q = mixer.mix(p, *found)
-        bits += code_bits(q, tokens[start + 1:start + 2049]).sum().item()
+        bits += code_bits(q, tokens[start + 1 : start + 2049]).sum().item()
         mixer.waiting = {0: [[*found, q.gather(1, found[0]), at + 1]]}
         mixer.learn(tokens)
         seconds += time.thread_time() - began
         if start + 4096 > counts[0]:
             size = start + 2048
-            held = sum(t.numel() * t.element_size() for t in (history.tokens, history.prev, history.heads))
+            held = sum(
+                t.numel() * t.element_size() for t in (history.tokens, history.prev, history.heads)
+            )
             heads = history.heads.numel() * 4
-            print(f"{size:>12,} tokens: {1e6 * (seconds - before) / (size - done):.1f} us a token since the last line, "
-                  f"{(held - heads) / size:.1f} B a token + {heads / 1e9:.2f} GB of heads, {bits / size:.3f} bits a token",
-                  flush=True)
+            print(
+                f"{size:>12,} tokens: {1e6 * (seconds - before) / (size - done):.1f} us a token since the last line, "
+                f"{(held - heads) / size:.1f} B a token + {heads / 1e9:.2f} GB of heads, {bits / size:.3f} bits a token",
+                flush=True,
+            )
             before, done = seconds, size
             counts.pop(0)
 

@@ -26,17 +26,34 @@ from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, warm_model
 from test_commands import clean_environment, error_line, no_leftovers
 
 import train_gpt
-from train_gpt import (CODE_HEAD, TOTAL, Predictor, RangeDecoder, RangeEncoder, UserError, read_code, verify,
-                       write_code)
+from train_gpt import (
+    CODE_HEAD,
+    TOTAL,
+    Predictor,
+    RangeDecoder,
+    RangeEncoder,
+    UserError,
+    read_code,
+    verify,
+    write_code,
+)
 
 TABLE = tiny_table()
 N = 3 * 64 + 20  # three updates of TTT and 26 of the mixer, then half a block
 STREAM = tiny_stream(N + 1)
-STREAM[50:52], STREAM[70], STREAM[120] = (4, 5), 3, 1  # two byte pieces of one letter, a new line, a second document
+STREAM[50:52], STREAM[70], STREAM[120] = (
+    (4, 5),
+    3,
+    1,
+)  # two byte pieces of one letter, a new line, a second document
 CPU_COUNT = os.cpu_count
-SETTINGS = {"learned": dict(mixer="learned"), "entropy": dict(mixer="entropy"), "none": dict(mixer="none"),
-            "learned, no ttt": dict(mixer="learned", ttt_enabled=False),
-            "none, no ttt": dict(mixer="none", ttt_enabled=False)}
+SETTINGS = {
+    "learned": dict(mixer="learned"),
+    "entropy": dict(mixer="entropy"),
+    "none": dict(mixer="none"),
+    "learned, no ttt": dict(mixer="learned", ttt_enabled=False),
+    "none, no ttt": dict(mixer="none", ttt_enabled=False),
+}
 
 
 def quiet(line):
@@ -65,7 +82,10 @@ def real_process(monkeypatch, one_thread):
 
 def shares(tables, symbols):
     """(starts, frequencies) of symbols (n,) under one table (V,) or under a table each (n, V)."""
-    starts, where = np.cumsum(tables, -1) - tables, (np.arange(len(symbols)), symbols)[tables.ndim == 1:]
+    starts, where = (
+        np.cumsum(tables, -1) - tables,
+        (np.arange(len(symbols)), symbols)[tables.ndim == 1 :],
+    )
     where = where[0] if tables.ndim == 1 else where
     return starts[where], tables[where]
 
@@ -119,15 +139,22 @@ def peaked(vocab, top):
 def coder_cases():
     """{name: (tables, symbols)}."""
     random, cases = np.random.default_rng(5), {}
-    for name, n, vocab, sharpness in (("V=1024, flat", 1500, 1024, 0.1), ("V=1024, skewed", 1500, 1024, 4.0),
-                                      ("V=2, a table each", 5000, 2, 2.0), ("V=64, very skewed", 5000, 64, 12.0)):
+    for name, n, vocab, sharpness in (
+        ("V=1024, flat", 1500, 1024, 0.1),
+        ("V=1024, skewed", 1500, 1024, 4.0),
+        ("V=2, a table each", 5000, 2, 2.0),
+        ("V=64, very skewed", 5000, 64, 12.0),
+    ):
         tables = random_tables(n, n, vocab, sharpness)
         cases[name] = tables, draw(n, tables)
     for vocab, top in ((2, 0), (2, 1), (1024, 0), (1024, 500), (1024, 1023)):
         rare = random.integers(0, vocab, 4000)
         often = np.where(random.random(4000) < 0.9, top, rare)
         cases[f"V={vocab}, peak at {top}, often"] = peaked(vocab, top), often
-        cases[f"V={vocab}, peak at {top}, never"] = peaked(vocab, top), np.full(3000, (top + 1) % vocab)
+        cases[f"V={vocab}, peak at {top}, never"] = (
+            peaked(vocab, top),
+            np.full(3000, (top + 1) % vocab),
+        )
         cases[f"V={vocab}, peak at {top}, always"] = peaked(vocab, top), np.full(20_000, top)
     table = np.array([9_000_001, TOTAL - 9_000_001])
     cases["long"] = table, (random.integers(0, TOTAL, 300_000) >= table[0]).astype(np.int64)
@@ -145,7 +172,9 @@ def test_round_trip(name):
     assert decode(words, tables, len(symbols)) == symbols.tolist()
     assert_size(words, bits_of(shares(tables, symbols)[1]))
     other, weights, one = constriction.stream.queue.RangeEncoder(), [tables - 1.0], tables.ndim == 1
-    model = constriction.stream.model.Categorical(*weights[:one], perfect=False)  # gives each symbol 1 of 2^24 more
+    model = constriction.stream.model.Categorical(
+        *weights[:one], perfect=False
+    )  # gives each symbol 1 of 2^24 more
     other.encode(symbols.astype(np.int32), model, *weights[one:])
     assert_size(words, 32 * len(other.get_compressed()))
 
@@ -165,7 +194,10 @@ def straddle(table, runs):
         leaves = False
         while not leaves:
             share = (boundary(encoder) - encoder.low) // (encoder.range >> 24)
-            symbol, length = min(int(np.searchsorted(ends, share, side="right")), len(table) - 1), length - 1
+            symbol, length = (
+                min(int(np.searchsorted(ends, share, side="right")), len(table) - 1),
+                length - 1,
+            )
             leaves = length < 0 and 0 <= symbol + step < len(table)
             symbols.append(symbol + step * leaves)
             encoder.encode(int(ends[symbols[-1]] - table[symbols[-1]]), int(table[symbols[-1]]))
@@ -176,7 +208,10 @@ def straddle(table, runs):
 def test_straddling(vocab, sharpness):
     """Streams that stay on the middle of the interval as long as they can, then leave it, upwards and downwards."""
     random, table = np.random.default_rng(vocab), random_tables(vocab, 1, vocab, sharpness)[0]
-    runs = [(int(length), int(step)) for length, step in zip(random.geometric(0.05, 150), random.choice([-1, 1], 150))]
+    runs = [
+        (int(length), int(step))
+        for length, step in zip(random.geometric(0.05, 150), random.choice([-1, 1], 150))
+    ]
     symbols, words = straddle(table, runs)
     assert decode(words, table, len(symbols)) == symbols.tolist()
     assert_size(words, bits_of(table[symbols]))
@@ -188,8 +223,13 @@ def test_a_long_carry(vocab):
     """After thousands of bytes 0xFF one more symbol carries into all of them, or, one symbol lower, into none."""
     table, length = random_tables(vocab, 1, vocab, 0.3)[0], 20_000 if vocab == 3 else 4000
     tail = [(3, -1), (2, 1), (3, 1)]
-    (low_symbols, low), (high_symbols, high) = (straddle(table, [(length, step), *tail]) for step in (-1, 1))
-    run = min(len(words) - 1 - len(words[1:].lstrip(byte)) for words, byte in ((low, b"\xff"), (high, b"\0")))
+    (low_symbols, low), (high_symbols, high) = (
+        straddle(table, [(length, step), *tail]) for step in (-1, 1)
+    )
+    run = min(
+        len(words) - 1 - len(words[1:].lstrip(byte))
+        for words, byte in ((low, b"\xff"), (high, b"\0"))
+    )
     assert run > 2000 and high[0] == low[0] + 1
     assert decode(low, table, len(low_symbols)) == low_symbols.tolist()
     assert decode(high, table, len(high_symbols)) == high_symbols.tolist()
@@ -208,9 +248,17 @@ def test_foreign_words():
     tables, symbols = CASES["V=64, very skewed"]
     words, random = encode(tables, symbols), np.random.default_rng(1)
     assert decode(words + b"\xa5" * 40, tables, len(symbols)) == symbols.tolist()
-    cut = decode(words[:len(words) // 2], tables, len(symbols))
+    cut = decode(words[: len(words) // 2], tables, len(symbols))
     assert cut[:1000] == symbols[:1000].tolist() and cut != symbols.tolist()
-    for foreign in (b"", b"\x80", words[:7], words[1:], b"\xff" * 20_000, b"\xff" * 100, random.bytes(20_000)):
+    for foreign in (
+        b"",
+        b"\x80",
+        words[:7],
+        words[1:],
+        b"\xff" * 20_000,
+        b"\xff" * 100,
+        random.bytes(20_000),
+    ):
         decoder = RangeDecoder(foreign)
         found = [decoder.decode(row) for row in tables]
         assert all(0 <= symbol < 64 for symbol in found)
@@ -230,13 +278,23 @@ def artifacts(tmp_path_factory):
     @functools.cache
     def made(name, seed=0):
         path = folder / f"{name}{seed}.lzma"
-        cfg = tiny_config(**SETTINGS[name], num_layers=2, ve_layers="1", xsa_last_n=1, ttt_freeze_blocks=1,
-                          mixer_lr=0.01, device="cpu", artifact_path=str(path), run_id="run")
+        cfg = tiny_config(
+            **SETTINGS[name],
+            num_layers=2,
+            ve_layers="1",
+            xsa_last_n=1,
+            ttt_freeze_blocks=1,
+            mixer_lr=0.01,
+            device="cpu",
+            artifact_path=str(path),
+            run_id="run",
+        )
         model = warm_model(cfg, seed)
         with torch.no_grad():
             model.embed.tokens.mul_(4)  # sharp predictions
         path.write_bytes(train_gpt.pack_artifact(model, cfg, TABLE, train_gpt.FINEST))
         return cfg
+
     return made
 
 
@@ -247,9 +305,10 @@ def coded(artifacts, tmp_path_factory):
 
     @functools.cache
     def made(name, n=N):
-        path, cfg, tokens = folder / f"{name}{n}.code", artifacts(name), STREAM[:n + 1]
+        path, cfg, tokens = folder / f"{name}{n}.code", artifacts(name), STREAM[: n + 1]
         bits, freqs = write_code(path, tokens, cfg, quiet)
         return SimpleNamespace(cfg=cfg, path=path, tokens=tokens, bits=bits, freqs=freqs)
+
     return made
 
 
@@ -261,8 +320,10 @@ def scorer(cfg):
     return Predictor(model, cfg, table, rt, train_gpt.evaluation_passes(cfg)[-1])
 
 
-@pytest.mark.parametrize("name, n", [("learned", N), ("entropy", N), ("none", N), ("learned, no ttt", 90),
-                                     ("none, no ttt", 90)])
+@pytest.mark.parametrize(
+    "name, n",
+    [("learned", N), ("entropy", N), ("none", N), ("learned, no ttt", 90), ("none, no ttt", 90)],
+)
 def test_a_code_file(name, n, coded):
     """Tokens, frequencies and text come back; bits and frequencies are those of the scorer; the size is predicted."""
     file = coded(name, n)
@@ -270,13 +331,17 @@ def test_a_code_file(name, n, coded):
     assert tokens.tolist() == file.tokens.tolist() and text == TABLE.decode(file.tokens)
     assert len(file.freqs) == n and freqs.tolist() == file.freqs.tolist()
     predictor, rows = scorer(file.cfg), []
-    predictor.score = lambda commitment, targets: rows.extend(
-        freqs[predictor.plan.stages[-1]] for *_, freqs in commitment.pieces) or Predictor.score(
-            predictor, commitment, targets)
+    predictor.score = lambda commitment, targets: (
+        rows.extend(freqs[predictor.plan.stages[-1]] for *_, freqs in commitment.pieces)
+        or Predictor.score(predictor, commitment, targets)
+    )
     stage = train_gpt.evaluate(predictor, file.tokens, 1, quiet)[-1]
     assert file.bits == stage["val_bpb"] and stage["tokens"] == n  # of one byte
     assert file.bits == pytest.approx(bits_of(file.freqs), rel=1e-12)
-    tables, words = torch.cat(rows).numpy().astype(np.int64), file.path.read_bytes()[CODE_HEAD.size:]
+    tables, words = (
+        torch.cat(rows).numpy().astype(np.int64),
+        file.path.read_bytes()[CODE_HEAD.size :],
+    )
     assert tables[np.arange(n), file.tokens[1:]].tolist() == file.freqs.tolist()
     assert decode(words, tables, n) == file.tokens[1:].tolist()
     assert_size(words, file.bits)
@@ -287,8 +352,16 @@ def test_the_header(coded):
     """The file says what it holds, as documented."""
     file = coded("learned")
     data, text = file.path.read_bytes(), TABLE.decode(STREAM)
-    magic, version, checksum, lanes, n, size, artifact, _, digest = struct.unpack("<8sIIIQQ32s32s32s", data[:132])
-    assert (magic, version, lanes, n, size) == (b"PGOLFTXT", 2, 0, N, len(text)) and checksum == zlib.crc32(data[16:])
+    magic, version, checksum, lanes, n, size, artifact, _, digest = struct.unpack(
+        "<8sIIIQQ32s32s32s", data[:132]
+    )
+    assert (magic, version, lanes, n, size) == (
+        b"PGOLFTXT",
+        2,
+        0,
+        N,
+        len(text),
+    ) and checksum == zlib.crc32(data[16:])
     assert artifact == hashlib.sha256(file.cfg.artifact.read_bytes()).digest()
     assert digest == hashlib.sha256(text).digest() and CODE_HEAD.size == 132
 
@@ -306,9 +379,9 @@ def test_nothing_coded(artifacts, tmp_path):
 def test_where_a_stream_ends(n, artifacts, tmp_path):
     """Streams that end at the borders of windows and chunks."""
     cfg, path = artifacts("learned"), tmp_path / "short.code"
-    write_code(path, STREAM[:n + 1], cfg, quiet)
+    write_code(path, STREAM[: n + 1], cfg, quiet)
     tokens, _, text = read_code(path, cfg, quiet)
-    assert tokens.tolist() == STREAM[:n + 1].tolist() and text == TABLE.decode(STREAM[:n + 1])
+    assert tokens.tolist() == STREAM[: n + 1].tolist() and text == TABLE.decode(STREAM[: n + 1])
 
 
 def test_damaged_files(coded, tmp_path, monkeypatch):
@@ -316,11 +389,15 @@ def test_damaged_files(coded, tmp_path, monkeypatch):
     file, path = coded("learned", 40), tmp_path / "bad.code"
     data, parts = file.path.read_bytes(), train_gpt.coding_predictor(file.cfg, 0)
     monkeypatch.setattr(train_gpt, "coding_predictor", lambda cfg, lanes: parts)
-    bad = {f"cut to {size}": data[:size] for size in {*range(CODE_HEAD.size + 3), *range(132, len(data), 13),
-                                                      len(data) - 1}}
+    bad = {
+        f"cut to {size}": data[:size]
+        for size in {*range(CODE_HEAD.size + 3), *range(132, len(data), 13), len(data) - 1}
+    }
     bad |= {f"padded with {more}": data + more for more in (b"\0", b"\xff", b"\0" * 8, data)}
-    bad |= {f"bit {at % 8} of {at}": data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1:]
-            for at in range(len(data))}
+    bad |= {
+        f"bit {at % 8} of {at}": data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]
+        for at in range(len(data))
+    }
     bad |= {"another's": b"PGOLFART" + data[8:], "random": np.random.default_rng(0).bytes(500)}
     for damage, contents in bad.items():
         path.write_bytes(contents)
@@ -342,7 +419,9 @@ def test_logits_that_are_not_finite(coded, tmp_path, monkeypatch):
         write_code(files[lanes], STREAM[:41], coded("learned", 40).cfg, quiet, lanes)
 
     def commit(self, logits, *where):
-        return original(self, logits.log() if len(where[0]) > 20 else logits, *where)  # of negative ones: NaN
+        return original(
+            self, logits.log() if len(where[0]) > 20 else logits, *where
+        )  # of negative ones: NaN
 
     monkeypatch.setattr(Predictor, "_commit", commit)
     for lanes, path in files.items():
@@ -360,11 +439,18 @@ def test_another_artifact_or_other_settings(coded, artifacts):
     with pytest.raises(UserError) as error:
         read_code(file.path, other, quiet)
     assert str(file.path) in str(error.value) and other.artifact_path in str(error.value)
-    for change in (dict(ttt_temperature=0.97), dict(eval_batch_windows=2), dict(seed=1), dict(mixer="entropy")):
+    for change in (
+        dict(ttt_temperature=0.97),
+        dict(eval_batch_windows=2),
+        dict(seed=1),
+        dict(mixer="entropy"),
+    ):
         with pytest.raises(UserError, match="settings") as error:
             read_code(file.path, replace(file.cfg, **change), quiet)
         assert str(file.path) in str(error.value)
-    elsewhere = replace(file.cfg, data_path="nowhere", val_tokens=7, log_every=9, verify_tokens=3, log_dir="no")
+    elsewhere = replace(
+        file.cfg, data_path="nowhere", val_tokens=7, log_every=9, verify_tokens=3, log_dir="no"
+    )
     assert read_code(file.path, elsewhere, quiet)[0].tolist() == file.tokens.tolist()
 
 
@@ -404,7 +490,7 @@ def walk(predictor, tokens, step, cached):
         stop = min(start + step, predictor.learned + predictor.block, len(tokens))
         if not cached:
             predictor.cache = None
-        commitment = predictor.predict(stream[:stop - 1].clone(), start, stop)
+        commitment = predictor.predict(stream[: stop - 1].clone(), start, stop)
         predictor.score(commitment, stream[start:stop])
         for *_, freqs in commitment.pieces:
             for stage, rows in freqs.items():
@@ -420,10 +506,13 @@ def test_the_cache_changes_nothing(name, windows, artifacts):
     kept, rarely = walk(scorer(cfg), tokens, 1, cached=True)
     blocks, _ = walk(scorer(cfg), tokens, 8, cached=True)
     assert {stage: rows.shape for stage, rows in plain.items()} == dict.fromkeys(
-        train_gpt.evaluation_passes(cfg)[-1].stages, (n, VOCAB))
+        train_gpt.evaluation_passes(cfg)[-1].stages, (n, VOCAB)
+    )
     for stage, rows in plain.items():
         assert torch.equal(kept[stage], rows) and torch.equal(blocks[stage], rows)
-    assert often == n - 32 and (rarely < often if windows > 1 else rarely == math.ceil((n - 32) / 8))
+    assert often == n - 32 and (
+        rarely < often if windows > 1 else rarely == math.ceil((n - 32) / 8)
+    )
 
 
 def test_the_cache_forgets(artifacts):
@@ -454,6 +543,7 @@ def new_report():
 @pytest.fixture
 def here(monkeypatch):
     """here(before, after) -> [(command, environment)] of verify's decoders, which then run in this process."""
+
     def run(before=lambda command: None, after=lambda command: None):
         calls = []
 
@@ -463,16 +553,23 @@ def here(monkeypatch):
                 calls.append((command, env))
                 before(command)
                 said = io.StringIO()
-                with monkeypatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                with (
+                    monkeypatch.context() as patch,
+                    contextlib.redirect_stderr(said),
+                    contextlib.redirect_stdout(said),
+                ):
                     patch.setattr(os, "environ", env)
                     patch.setattr(sys, "argv", command[1:])
                     self.returncode = train_gpt.main()
                 after(command)
                 self.stdout = said.getvalue().splitlines(keepends=True)
 
-        with_decoder = SimpleNamespace(Popen=Decoder, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT)
+        with_decoder = SimpleNamespace(
+            Popen=Decoder, PIPE=subprocess.PIPE, STDOUT=subprocess.STDOUT
+        )
         monkeypatch.setattr(train_gpt, "subprocess", with_decoder)
         return calls
+
     return run
 
 
@@ -486,8 +583,10 @@ def test_a_proof(coded, tmp_path, here, monkeypatch):
     assert command[:2] == [sys.executable, train_gpt.__file__] and len(calls) == 1
     assert env["DATA_PATH"] == os.devnull and env["ARTIFACT_PATH"] == cfg.artifact_path
     assert "TTT_TEMPERATURE" not in env and env["PATH"] == os.environ["PATH"]
-    path, = tmp_path.rglob("*.code")
-    assert proof["tokens"] == 30 and proof["predicted_bits"] == pytest.approx(bits_of(file.freqs[:30]), rel=1e-12)
+    (path,) = tmp_path.rglob("*.code")
+    assert proof["tokens"] == 30 and proof["predicted_bits"] == pytest.approx(
+        bits_of(file.freqs[:30]), rel=1e-12
+    )
     assert proof["bytes_on_disk"] == path.stat().st_size - CODE_HEAD.size
     assert proof["encode_seconds"] > 0 and proof["decode_seconds"] > 0 and report.saved > 0
     assert any("proof" in line and "30 tokens" in line for line in report.lines)
@@ -496,7 +595,9 @@ def test_a_proof(coded, tmp_path, here, monkeypatch):
     assert report.results["proof"]["predicted_bits"] == file.bits
 
 
-@pytest.mark.parametrize("what, by, at", [("tokens", 1, 0), ("tokens", 1, 17), ("freqs", 1, 17), ("freqs", -1, 29)])
+@pytest.mark.parametrize(
+    "what, by, at", [("tokens", 1, 0), ("tokens", 1, 17), ("freqs", 1, 17), ("freqs", -1, 29)]
+)
 def test_the_first_difference_is_named(what, by, at, coded, tmp_path, here):
     """One token or one frequency that differs: the error has its position, both tokens and both frequencies."""
     file, report = coded("none, no ttt", 40), new_report()
@@ -546,7 +647,10 @@ def open_gate(predictor):
         return commit(self, logits, prefix, *where)
 
     def the_better_one(self, p, at, window, index, rows):
-        q, target = mix(self, p, at, window, index, rows), self.stream[(at + 1).clamp(max=len(self.stream) - 1), None]
+        q, target = (
+            mix(self, p, at, window, index, rows),
+            self.stream[(at + 1).clamp(max=len(self.stream) - 1), None],
+        )
         return torch.where(q.gather(1, target) > p.gather(1, target), q, p)
 
     predictor._commit, predictor._mix = look, the_better_one
@@ -571,24 +675,38 @@ def update_first(predictor):
     predictor.predict = predict_what_was_learned
 
 
-@pytest.mark.parametrize("cheat, decoder", [(peek, "genuine"), (open_gate, "of its kind"), (update_first, "here")])
+@pytest.mark.parametrize(
+    "cheat, decoder", [(peek, "genuine"), (open_gate, "of its kind"), (update_first, "here")]
+)
 def test_a_cheat_is_caught(cheat, decoder, artifacts, tmp_path, monkeypatch, real_process, here):
     """A predictor that looked at what it predicts is refuted by a decoder that cannot, even by one of its own kind."""
     report, n = new_report(), 70
     cfg = replace(artifacts("learned"), log_dir=str(tmp_path), verify_tokens=n)
-    honest_bits, honest = write_code(tmp_path / "honest.code", STREAM[:n + 1], cfg, quiet)
+    honest_bits, honest = write_code(tmp_path / "honest.code", STREAM[: n + 1], cfg, quiet)
     if decoder == "of its kind":  # a copy of the script that cheats
-        source, copy = Path(train_gpt.__file__).read_text(encoding="utf-8"), tmp_path / "train_gpt.py"
-        copy.write_text(source.replace("\nif __name__ ==", f"\n{inspect.getsource(cheat)}\n"
-                                       f"{cheat.__name__}(Predictor)\n\nif __name__ =="), encoding="utf-8")
+        source, copy = (
+            Path(train_gpt.__file__).read_text(encoding="utf-8"),
+            tmp_path / "train_gpt.py",
+        )
+        copy.write_text(
+            source.replace(
+                "\nif __name__ ==",
+                f"\n{inspect.getsource(cheat)}\n{cheat.__name__}(Predictor)\n\nif __name__ ==",
+            ),
+            encoding="utf-8",
+        )
         monkeypatch.setattr(train_gpt, "__file__", str(copy))
     originals = {name: getattr(Predictor, name) for name in ("_commit", "_mix", "predict")}
     for name, original in originals.items():
         monkeypatch.setattr(Predictor, name, original)  # to be restored
     if decoder == "here":
-        here(before=lambda command: [setattr(Predictor, name, method) for name, method in originals.items()])
+        here(
+            before=lambda command: [
+                setattr(Predictor, name, method) for name, method in originals.items()
+            ]
+        )
     cheat(Predictor)
-    bits, freqs = write_code(tmp_path / "cheat.code", STREAM[:n + 1], cfg, quiet)
+    bits, freqs = write_code(tmp_path / "cheat.code", STREAM[: n + 1], cfg, quiet)
     assert bits < honest_bits  # it pays
     with pytest.raises(UserError) as error:
         verify(cfg, STREAM, report)
@@ -609,7 +727,12 @@ def command(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def run(*args, **settings):
-        environ = {**clean_environment(), "DEVICE": "cpu", "LOG_DIR": str(tmp_path / "logs"), **settings}
+        environ = {
+            **clean_environment(),
+            "DEVICE": "cpu",
+            "LOG_DIR": str(tmp_path / "logs"),
+            **settings,
+        }
         monkeypatch.setattr(os, "environ", environ)
         monkeypatch.setattr(sys, "argv", [train_gpt.__file__, *map(str, args)])
         capfd.readouterr()
@@ -631,22 +754,37 @@ def test_verify_and_decompress(command, artifacts, tmp_path, monkeypatch, real_p
         environments.append(env)
         return start(*args, env=env, **how)
 
-    monkeypatch.setattr(train_gpt, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": without_shards}))
+    monkeypatch.setattr(
+        train_gpt, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": without_shards})
+    )
     cfg = artifacts("learned")
-    settings = dict(ARTIFACT_PATH=cfg.artifact_path, DATA_PATH=str(shards), TOKENIZER_PATH=str(tmp_path / "none"),
-                    RUN_ID="proof", VERIFY_TOKENS="70", SIZE_LIMIT_BYTES="1000000")
+    settings = dict(
+        ARTIFACT_PATH=cfg.artifact_path,
+        DATA_PATH=str(shards),
+        TOKENIZER_PATH=str(tmp_path / "none"),
+        RUN_ID="proof",
+        VERIFY_TOKENS="70",
+        SIZE_LIMIT_BYTES="1000000",
+    )
     assert command("verify", **settings) == (0, "")
-    assert [(env["DATA_PATH"], env["TOKENIZER_PATH"]) for env in environments] == [(os.devnull, os.devnull)]
+    assert [(env["DATA_PATH"], env["TOKENIZER_PATH"]) for env in environments] == [
+        (os.devnull, os.devnull)
+    ]
     assert not shards.exists()
     results = json.loads((tmp_path / "logs" / "proof" / "results.json").read_text())
-    code, = tmp_path.rglob("*.code")
+    (code,) = tmp_path.rglob("*.code")
     proof, size = results["proof"], code.stat().st_size - CODE_HEAD.size
     assert (proof["tokens"], proof["bytes_on_disk"]) == (70, size)
     assert_size(bytes(size), proof["predicted_bits"])
     bits = train_gpt.evaluate(scorer(cfg), tokens[:71], 1, quiet)[-1]["val_bpb"]
-    assert proof["predicted_bits"] == bits and math.isfinite(proof["encode_seconds"] + proof["decode_seconds"])
+    assert proof["predicted_bits"] == bits and math.isfinite(
+        proof["encode_seconds"] + proof["decode_seconds"]
+    )
     assert "proof: " in (tmp_path / "logs" / "proof" / "verify.log").read_text()
-    assert command("decompress", code, tmp_path / "text", ARTIFACT_PATH=cfg.artifact_path) == (0, "")
+    assert command("decompress", code, tmp_path / "text", ARTIFACT_PATH=cfg.artifact_path) == (
+        0,
+        "",
+    )
     assert (tmp_path / "text").read_bytes() == TABLE.decode(tokens[:71])
 
 
@@ -654,10 +792,16 @@ def test_decompress(command, coded, tmp_path):
     """Text comes out as bytes; tokens and frequencies for a name that ends in .npz."""
     file = coded("none, no ttt", 40)
     for target in ("out.txt", "out.npz"):
-        assert command("decompress", file.path, target, ARTIFACT_PATH=file.cfg.artifact_path) == (0, "")
+        assert command("decompress", file.path, target, ARTIFACT_PATH=file.cfg.artifact_path) == (
+            0,
+            "",
+        )
     assert (tmp_path / "out.txt").read_bytes() == TABLE.decode(file.tokens)
     decoded = np.load(tmp_path / "out.npz")
-    assert decoded["tokens"].tolist() == file.tokens.tolist() and decoded["freqs"].tolist() == file.freqs.tolist()
+    assert (
+        decoded["tokens"].tolist() == file.tokens.tolist()
+        and decoded["freqs"].tolist() == file.freqs.tolist()
+    )
 
 
 def test_decompress_refuses(command, coded, artifacts, tmp_path):
@@ -669,10 +813,14 @@ def test_decompress_refuses(command, coded, artifacts, tmp_path):
         assert str(bad) in error_line(command("decompress", bad, out, ARTIFACT_PATH=artifact), 1)
     forget_the_text(file.path, bad)
     assert str(bad) in error_line(command("decompress", bad, out, ARTIFACT_PATH=artifact), 1)
-    assert "none.code" in error_line(command("decompress", "none.code", out, ARTIFACT_PATH=artifact), 1)
+    assert "none.code" in error_line(
+        command("decompress", "none.code", out, ARTIFACT_PATH=artifact), 1
+    )
     other = artifacts("none, no ttt", 1).artifact_path
     assert other in error_line(command("decompress", file.path, out, ARTIFACT_PATH=other), 1)
-    message = error_line(command("decompress", file.path, out, ARTIFACT_PATH=artifact, TTT_TEMPERATURE="0.9"), 1)
+    message = error_line(
+        command("decompress", file.path, out, ARTIFACT_PATH=artifact, TTT_TEMPERATURE="0.9"), 1
+    )
     assert "settings" in message and str(file.path) in message
     assert os.listdir(tmp_path) == ["bad.code"]
 
@@ -702,12 +850,22 @@ def test_settings_that_the_artifact_has_not_cannot_be_proved(coded, tmp_path, he
     file, report = coded("none, no ttt", 40), new_report()
     here()
     with pytest.raises(UserError, match="other settings"):
-        verify(replace(file.cfg, log_dir=str(tmp_path), verify_tokens=30, ttt_temperature=0.9, mixer="entropy"),
-               STREAM, report)
+        verify(
+            replace(
+                file.cfg,
+                log_dir=str(tmp_path),
+                verify_tokens=30,
+                ttt_temperature=0.9,
+                mixer="entropy",
+            ),
+            STREAM,
+            report,
+        )
 
 
 def test_a_decoder_that_dies_without_a_word(coded, tmp_path, monkeypatch):
     """Its status is all that can be told."""
+
     class Dead(contextlib.nullcontext):
         returncode, stdout = -9, ()
 
@@ -725,4 +883,7 @@ def test_a_decoder_keeps_only_its_own_rows(coded):
     predictor = scorer(coded("learned", 40).cfg)
     predictor.predict(torch.from_numpy(STREAM[:1]), 1, 2)
     for tensor in next(iter(predictor.mixer.waiting.values()))[0]:
-        assert len(tensor) == 1 and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        assert (
+            len(tensor) == 1
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        )

@@ -23,16 +23,38 @@ SCRIPT = str(ROOT / "train_gpt.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 STAGES = ["pre_quant", "round_trip", "sliding", "ttt", "mixer"]
 MODEL = dict(
-    MIXER_CALIBRATION_TOKENS="1024", MIXER_BLOCK="16", NGRAM_HASH_BITS="12",
-    NUM_LAYERS="2", VE_LAYERS="1", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1", ROPE_DIMS="8", TRAIN_SEQ_LEN="64",
-    TRAIN_BATCH_TOKENS="256", MICRO_BATCH_TOKENS="128", BIGRAM_VOCAB_SIZE="64", ITERATIONS="4", EVAL_SEQ_LEN="64",
-    EVAL_STRIDE="32", XSA_LAST_N="1", TTT_FREEZE_BLOCKS="1", TTT_CHUNK_TOKENS="512", TTT_EPOCHS="2", NGRAM_ORDER="5",
-    VAL_TOKENS="1500")
+    MIXER_CALIBRATION_TOKENS="1024",
+    MIXER_BLOCK="16",
+    NGRAM_HASH_BITS="12",
+    NUM_LAYERS="2",
+    VE_LAYERS="1",
+    MODEL_DIM="32",
+    NUM_HEADS="2",
+    NUM_KV_HEADS="1",
+    ROPE_DIMS="8",
+    TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="256",
+    MICRO_BATCH_TOKENS="128",
+    BIGRAM_VOCAB_SIZE="64",
+    ITERATIONS="4",
+    EVAL_SEQ_LEN="64",
+    EVAL_STRIDE="32",
+    XSA_LAST_N="1",
+    TTT_FREEZE_BLOCKS="1",
+    TTT_CHUNK_TOKENS="512",
+    TTT_EPOCHS="2",
+    NGRAM_ORDER="5",
+    VAL_TOKENS="1500",
+)
 
 
 def clean_environment():
     """This process's environment without any setting of the program or of a process group."""
-    ours = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    ours = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)} | {
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+    }
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
@@ -75,8 +97,12 @@ def demo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     settings = dict(MODEL, PRESET="demo")
     runs = {}
-    for name, launcher, artifact in (("one", (), ""), ("two", TORCHRUN, ""), ("one on two", TORCHRUN, "one"),
-                                     ("two on one", (), "two")):
+    for name, launcher, artifact in (
+        ("one", (), ""),
+        ("two", TORCHRUN, ""),
+        ("one on two", TORCHRUN, "one"),
+        ("two on one", (), "two"),
+    ):
         extra = {"ARTIFACT_PATH": f"logs/{artifact}/model.int6.lzma"} if artifact else {}
         changes = dict(settings, RUN_ID=name, **extra)
         process = start(folder, *(["eval"] if artifact else []), launcher=launcher, **changes)
@@ -89,45 +115,87 @@ def demo(tmp_path_factory):
 
 def test_demo_runs_to_the_end(demo):
     """No data, one command: exit status 0 on one rank and on two, nothing on stderr, nothing half-written."""
-    assert [(name, run.status, run.err[-500:]) for name, run in demo.runs.items() if run.status] == []
+    assert [
+        (name, run.status, run.err[-500:]) for name, run in demo.runs.items() if run.status
+    ] == []
     assert demo.runs["one"].err == demo.runs["two on one"].err == ""
     assert "demo: gathering English" in demo.runs["one"].out
-    assert not any("gathering" in demo.runs[name].out for name in ("two", "one on two", "two on one"))
+    assert not any(
+        "gathering" in demo.runs[name].out for name in ("two", "one on two", "two on one")
+    )
     assert no_leftovers(demo.folder)
     for name, run in demo.runs.items():
         log = "eval.log" if " on " in name else "train.log"
         assert (demo.folder / "logs" / name / log).read_text() == run.out  # no rank but one speaks
 
 
-@pytest.mark.parametrize("name, world", [("one", 1), ("two", 2), ("one on two", 2), ("two on one", 1)])
+@pytest.mark.parametrize(
+    "name, world", [("one", 1), ("two", 2), ("one on two", 2), ("two on one", 1)]
+)
 def test_results_have_every_field(demo, name, world):
     """results.json has all that others read from it, and its numbers agree with each other and with the file."""
     results, evaluated = demo.runs[name].results, " on " in name
-    assert set(results) == {"run_id", "seed", "command", "settings", "environment", "train", "artifact", "stages",
-                            "val_bpb"} | (set() if evaluated else {"proof"})
-    assert (results["run_id"], results["seed"], results["command"]) == (name, 1337, "eval" if evaluated else "train")
-    settings, environment, artifact = results["settings"], results["environment"], results["artifact"]
+    assert set(results) == {
+        "run_id",
+        "seed",
+        "command",
+        "settings",
+        "environment",
+        "train",
+        "artifact",
+        "stages",
+        "val_bpb",
+    } | (set() if evaluated else {"proof"})
+    assert (results["run_id"], results["seed"], results["command"]) == (
+        name,
+        1337,
+        "eval" if evaluated else "train",
+    )
+    settings, environment, artifact = (
+        results["settings"],
+        results["environment"],
+        results["artifact"],
+    )
     assert set(settings) == {f.name for f in dataclasses.fields(train_gpt.Config)}
     assert settings["preset"] == "demo" and settings["model_dim"] == 32
-    assert {"python", "torch", "device", "world_size"} <= set(environment) and environment["world_size"] == world
-    assert environment["torch"] == torch.__version__ and environment["device"].startswith(("cpu", "cuda"))
+    assert {"python", "torch", "device", "world_size"} <= set(environment) and environment[
+        "world_size"
+    ] == world
+    assert environment["torch"] == torch.__version__ and environment["device"].startswith(
+        ("cpu", "cuda")
+    )
     if evaluated:
         assert results["train"] is None
     else:
         proof = results["proof"]
-        assert proof["tokens"] == 1100 and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
+        assert (
+            proof["tokens"] == 1100
+            and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
+        )
         train = results["train"]
         assert (train["steps"], train["tokens"]) == (4, 4 * 256) and train["seconds"] > 0
         assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
     data = (demo.folder / artifact["path"]).read_bytes()
-    assert artifact["weights_bytes"] == len(data) and artifact["sha256"] == hashlib.sha256(data).hexdigest()
+    assert (
+        artifact["weights_bytes"] == len(data)
+        and artifact["sha256"] == hashlib.sha256(data).hexdigest()
+    )
     assert artifact["code_bytes"] == len((ROOT / "train_gpt.py").read_bytes())
-    assert artifact["total_bytes"] == artifact["weights_bytes"] + artifact["code_bytes"] <= artifact["limit_bytes"]
+    assert (
+        artifact["total_bytes"]
+        == artifact["weights_bytes"] + artifact["code_bytes"]
+        <= artifact["limit_bytes"]
+    )
     assert artifact["limit_bytes"] == 1_000_000
     stages = results["stages"]
-    assert [s["name"] for s in stages] == STAGES[evaluated:] and results["val_bpb"] == stages[-1]["val_bpb"]
+    assert [s["name"] for s in stages] == STAGES[evaluated:] and results["val_bpb"] == stages[-1][
+        "val_bpb"
+    ]
     for stage in stages:
-        assert set(stage) == {"name", "val_loss", "val_bpb", "tokens", "bytes", "seconds"} and stage["seconds"] > 0
+        assert (
+            set(stage) == {"name", "val_loss", "val_bpb", "tokens", "bytes", "seconds"}
+            and stage["seconds"] > 0
+        )
         assert stage["tokens"] == 1500 and stage["bytes"] == stages[0]["bytes"] > 1500
         bits = stage["val_loss"] * stage["tokens"] / math.log(2)
         assert stage["val_bpb"] == pytest.approx(bits / stage["bytes"], rel=1e-12)
@@ -158,12 +226,21 @@ def test_training_does_not_depend_on_the_ranks(demo):
 def corpus(tmp_path_factory):
     """Settings of a tiny run on a few documents that `tokenize` has turned into shards."""
     from pydoc_data import topics
+
     folder = tmp_path_factory.mktemp("corpus")
     documents = [text for _, text in sorted(topics.topics.items())][:24]
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in documents))
-    settings = dict(MODEL, PRESET="bench", DATA_PATH=str(folder / "shards"), VOCAB_SIZE="400",
-                    TOKENIZER_PATH=str(folder / "small.model"), SIZE_LIMIT_BYTES="1000000", VAL_TOKENS="300",
-                    TTT_CHUNK_TOKENS="128", TTT_EPOCHS="1")
+    settings = dict(
+        MODEL,
+        PRESET="bench",
+        DATA_PATH=str(folder / "shards"),
+        VOCAB_SIZE="400",
+        TOKENIZER_PATH=str(folder / "small.model"),
+        SIZE_LIMIT_BYTES="1000000",
+        VAL_TOKENS="300",
+        TTT_CHUNK_TOKENS="128",
+        TTT_EPOCHS="1",
+    )
     train_gpt.dispatch(["tokenize", settings["DATA_PATH"], str(folder / "a.jsonl")], settings)
     assert no_leftovers(folder)
     return settings
@@ -188,8 +265,16 @@ def command(corpus, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def run(*args, **settings):
-        environ = {**clean_environment(), **corpus, "LOG_DIR": str(tmp_path / "logs"), "RUN_ID": "run", **settings}
-        monkeypatch.setattr(os, "environ", {name: value for name, value in environ.items() if value is not None})
+        environ = {
+            **clean_environment(),
+            **corpus,
+            "LOG_DIR": str(tmp_path / "logs"),
+            "RUN_ID": "run",
+            **settings,
+        }
+        monkeypatch.setattr(
+            os, "environ", {name: value for name, value in environ.items() if value is not None}
+        )
         monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
         capfd.readouterr()
         status = train_gpt.main()
@@ -203,17 +288,25 @@ def command(corpus, tmp_path, monkeypatch, capfd):
 def error_line(result, status):
     """The message of a command that failed with `status`: one line on stderr, which begins with 'error: '."""
     assert result[0] == status
-    assert result[1].startswith("error: ") and result[1].count("\n") == 1 and result[1].endswith("\n")
+    assert (
+        result[1].startswith("error: ") and result[1].count("\n") == 1 and result[1].endswith("\n")
+    )
     return result[1][7:-1]
 
 
 def test_evaluation_needs_nothing_but_the_artifact(command, trained, tmp_path):
     """`eval` without tokenizer, model settings or preset gives the very numbers of the run that trained."""
     shape = dict.fromkeys([*MODEL, "PRESET", "VOCAB_SIZE"])
-    settings = {**shape, "ARTIFACT_PATH": str(trained / "model.int6.lzma"), "VAL_TOKENS": "300", "RUN_ID": None,
-                "TOKENIZER_PATH": str(tmp_path / "none.model"), "SIZE_LIMIT_BYTES": "1000000"}
+    settings = {
+        **shape,
+        "ARTIFACT_PATH": str(trained / "model.int6.lzma"),
+        "VAL_TOKENS": "300",
+        "RUN_ID": None,
+        "TOKENIZER_PATH": str(tmp_path / "none.model"),
+        "SIZE_LIMIT_BYTES": "1000000",
+    }
     assert command("eval", **settings) == (0, "")
-    results, = (results_of(path.parent) for path in (tmp_path / "logs").glob("*/results.json"))
+    (results,) = (results_of(path.parent) for path in (tmp_path / "logs").glob("*/results.json"))
     assert bpb_of(results) == bpb_of(results_of(trained))
     assert results["settings"]["preset"] == "bench" and results["artifact"]["weights_bytes"] > 0
 
@@ -226,15 +319,25 @@ def test_settings_of_evaluation_may_change(command, trained, tmp_path):
     results = results_of(tmp_path / "logs" / "run")
     assert bpb_of(results) == {n: before[n] for n in ("round_trip", "sliding")}
     assert (tmp_path / "logs" / "run" / "eval.log").exists()
-    assert results["artifact"]["overridden"] == ["MIXER", "TTT_ENABLED"]  # no decoder of the file gets these figures
+    assert results["artifact"]["overridden"] == [
+        "MIXER",
+        "TTT_ENABLED",
+    ]  # no decoder of the file gets these figures
     assert results_of(trained)["artifact"]["overridden"] == []
-    assert "MIXER, TTT_ENABLED" in error_line(command("summarize", tmp_path / "logs" / "run" / "results.json"), 1)
+    assert "MIXER, TTT_ENABLED" in error_line(
+        command("summarize", tmp_path / "logs" / "run" / "results.json"), 1
+    )
 
 
 def test_settings_of_evaluation_are_judged_with_the_artifact(command, trained):
     """What fits the artifact is right, also where it would not fit the default preset's window of 2,048."""
     shape = dict.fromkeys([*MODEL, "PRESET", "VOCAB_SIZE"])
-    settings = dict(shape, ARTIFACT_PATH=str(trained / "model.int6.lzma"), TTT_CHUNK_TOKENS="192", VAL_TOKENS="300")
+    settings = dict(
+        shape,
+        ARTIFACT_PATH=str(trained / "model.int6.lzma"),
+        TTT_CHUNK_TOKENS="192",
+        VAL_TOKENS="300",
+    )
     assert command("eval", **settings) == (0, "")
 
 
@@ -250,16 +353,22 @@ def test_summarize_writes_a_submission(command, trained, tmp_path):
     """`summarize` puts submission.json into the current folder."""
     assert command("summarize", trained / "results.json") == (0, "")
     summary = json.loads((tmp_path / "submission.json").read_text())
-    assert summary["val_bpb"] == results_of(trained)["val_bpb"] and list(summary["seeds"]) == ["1337"]
+    assert summary["val_bpb"] == results_of(trained)["val_bpb"] and list(summary["seeds"]) == [
+        "1337"
+    ]
 
 
 def test_help_lists_every_setting(command, capfd):
     """--help explains the commands and names each setting, with status 0."""
     assert command("--help") == (0, "")
     environ = clean_environment()
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], env=environ, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--help"], env=environ, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0 and not done.stderr and "summarize" in done.stdout
-    assert all(f"\n  {f.name.upper()} " in done.stdout for f in dataclasses.fields(train_gpt.Config))
+    assert all(
+        f"\n  {f.name.upper()} " in done.stdout for f in dataclasses.fields(train_gpt.Config)
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -277,7 +386,9 @@ def test_errors_reach_the_shell(tmp_path):
     assert os.listdir(tmp_path) == ["bad.lzma"]
 
 
-@pytest.mark.parametrize("args", ["train", "eval x", "tokenize", "tokenize out", "summarize", "-v", "eval eval"])
+@pytest.mark.parametrize(
+    "args", ["train", "eval x", "tokenize", "tokenize out", "summarize", "-v", "eval eval"]
+)
 def test_unknown_commands(command, args):
     """An unknown or incomplete command line is bad usage, named in the error; --help is pointed to."""
     message = error_line(command(*args.split()), 2)
@@ -314,9 +425,14 @@ def test_record_without_cuda(command, monkeypatch):
     assert "DATA_PATH" in error_line(command(**shape), 1)
 
 
-@pytest.mark.parametrize("settings, words", [
-    (dict(ITERATIONS="many"), ["ITERATIONS='many'", "a whole number"]),
-    (dict(MODEL_DIM="33"), ["MODEL_DIM=33", "NUM_HEADS=2"]), (dict(ALPHA_BAES="1"), ["ALPHA_BAES", "ALPHA_BASE"])])
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(ITERATIONS="many"), ["ITERATIONS='many'", "a whole number"]),
+        (dict(MODEL_DIM="33"), ["MODEL_DIM=33", "NUM_HEADS=2"]),
+        (dict(ALPHA_BAES="1"), ["ALPHA_BAES", "ALPHA_BASE"]),
+    ],
+)
 def test_bad_settings(command, settings, words):
     """A setting that cannot be meant is bad usage."""
     message = error_line(command(**settings), 2)
@@ -353,7 +469,9 @@ def test_an_artifact_of_another_tokenizer(command, trained, corpus, tmp_path):
 
 def test_settings_against_the_artifact(command, trained):
     """A model setting in the environment that is not the artifact's is an error that names both values."""
-    message = error_line(command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma"), MLP_MULT="2"), 2)
+    message = error_line(
+        command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma"), MLP_MULT="2"), 2
+    )
     assert "MLP_MULT=2" in message and "3" in message
 
 
@@ -366,23 +484,38 @@ def test_an_unwritable_log_folder(command, tmp_path):
 
 def test_ranks_that_do_not_fit_the_batch(command, monkeypatch):
     """Four sequences over three ranks: bad usage, told before any step."""
-    monkeypatch.setattr(train_gpt, "start_runtime",
-                        lambda cfg, environ: train_gpt.Runtime(world=3, notes=("cpu", "", "")))
+    monkeypatch.setattr(
+        train_gpt,
+        "start_runtime",
+        lambda cfg, environ: train_gpt.Runtime(world=3, notes=("cpu", "", "")),
+    )
     monkeypatch.setattr(train_gpt.Runtime, "sum_over_ranks", lambda self, tensor: tensor)
     message = error_line(command(), 2)
-    assert "TRAIN_BATCH_TOKENS=256" in message and "3 ranks" in message and "--nproc_per_node" in message
+    assert (
+        "TRAIN_BATCH_TOKENS=256" in message
+        and "3 ranks" in message
+        and "--nproc_per_node" in message
+    )
 
 
 @pytest.mark.parametrize("rate", ["MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR"])
 def test_nan_stops_training(command, tmp_path, rate):
     """A rate that blows the model up: the error has the step and the rate; weights that it names can be read."""
-    message, path = error_line(command(**{rate: "1e30"}), 1), tmp_path / "logs" / "run" / "stopped.int6.lzma"
+    message, path = (
+        error_line(command(**{rate: "1e30"}), 1),
+        tmp_path / "logs" / "run" / "stopped.int6.lzma",
+    )
     assert message.startswith("step ") and rate in message
     assert path.exists() == (str(path.relative_to(tmp_path)) in message)
-    assert path.exists() or rate != "TIED_EMBED_LR"  # after one step the others' weights may be beyond fp16
+    assert (
+        path.exists() or rate != "TIED_EMBED_LR"
+    )  # after one step the others' weights may be beyond fp16
     if path.exists():
         assert all(w.isfinite().all() for w in train_gpt.read_artifact(path)[2].values())
-    assert not (path.parent / "results.json").exists() and not (path.parent / "model.int6.lzma").exists()
+    assert (
+        not (path.parent / "results.json").exists()
+        and not (path.parent / "model.int6.lzma").exists()
+    )
 
 
 def test_nan_keeps_the_last_good_weights(command, tmp_path, monkeypatch):
@@ -390,14 +523,23 @@ def test_nan_keeps_the_last_good_weights(command, tmp_path, monkeypatch):
     calls, original = itertools.count(1), torch.nn.functional.cross_entropy
 
     def spoil(*args, **how):
-        return original(*args, **how) * (math.nan if next(calls) == 6 else 1)  # two micro-batches a step
+        return original(*args, **how) * (
+            math.nan if next(calls) == 6 else 1
+        )  # two micro-batches a step
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "cross_entropy", spoil)
-        assert error_line(command(WARMDOWN_ITERS="1"), 1).startswith("step 3: loss nan")  # nothing is calibrated
+        assert error_line(command(WARMDOWN_ITERS="1"), 1).startswith(
+            "step 3: loss nan"
+        )  # nothing is calibrated
     stopped = train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[2]
-    assert command(WARMDOWN_ITERS="0", ITERATIONS="2", TTT_ENABLED="0", MIXER_CALIBRATION_TOKENS="0",
-                   RUN_ID="two") == (0, "")
+    assert command(
+        WARMDOWN_ITERS="0",
+        ITERATIONS="2",
+        TTT_ENABLED="0",
+        MIXER_CALIBRATION_TOKENS="0",
+        RUN_ID="two",
+    ) == (0, "")
     whole = train_gpt.read_artifact(tmp_path / "logs" / "two" / "model.int6.lzma")[2]
     assert all(torch.equal(stopped[name], w) for name, w in whole.items())
 
@@ -408,7 +550,10 @@ def test_an_artifact_over_the_cap(command, tmp_path):
     message = error_line(command(SIZE_LIMIT_BYTES=str(code + 2000)), 1)
     path = tmp_path / "logs" / "run" / "model.int6.lzma"
     over = path.stat().st_size - 2000
-    assert f" {over:,} bytes over SIZE_LIMIT_BYTES={code + 2000:,}" in message and "MODEL_DIM" in message
+    assert (
+        f" {over:,} bytes over SIZE_LIMIT_BYTES={code + 2000:,}" in message
+        and "MODEL_DIM" in message
+    )
     assert train_gpt.read_artifact(path)[0]["model_dim"] == 32
     assert "val_bpb" not in (tmp_path / "logs" / "run" / "train.log").read_text()
     assert not (tmp_path / "logs" / "run" / "results.json").exists()
@@ -416,7 +561,9 @@ def test_an_artifact_over_the_cap(command, tmp_path):
 
 def test_ctrl_c_while_training(corpus, tmp_path):
     """SIGINT in the middle of training: one line, a status that is not 0, and weights that `eval` can read."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would inherit "ignored"
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a child would inherit "ignored"
     process = start(tmp_path, **dict(corpus, ITERATIONS="100000", LOG_EVERY="1", RUN_ID="run"))
     signal.signal(signal.SIGINT, before)
     for line in process.stdout:
@@ -429,17 +576,22 @@ def test_ctrl_c_while_training(corpus, tmp_path):
     assert message.startswith("interrupted at step ") and str(path.relative_to(tmp_path)) in message
     settings, table, weights = train_gpt.read_artifact(path)
     assert settings["iterations"] == 100_000 and len(table.pieces) == 400
-    assert all(w.isfinite().all() for w in weights.values()) and any(w.any() for w in weights.values())
+    assert all(w.isfinite().all() for w in weights.values()) and any(
+        w.any() for w in weights.values()
+    )
     assert no_leftovers(tmp_path) and not (path.parent / "model.int6.lzma").exists()
 
 
 def test_ctrl_c_while_scoring(command, trained, monkeypatch):
     """Ctrl-C after training: status 130 and one line."""
+
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_gpt, "evaluate", interrupt)
-    assert "interrupted" in error_line(command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma")), 130)
+    assert "interrupted" in error_line(
+        command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma")), 130
+    )
 
 
 def test_a_shard_that_goes_bad(command, corpus, tmp_path):
@@ -461,20 +613,34 @@ def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
     good = tmp_path / "data" / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
     (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"no shard")
-    settings = dict(corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
+    settings = dict(
+        corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0"
+    )
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
-    message, = (line for line in err.splitlines() if line.startswith("error: "))
+    (message,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert status and "fineweb_train_000001.bin" in message and "stopped.int6.lzma" in message
-    assert train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[0]["vocab_size"] == 400
+    assert (
+        train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[0]["vocab_size"]
+        == 400
+    )
 
 
 def test_a_stopped_run_can_be_evaluated(command, monkeypatch, tmp_path):
     """What a run leaves when it is stopped fits the cap, so that `eval` takes it."""
     original = train_gpt.Trainer.step
-    monkeypatch.setattr(train_gpt.Trainer, "step", lambda self, batches, step, scale: (
-        original(self, batches, step, scale) if step < 2 else (_ for _ in ()).throw(KeyboardInterrupt)))
+    monkeypatch.setattr(
+        train_gpt.Trainer,
+        "step",
+        lambda self, batches, step, scale: (
+            original(self, batches, step, scale)
+            if step < 2
+            else (_ for _ in ()).throw(KeyboardInterrupt)
+        ),
+    )
     budget, path = 180_000, tmp_path / "logs" / "run" / "stopped.int6.lzma"
-    settings = dict(SIZE_LIMIT_BYTES=str(train_gpt.code_bytes() + budget), MODEL_DIM="128", TTT_ENABLED="0")
+    settings = dict(
+        SIZE_LIMIT_BYTES=str(train_gpt.code_bytes() + budget), MODEL_DIM="128", TTT_ENABLED="0"
+    )
     assert path.name in error_line(command(**settings), 1)
     _, table, weights = train_gpt.read_artifact(path)
     cfg = train_gpt.config_from_env(os.environ)
@@ -485,6 +651,7 @@ def test_a_stopped_run_can_be_evaluated(command, monkeypatch, tmp_path):
 
 def test_a_failed_calibration_keeps_the_weights(command, tmp_path, monkeypatch):
     """Whatever goes wrong after training, the trained weights are on disk."""
+
     def fail(*args):
         raise train_gpt.UserError("no such luck")
 
@@ -496,6 +663,7 @@ def test_a_failed_calibration_keeps_the_weights(command, tmp_path, monkeypatch):
 
 def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
     """Untrained weights are not offered as the last good ones."""
+
     def interrupt(cfg):
         raise KeyboardInterrupt
 

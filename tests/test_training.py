@@ -14,7 +14,15 @@ from conftest import VOCAB, tiny_config, tiny_stream, tiny_table, unpacked, warm
 from torch import nn
 
 import train_gpt
-from train_gpt import GPT, BigramCounts, Runtime, Trainer, TrainingStopped, TrainStream, WeightAverage
+from train_gpt import (
+    GPT,
+    BigramCounts,
+    Runtime,
+    Trainer,
+    TrainingStopped,
+    TrainStream,
+    WeightAverage,
+)
 
 HERE = Runtime()  # one rank, CPU, float32
 
@@ -33,13 +41,16 @@ def one_thread_one_seed():
 def data(tmp_path_factory):
     """A folder with three short training shards, the second one compressed."""
     folder = tmp_path_factory.mktemp("shards")
-    write_shards(folder, [tiny_stream(400, 1), tiny_stream(250, 2), tiny_stream(310, 3)], compressed={1})
+    write_shards(
+        folder, [tiny_stream(400, 1), tiny_stream(250, 2), tiny_stream(310, 3)], compressed={1}
+    )
     return folder
 
 
 def write_shards(folder, shards, compressed=()):
     """Write token arrays as training shards 0, 1, ... of `folder`."""
     import zstandard
+
     for number, tokens in enumerate(shards):
         contents, ending = train_gpt.shard_bytes(tokens), ".bin"
         if number in compressed:
@@ -74,26 +85,32 @@ def same(a, b):
 
 def naive_rms(x):
     """x over its root mean square."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0 ** -23)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0**-23)
 
 
 def naive_buckets(tokens, buckets):
     """Row of the bigram table for each token of a list, in Python's integers."""
-    return [((36313 * token) ^ (27191 * tokens[t - 1])) % (buckets - 1) if t else buckets - 1
-            for t, token in enumerate(tokens)]
+    return [
+        ((36313 * token) ^ (27191 * tokens[t - 1])) % (buckets - 1) if t else buckets - 1
+        for t, token in enumerate(tokens)
+    ]
 
 
 def naive_smear(rows, smear):
     """Each row mixed with the row before it; nothing is before the first."""
     gate = 1 / (1 + np.exp(-smear))
-    return np.stack([(1 - gate) * row + gate * (rows[t - 1] if t else 0) for t, row in enumerate(rows)])
+    return np.stack(
+        [(1 - gate) * row + gate * (rows[t - 1] if t else 0) for t, row in enumerate(rows)]
+    )
 
 
 def naive_rotate(head, position, dims, base):
     """Turn the pairs (j, j + dims/2) of one head vector by position * base^(-2j/dims)."""
     out = head.copy()
     for j in range(dims // 2):
-        z = complex(head[j], head[j + dims // 2]) * cmath.exp(1j * position * base ** (-2 * j / dims))
+        z = complex(head[j], head[j + dims // 2]) * cmath.exp(
+            1j * position * base ** (-2 * j / dims)
+        )
         out[j], out[j + dims // 2] = z.real, z.imag
     return out
 
@@ -129,8 +146,11 @@ def naive_mlp(x, w_in, w_out):
 
 def naive_base(cfg):
     """The rotary base: 10,000, NTK-scaled for training sequences beyond 1,024."""
-    return 10_000.0 * (cfg.train_seq_len / 1024) ** (cfg.rope_dims / (cfg.rope_dims - 2)) \
-        if cfg.train_seq_len > 1024 else 10_000.0
+    return (
+        10_000.0 * (cfg.train_seq_len / 1024) ** (cfg.rope_dims / (cfg.rope_dims - 2))
+        if cfg.train_seq_len > 1024
+        else 10_000.0
+    )
 
 
 def naive_block(w, cfg, i, x, x0, extra_v):
@@ -140,8 +160,13 @@ def naive_block(w, cfg, i, x, x0, extra_v):
     x = p["mix_x"] * x + p["mix_x0"] * x0
     h = naive_rms(x) / math.sqrt(i + 1)
     q, k, own_v = ((h @ p[n].T).reshape(T, -1, d) for n in "qkv")
-    q, k = ([[naive_rotate(head, t, cfg.rope_dims, naive_base(cfg)) for head in row]
-             for t, row in enumerate(naive_rms(z))] for z in (q, k))
+    q, k = (
+        [
+            [naive_rotate(head, t, cfg.rope_dims, naive_base(cfg)) for head in row]
+            for t, row in enumerate(naive_rms(z))
+        ]
+        for z in (q, k)
+    )
     v = own_v + extra_v
     y = naive_attention(np.array(q) * p["q_gain"][:, None], np.array(k), v)
     if i >= cfg.num_layers - cfg.xsa_last_n:
@@ -154,8 +179,11 @@ def naive_block(w, cfg, i, x, x0, extra_v):
 def naive_embedding(w, tokens):
     """Token table + projected bigram table, normed, smeared."""
     buckets = naive_buckets(tokens, len(w["embed.bigrams"]))
-    rows = [w["embed.tokens"][token] + w["embed.bigram_scale"] * (w["embed.bigram_proj"] @ w["embed.bigrams"][b])
-            for token, b in zip(tokens, buckets)]
+    rows = [
+        w["embed.tokens"][token]
+        + w["embed.bigram_scale"] * (w["embed.bigram_proj"] @ w["embed.bigrams"][b])
+        for token, b in zip(tokens, buckets)
+    ]
     return naive_smear(naive_rms(np.stack(rows)), w["embed.smear"])
 
 
@@ -184,14 +212,32 @@ def naive_logits(model, cfg, tokens):
 
 def grouped_config(**changes):
     """Five layers, four heads in two groups, half of each head rotated, a base scaled for 2,048 tokens."""
-    return tiny_config(**{**dict(
-        num_layers=5, num_heads=4, num_kv_heads=2, rope_dims=4, ve_layers="1,3,4", logit_softcap=1.0,
-        train_seq_len=2048, train_batch_tokens=2048, micro_batch_tokens=2048), **changes})
+    return tiny_config(
+        **{
+            **dict(
+                num_layers=5,
+                num_heads=4,
+                num_kv_heads=2,
+                rope_dims=4,
+                ve_layers="1,3,4",
+                logit_softcap=1.0,
+                train_seq_len=2048,
+                train_batch_tokens=2048,
+                micro_batch_tokens=2048,
+            ),
+            **changes,
+        }
+    )
 
 
-@pytest.mark.parametrize("changes", [
-    {}, dict(num_layers=4, ve_layers="", vrl_enabled=False, xsa_last_n=0),
-    dict(train_seq_len=32, num_heads=2, num_kv_heads=1, ve_layers="0", xsa_last_n=5)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        dict(num_layers=4, ve_layers="", vrl_enabled=False, xsa_last_n=0),
+        dict(train_seq_len=32, num_heads=2, num_kv_heads=1, ve_layers="0", xsa_last_n=5),
+    ],
+)
 def test_forward_equals_the_formulas(changes):
     """The whole model agrees with its second writing, in every combination of mechanisms."""
     cfg = grouped_config(**changes)
@@ -221,7 +267,14 @@ def test_new_model_starts_as_documented():
     """Orthogonal projections, zero residual outputs, small embeddings, and gains and gates at their start values."""
     cfg = tiny_config(qk_gain_init=1.25)
     w = weights_of(train_gpt.new_model(cfg, HERE))
-    for name in ("blocks.0.q", "blocks.3.k", "blocks.1.v", "blocks.2.mlp_in", "embed.bigram_proj", "ve_proj"):
+    for name in (
+        "blocks.0.q",
+        "blocks.3.k",
+        "blocks.1.v",
+        "blocks.2.mlp_in",
+        "embed.bigram_proj",
+        "ve_proj",
+    ):
         short = w[name] if w[name].size(0) <= w[name].size(1) else w[name].T
         torch.testing.assert_close(short @ short.T, torch.eye(len(short)), atol=1e-5, rtol=0)
     zero = ("attn_out", "mlp_out", "mix_x0", "embed.bigrams", "embed.smear", "vrl_scales")
@@ -231,7 +284,9 @@ def test_new_model_starts_as_documented():
     assert all((p == 1.25).all() for n, p in w.items() if n.endswith("q_gain"))
     assert w["embed.tokens"].std() == pytest.approx(0.005, rel=0.1)
     assert w["embed.bigram_scale"] == torch.tensor(0.05) and w["ve_scale"] == torch.tensor(0.1)
-    assert not same(w, weights_of(train_gpt.new_model(tiny_config(qk_gain_init=1.25, seed=2), HERE)))
+    assert not same(
+        w, weights_of(train_gpt.new_model(tiny_config(qk_gain_init=1.25, seed=2), HERE))
+    )
 
 
 @pytest.mark.parametrize("position", [0, 1, 9, 30, 31])
@@ -253,7 +308,7 @@ def test_forward_over_past_rows_equals_one_pass(known):
     with torch.no_grad():
         logits, present = model(tokens)
         _, past = model(tokens[:, :known])
-        tile, extended = model(tokens[:, known - train_gpt.EMBED_CONTEXT:], past)
+        tile, extended = model(tokens[:, known - train_gpt.EMBED_CONTEXT :], past)
     torch.testing.assert_close(tile, logits[:, known:], atol=2e-6, rtol=1e-5)
     for whole, joined in zip(present, extended):
         torch.testing.assert_close(joined, whole, atol=2e-6, rtol=1e-5)
@@ -266,8 +321,8 @@ def test_past_may_grow_tile_by_tile():
         logits, _ = model(tokens)
         _, past = model(tokens[:, :8])
         for start in (8, 16, 24):
-            tile, past = model(tokens[:, start - train_gpt.EMBED_CONTEXT:start + 8], past)
-            torch.testing.assert_close(tile, logits[:, start:start + 8], atol=2e-6, rtol=1e-5)
+            tile, past = model(tokens[:, start - train_gpt.EMBED_CONTEXT : start + 8], past)
+            torch.testing.assert_close(tile, logits[:, start : start + 8], atol=2e-6, rtol=1e-5)
 
 
 def test_attention_shares_key_heads_in_groups():
@@ -282,16 +337,23 @@ def test_exclude_self_takes_out_the_own_value():
     """What XSA leaves is orthogonal to the position's value and otherwise untouched."""
     y, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
     out = train_gpt.exclude_self(y, v)
-    np.testing.assert_allclose(out[0].numpy(), naive_exclude_self(y[0].numpy(), v[0].numpy()), atol=1e-6)
+    np.testing.assert_allclose(
+        out[0].numpy(), naive_exclude_self(y[0].numpy(), v[0].numpy()), atol=1e-6
+    )
     own = v.repeat_interleave(2, dim=2)
     torch.testing.assert_close((out * own).sum(-1), torch.zeros(1, 6, 4), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("train_seq_len, base", [(512, 10_000.0), (1024, 10_000.0), (2048, 10_000.0 * 2 ** (16 / 14))])
+@pytest.mark.parametrize(
+    "train_seq_len, base", [(512, 10_000.0), (1024, 10_000.0), (2048, 10_000.0 * 2 ** (16 / 14))]
+)
 def test_rotary_turns_half_split_pairs(train_seq_len, base):
     """The first 16 of 24 dimensions turn as pairs (j, j + 8), by the position times the scaled frequencies."""
     turns, x = train_gpt.rotary_turns(16, train_seq_len, 64), torch.randn(1, 20, 2, 24)
-    naive = [[naive_rotate(head, 5 + t, 16, base) for head in row] for t, row in enumerate(x[0].double().numpy())]
+    naive = [
+        [naive_rotate(head, 5 + t, 16, base) for head in row]
+        for t, row in enumerate(x[0].double().numpy())
+    ]
     out = train_gpt.rotate(x, turns[:, 5:25])
     np.testing.assert_allclose(out[0].numpy(), np.array(naive), atol=2e-6)
     assert torch.equal(out[..., 16:], x[..., 16:])
@@ -359,10 +421,20 @@ def test_queries_keys_and_values_of_a_layer(monkeypatch):
     ve = w["ve_scale"] * w["ve_table"][tokens[0].numpy()] @ w["ve_proj"].T
     v0 = h @ w["blocks.0.v"].T
     for i, (q, k, v) in enumerate(seen):
-        own_q, own_k = ((h @ w[f"blocks.{i}.{n}"].T).reshape(10, -1, 16) for n in "qk")  # the norm undoes 1/sqrt(i+1)
-        rotated = [[naive_rotate(head, t, 8, 10_000.0) for head in row] for t, row in enumerate(naive_rms(own_q))]
-        np.testing.assert_allclose(q, np.array(rotated) * w[f"blocks.{i}.q_gain"][:, None], atol=1e-4)
-        rotated = [[naive_rotate(head, t, 8, 10_000.0) for head in row] for t, row in enumerate(naive_rms(own_k))]
+        own_q, own_k = (
+            (h @ w[f"blocks.{i}.{n}"].T).reshape(10, -1, 16) for n in "qk"
+        )  # the norm undoes 1/sqrt(i+1)
+        rotated = [
+            [naive_rotate(head, t, 8, 10_000.0) for head in row]
+            for t, row in enumerate(naive_rms(own_q))
+        ]
+        np.testing.assert_allclose(
+            q, np.array(rotated) * w[f"blocks.{i}.q_gain"][:, None], atol=1e-4
+        )
+        rotated = [
+            [naive_rotate(head, t, 8, 10_000.0) for head in row]
+            for t, row in enumerate(naive_rms(own_k))
+        ]
         np.testing.assert_allclose(k, np.array(rotated), atol=1e-4)
         value = h @ w[f"blocks.{i}.v"].T / math.sqrt(i + 1)
         value += w["vrl_scales"][i - 1] * v0 if i else 0
@@ -406,7 +478,7 @@ def test_stream_is_sequential_and_cyclic(tmp_path):
     stream = TrainStream(tiny_config(data_path=str(tmp_path)))
     endless = np.concatenate(shards * 4)
     for start in range(0, 400, 16):
-        np.testing.assert_array_equal(stream.take(16), endless[start:start + 17])
+        np.testing.assert_array_equal(stream.take(16), endless[start : start + 17])
     assert (stream.opened - 1) // len(stream.files) == 3
 
 
@@ -415,7 +487,9 @@ def test_one_shard_may_be_shorter_than_a_step(tmp_path):
     write_shards(tmp_path, [np.arange(10)])
     stream = TrainStream(tiny_config(data_path=str(tmp_path)))
     assert [t.tolist() for t in (stream.take(24), stream.take(3))] == [
-        [i % 10 for i in range(25)], [i % 10 for i in range(24, 28)]]
+        [i % 10 for i in range(25)],
+        [i % 10 for i in range(24, 28)],
+    ]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -423,7 +497,9 @@ def test_ranks_share_a_step(world):
     """The ranks' sequences, in order, are the step's; targets are inputs moved by one; micro-batches are capped."""
     cfg = tiny_config(train_batch_tokens=12 * 32, micro_batch_tokens=5 * 32)
     tokens = np.arange(12 * 32 + 1)
-    shares = [train_gpt.micro_batches(tokens, cfg, Runtime(rank=r, world=world)) for r in range(world)]
+    shares = [
+        train_gpt.micro_batches(tokens, cfg, Runtime(rank=r, world=world)) for r in range(world)
+    ]
     x, y = (torch.cat([batch[side] for share in shares for batch in share]) for side in (0, 1))
     assert torch.equal(x, torch.arange(12 * 32).view(12, 32)) and torch.equal(y, x + 1)
     sizes = [len(batch[0]) for share in shares for batch in share]
@@ -447,8 +523,12 @@ def naive_weights(pairs, x, y, alpha):
     total = Counter()
     for (first, _), count in pairs.items():
         total[first] += count
-    return torch.tensor([[max(0.1, 1 - alpha * pairs[a, b] / (total[a] + 1)) for a, b in zip(*row)]
-                         for row in zip(x.tolist(), y.tolist())])
+    return torch.tensor(
+        [
+            [max(0.1, 1 - alpha * pairs[a, b] / (total[a] + 1)) for a, b in zip(*row)]
+            for row in zip(x.tolist(), y.tolist())
+        ]
+    )
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
@@ -459,7 +539,9 @@ def test_complementary_weights_equal_a_plain_count(data, alpha):
     for _ in range(6):
         batches = train_gpt.micro_batches(stream.take(128), cfg, HERE)
         for x, y in batches:
-            torch.testing.assert_close(counts.weights(x, y, alpha), naive_weights(pairs, x, y, alpha))
+            torch.testing.assert_close(
+                counts.weights(x, y, alpha), naive_weights(pairs, x, y, alpha)
+            )
         counts.add(batches)
         for x, y in batches:
             pairs.update(zip(x.flatten().tolist(), y.flatten().tolist()))
@@ -471,7 +553,9 @@ def test_complementary_weight_has_a_floor():
     """A pair that is nearly certain keeps a weight of 0.1; an unseen one keeps 1."""
     counts, x = BigramCounts(VOCAB, HERE), torch.full((1, 500), 7)
     counts.add([(x, x + 1)])
-    assert torch.equal(counts.weights(x[:, :2], torch.tensor([[8, 9]]), 1.0), torch.tensor([[0.1, 1.0]]))
+    assert torch.equal(
+        counts.weights(x[:, :2], torch.tensor([[8, 9]]), 1.0), torch.tensor([[0.1, 1.0]])
+    )
     assert counts.weights(x[:, :1], x[:, :1] + 1, 0.5).item() == pytest.approx(1 - 0.5 * 500 / 501)
 
 
@@ -481,12 +565,14 @@ def test_a_step_is_weighted_by_the_steps_before_it(data):
     trainer, stream, pairs = Trainer(warm_model(cfg), cfg, HERE), TrainStream(cfg), Counter()
     for step in range(3):
         batches = train_gpt.micro_batches(stream.take(128), cfg, HERE)
-        (x, y), = batches
+        ((x, y),) = batches
         twin = copy.deepcopy(trainer.model)
         nats = F.cross_entropy(twin(x)[0].flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         expected = (naive_weights(pairs, x, y, 1.0) * nats).mean()
         expected.backward()
-        assert trainer.gradients(batches) == pytest.approx([expected.item(), nats.mean().item()], rel=1e-6)
+        assert trainer.gradients(batches) == pytest.approx(
+            [expected.item(), nats.mean().item()], rel=1e-6
+        )
         for p, q in zip(trainer.model.parameters(), twin.parameters()):
             torch.testing.assert_close(p.grad, q.grad, atol=1e-7, rtol=1e-4)
         trainer.model.zero_grad()
@@ -501,7 +587,7 @@ def test_alpha_zero_is_the_plain_loss(data):
     trainer, stream = Trainer(warm_model(cfg), cfg, HERE), TrainStream(cfg)
     for step in range(2):
         trainer.step(train_gpt.micro_batches(stream.take(128), cfg, HERE), step, 1.0)
-    (x, y), = batches = train_gpt.micro_batches(stream.take(128), cfg, HERE)
+    ((x, y),) = batches = train_gpt.micro_batches(stream.take(128), cfg, HERE)
     plain = F.cross_entropy(trainer.model(x)[0].flatten(0, 1), y.flatten()).item()
     assert trainer.gradients(batches) == pytest.approx([plain, plain], rel=1e-6)
 
@@ -541,8 +627,15 @@ def test_learning_rate_falls_with_the_iterations():
 def test_learning_rate_falls_with_the_clock():
     """The steps left are the seconds left over the mean step time, unless the iterations end sooner."""
     cfg = tiny_config(iterations=10_000, warmdown_iters=400, max_wallclock_seconds=600.0)
-    cases = {(0, 0.0): 1, (1000, 300.0): 1, (1000, 500.0): 0.5, (2000, 590.0): 10 / 0.295 / 400,
-             (1000, 600.0): 0, (1000, 700.0): 0, (9900, 100.0): 0.25}
+    cases = {
+        (0, 0.0): 1,
+        (1000, 300.0): 1,
+        (1000, 500.0): 0.5,
+        (2000, 590.0): 10 / 0.295 / 400,
+        (1000, 600.0): 0,
+        (1000, 700.0): 0,
+        (9900, 100.0): 0.25,
+    }
     for (step, seconds), scale in cases.items():
         assert train_gpt.lr_scale(step, seconds, cfg) == pytest.approx(scale)
 
@@ -551,7 +644,8 @@ def test_momentum_rises_linearly():
     """0.92 at the start, MUON_MOMENTUM after the warm-up; a MUON_MOMENTUM below 0.92 holds from the start."""
     cfg = tiny_config(muon_momentum=0.99, muon_momentum_warmup_steps=1500)
     assert [train_gpt.muon_momentum(s, cfg) for s in (0, 300, 750, 1500, 9000)] == pytest.approx(
-        [0.92, 0.934, 0.955, 0.99, 0.99])
+        [0.92, 0.934, 0.955, 0.99, 0.99]
+    )
     assert train_gpt.muon_momentum(700, tiny_config(muon_momentum=0.9)) == pytest.approx(0.9)
 
 
@@ -599,7 +693,13 @@ def test_quantized_weights_are_the_artifacts():
         inside = weights_of(model)
     assert torch.equal(stored.pop("mixer"), model.mixer.half().float())
     assert same(inside, stored) and same(weights_of(model), exact)
-    assert same(inside, {n: train_gpt.decode_tensor(*train_gpt.encode_tensor(n, w, 12.0)) for n, w in exact.items()})
+    assert same(
+        inside,
+        {
+            n: train_gpt.decode_tensor(*train_gpt.encode_tensor(n, w, 12.0))
+            for n, w in exact.items()
+        },
+    )
     assert all(not torch.equal(inside[n], exact[n]) for n in exact)
 
 
@@ -669,12 +769,17 @@ def test_training_learns_a_repetitive_stream(tmp_path):
     phrase = np.random.default_rng(5).permutation(np.arange(6, 30))
     write_shards(tmp_path, [np.tile(phrase, 20)])
     model, result, lines = trained(tmp_path, iterations=30, warmdown_iters=10)
-    x, y = torch.from_numpy(np.tile(phrase, 2)[None, :32]), torch.from_numpy(np.tile(phrase, 2)[None, 1:33])
+    x, y = (
+        torch.from_numpy(np.tile(phrase, 2)[None, :32]),
+        torch.from_numpy(np.tile(phrase, 2)[None, 1:33]),
+    )
     with torch.no_grad():
         loss = F.cross_entropy(model(x)[0].flatten(0, 1), y.flatten()).item()
     assert loss < 0.6 * math.log(VOCAB)
     assert (result.steps, result.tokens) == (30, 30 * 128) and result.seconds > 0
-    assert lines[0].startswith("step 1/30  loss 4.1") and lines[-1].startswith("note: the training shards were read 8")
+    assert lines[0].startswith("step 1/30  loss 4.1") and lines[-1].startswith(
+        "note: the training shards were read 8"
+    )
 
 
 def test_same_seed_gives_the_same_artifact(data):
@@ -724,7 +829,11 @@ def completed_steps(data, steps):
     cfg = tiny_config(data_path=str(data))
     trainer, stream = Trainer(train_gpt.new_model(cfg, HERE), cfg, HERE), TrainStream(cfg)
     for step in range(steps):
-        trainer.step(train_gpt.micro_batches(stream.take(128), cfg, HERE), step, train_gpt.lr_scale(step, 0, cfg))
+        trainer.step(
+            train_gpt.micro_batches(stream.take(128), cfg, HERE),
+            step,
+            train_gpt.lr_scale(step, 0, cfg),
+        )
     trainer.average.install()
     return weights_of(trainer.model)
 
@@ -746,9 +855,14 @@ def interrupt(*args):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("spoil, message", [
-    (spoil_loss, "step 3: loss nan"), (spoil_gradient, "step 3: .*gradient norm nan"),
-    (interrupt, "interrupted at step 2")])
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (spoil_loss, "step 3: loss nan"),
+        (spoil_gradient, "step 3: .*gradient norm nan"),
+        (interrupt, "interrupted at step 2"),
+    ],
+)
 @pytest.mark.parametrize("qat", [False, True])
 def test_a_stop_keeps_the_last_good_weights(data, monkeypatch, spoil, message, qat):
     """NaN or Ctrl-C in step 3's second micro-batch: the message names the step, two steps' weights remain."""
@@ -774,8 +888,9 @@ def test_ctrl_c_between_two_optimizers(data, monkeypatch):
     """Half of step 3's weights have moved: what remains is the average of the two steps before."""
     expected = completed_steps(data, 2)
     calls, original = itertools.count(1), torch.optim.AdamW.step
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: (
-        interrupt() if next(calls) == 3 else original(self)))
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self: interrupt() if next(calls) == 3 else original(self)
+    )
     cfg = tiny_config(data_path=str(data))
     model = train_gpt.new_model(cfg, HERE)
     with pytest.raises(TrainingStopped, match="interrupted at step 2"):
@@ -799,12 +914,20 @@ def rank_report(rt, folder):
     for step in range(4):
         losses.append(trainer.step(batches, step, 1.0))
         batches = train_gpt.micro_batches(stream.take(128), cfg, rt)
-    report = dict(losses=losses, gradients=gradients, weights=weights_of(trainer.model),
-                  average=[m.clone() for m in trainer.average.mean], counts=trainer.bigrams.counts.clone(),
-                  totals=trainer.bigrams.totals.clone(), x=torch.cat([x for x, _ in batches]))
+    report = dict(
+        losses=losses,
+        gradients=gradients,
+        weights=weights_of(trainer.model),
+        average=[m.clone() for m in trainer.average.mean],
+        counts=trainer.bigrams.counts.clone(),
+        totals=trainer.bigrams.totals.clone(),
+        x=torch.cat([x for x, _ in batches]),
+    )
     if rt.rank == rt.world - 1:
         original = trainer.loss
-        trainer.loss = lambda x, y, weights: tuple(math.nan * loss for loss in original(x, y, weights))
+        trainer.loss = lambda x, y, weights: tuple(
+            math.nan * loss for loss in original(x, y, weights)
+        )
     try:
         trainer.step(batches, 4, 1.0)
     except TrainingStopped as stop:
@@ -843,7 +966,9 @@ def test_gradients_do_not_depend_on_the_ranks(reports):
 def test_steps_do_not_depend_on_the_ranks(reports):
     """Two ranks hold the same bits, and go where one rank goes up to Muon's bf16."""
     alone, first, second = reports
-    assert same(first["weights"], second["weights"]) and all(map(torch.equal, first["average"], second["average"]))
+    assert same(first["weights"], second["weights"]) and all(
+        map(torch.equal, first["average"], second["average"])
+    )
     start = weights_of(warm_model(tiny_config()))
     for name, weight in alone["weights"].items():
         assert (first["weights"][name] - weight).norm() < 0.01 * (weight - start[name]).norm(), name
