@@ -9,7 +9,8 @@
     train_gpt.py compress IN OUT       any file to code words, with the artifact
     train_gpt.py decompress IN OUT     and back, byte for byte
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
-    train_gpt.py summarize JSON...     results of several seeds to submission.json
+    train_gpt.py summarize JSON...     results of several seeds to submission.json; `--mixed` before
+                                       them: of several scripts, devices or training texts
 
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
@@ -31,6 +32,7 @@ Shapes: B batch, T rows, W window, S stride, D width, H query heads, G key and v
 width, V vocabulary, R positions, C contexts, M occurrences a context, J candidates, F features.
 """
 
+import codecs
 import contextlib
 import copy
 import ctypes
@@ -48,6 +50,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -415,7 +418,7 @@ def check_config(cfg):
         for multiple in limits.get("divides", ()):
             whole = getattr(cfg, multiple) % value == 0
             need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-        most = limits.get("maximum", math.inf)
+        most = limits.get("maximum", math.inf if FIELDS[name].type is float else 2**63 - 1)
         if isinstance(most, str):
             most = getattr(cfg, most)  # of a setting above, or what follows from such
         need(value <= most, name, f"must be at most {most:.9g}")
@@ -596,7 +599,8 @@ def check_writable(folder, need_bytes):
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space
 # counts only where a decoder prints one: not after a boundary (BOS, control, unknown). Every
-# document's count is compared with its text.
+# document's count is compared with its text. A wrong tokenizer passes that test (its text is
+# another, but counted well), so shards name theirs, or show it by what encoding gives back.
 
 SPACE = "\u2581"
 
@@ -656,7 +660,8 @@ class TokenTable:
 def load_tokenizer(path, vocab_size, table=None):
     """Return (TokenTable, processor) of a SentencePiece model.
 
-    UserError if it is none, does not fit VOCAB_SIZE, or is not the tokenizer of `table`.
+    UserError if it is none, does not fit VOCAB_SIZE, spells a space in three byte pieces, or is not
+    the tokenizer of `table`.
     """
     import sentencepiece
 
@@ -671,21 +676,26 @@ def load_tokenizer(path, vocab_size, table=None):
     ids = range(vocab_size)
     kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
     found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
+    if SPACE not in found.pieces:
+        raise UserError(
+            f"TOKENIZER_PATH={path}: no piece for a lone space, which would count as 3 bytes: "
+            "train one with U+2581 in its vocabulary, as `tokenize` does"
+        )
     if table and table.digest != found.digest:
         raise UserError(f"TOKENIZER_PATH={path}: the artifact has another tokenizer")
     return found, sp
 
 
-def audit_bytes(table, tokens, decode=None):
+def audit_bytes(table, tokens, decode=None, digest=None):
     """Return the bytes of tokens[1:] after comparing each document's count with its text.
 
-    The text is SentencePiece's where `decode` is given, else the table's own. UserError where they
-    differ, where a text is not UTF-8 (a last document may be cut inside a character), or where the
-    stream does not begin with BOS.
+    The text is SentencePiece's where `decode` is given, else the table's own; `digest`, a hashlib
+    object, is updated with it. UserError where they differ, where a text is not UTF-8 (a last
+    document may be cut inside a character), or where the stream does not begin with BOS.
     """
     counts = table.count_bytes(tokens)
     starts = np.flatnonzero(tokens == table.bos_id)
-    if not len(starts) or starts[0]:
+    if tokens[0] != table.bos_id:
         raise UserError(
             f"the validation stream must start with BOS (id {table.bos_id}), like every document"
         )
@@ -708,79 +718,160 @@ def audit_bytes(table, tokens, decode=None):
             raise UserError(
                 f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
             )
+        if digest:
+            digest.update(text)
     return int(counts.sum())
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens;
-# inside zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any
-# number of ranks. The end of the last shard is never trained on: the mixer is calibrated on it.
+# inside zstandard if named .zst. Ours have, after the count, the SHA-256 of their tokenizer's table
+# and a CRC-32 of tokens and header. Training reads shards in order, cyclically, and alike on any
+# number of ranks. The end of the last one is never trained on: the mixer is calibrated on it.
+#
+# A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
+# again: documents come back whole from the tokenizer that made them, and go astray within their
+# first words with any other. On FineWeb (224 samples) at least 0.9999 of the tokens come back; with
+# nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with a twin
+# trained without one document of 1,900 (10 pieces differ), 0.5.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+SAMPLE_TOKENS = 32_768
+CHUNK_BYTES = 1 << 16
 
 
-def read_bytes(path):
-    """Return a file's contents, decompressed if its name ends in .zst; EOFError for a cut frame."""
-    data = Path(path).read_bytes()
-    if not str(path).endswith(".zst"):
-        return data
-    import zstandard
+def read_chunks(path):
+    """Yield a file's contents in parts, decompressed if its name ends in .zst.
 
-    parts = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(data))
-        if not frame.eof:
-            raise EOFError("its end is missing")
-        data = frame.unused_data
-    return b"".join(parts)
-
-
-def read_shard(path, vocab_size):
-    """Return one shard's tokens, uint16 (n,).
-
-    UserError for a file that is foreign, truncated or has tokens outside of the vocabulary.
+    EOFError for a cut frame; windows may be as long as the format has them.
     """
+    frame = None
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(CHUNK_BYTES), b""):
+            while data and str(path).endswith(".zst"):
+                import zstandard
+
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+                if frame.eof:
+                    frame = None
+            yield data
+    if frame:
+        raise EOFError("its end is missing")
+
+
+def read_shard(path, vocab_size, most=1 << 40):
+    """Return one shard's tokens, at most the first `most`, uint16 (n,).
+
+    UserError for a file that is foreign, truncated, damaged or has tokens outside of the
+    vocabulary; what lies behind `most` is not looked at.
+    """
+    wanted = SHARD_HEADER_BYTES + 2 * most
+    data = bytearray()
     try:
-        data = read_bytes(path)
+        for chunk in read_chunks(path):
+            data += chunk
+            if len(data) > wanted:
+                break
+    except ImportError:
+        raise
     except Exception as error:  # zstandard raises a class of its own
         raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
-    head = np.frombuffer(data[:12].ljust(12, b"\0"), dtype="<i4")
-    magic, version, count = head.tolist()
+    magic, version, count = struct.unpack("<iii", data[:12].ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`"
         )
-    if len(data) != SHARD_HEADER_BYTES + 2 * count or not count:
+    size = SHARD_HEADER_BYTES + 2 * count
+    if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
+    known = (len(data) - SHARD_HEADER_BYTES) // 2
+    tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
+    if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+        raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
-    return tokens
+    return tokens[:most]
 
 
-def shard_bytes(tokens):
-    """Return the contents of a shard of uint16 tokens (n,): the inverse of read_shard."""
-    head = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens))
-    return head.ljust(SHARD_HEADER_BYTES, b"\0") + np.asarray(tokens, dtype="<u2").tobytes()
+def shard_bytes(tokens, tokenizer=bytes(32)):
+    """Return a shard of uint16 tokens (n,): the inverse of read_shard.
+
+    `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
+    """
+    body = np.asarray(tokens, dtype="<u2").tobytes()
+    crc = any(tokenizer) and zlib.crc32(tokenizer + body)
+    head = struct.pack("<iii32sI", SHARD_MAGIC, SHARD_VERSION, len(tokens), tokenizer, crc)
+    return head.ljust(SHARD_HEADER_BYTES, b"\0") + body
 
 
 def list_shards(cfg, split):
-    """Return the sorted shard files of `split` (train, val); a file wins over its .zst twin."""
-    found = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
-    files = [
-        f for f in found if f.endswith(".bin") or (f[:-4] not in found and f[-8:] == ".bin.zst")
-    ]
-    if not files:
+    """Return the shard files of `split` (train, val) in order; a file wins over its .zst twin.
+
+    UserError for none, a gap in their numbers, or another file that looks like a shard.
+    """
+    folder = Path(cfg.data_path)
+    candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
+    names = (path.name for path in folder.glob("*"))
+    found = sorted({name.removesuffix(".zst") for name in names if candidate.match(name)})
+    if not found:
         raise UserError(
-            f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}: get FineWeb's "
+            f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
             "(see README), make some with `tokenize`, or run PRESET=demo, which needs none"
         )
-    return files
+    for number, name in enumerate(found):
+        expected = f"fineweb_{split}_{number:06d}.bin"
+        if name != expected:
+            raise UserError(
+                f"DATA_PATH: {folder} has {name} where {expected} is expected (.zst aside): shards "
+                "are numbered without gaps, and nothing beside them may look like one"
+            )
+    paths = (folder / name for name in found)
+    return [str(path) if path.exists() else f"{path}.zst" for path in paths]
+
+
+def share_returned(sp, tokens):
+    """Return the share of tokens, uint16 (n,), that their text gives back when encoded again.
+
+    Of each document what comes before its first difference counts; 1.0 where no document begins.
+    """
+    returned = wanted = 1
+    for document in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:]:
+        ids = document[1:].tolist()
+        returned += len(os.path.commonprefix([ids, sp.encode(sp.decode(ids))]))  # noqa: RUF071
+        wanted += len(ids)
+    return returned / wanted
+
+
+def check_shards(paths, table, sp):
+    """Return {SHA-256 of a shard's header and first tokens: its name}.
+
+    UserError for two that are alike, and for another tokenizer than `table`'s, by what a shard says
+    or by the evidence of the processor `sp`; None: without a word of its own it is trusted.
+    """
+    known = {}
+    for path in paths:
+        tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
+        head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
+        digest = hashlib.sha256(head + tokens.tobytes()).hexdigest()
+        if digest in known:
+            raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
+        known[digest] = Path(path).name
+        maker = head[12:44]
+        fits = maker.hex() == table.digest
+        if not any(maker):
+            fits = not sp or share_returned(sp, tokens) > 0.9
+        if not fits:
+            raise UserError(
+                f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or the "
+                "artifact has: set the one that belongs to it"
+            )
+    return known
 
 
 def load_validation(cfg):
@@ -869,9 +960,8 @@ def micro_batches(tokens, cfg, rt):
 # the compute dtype, with scales folded in and tables projected: once a step, or once until they
 # change.
 
-EMBED_CONTEXT = (
-    2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
-)
+# Rows before the first that its embedding needs: smear looks 1 back, its bigram 2.
+EMBED_CONTEXT = 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 
@@ -906,8 +996,7 @@ def causal_bias(rows, known, reach, like):
 
     A row sees itself and the `reach` keys before it. Device and dtype are those of `like`.
     """
-    seen = like.new_ones(rows, known + rows).tril(known).triu(known - reach)
-    return seen.log()  # of 1 and 0
+    return like.new_ones(rows, known + rows).tril(known).triu(known - reach).log()  # of 1 and 0
 
 
 def unit(x):
@@ -982,27 +1071,6 @@ class Embedding(nn.Module):
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
 
-class Pass(NamedTuple):
-    """What all layers need to know of the N = B T rows that go through the model."""
-
-    batch: int  # B
-    turns: tuple  # cosines and sines of the rotary embedding, each (N, 1, d)
-    bias: Tensor  # of attention; None: plainly causal, by a fused kernel
-    cache: object  # Cache of the rows before, or None
-
-
-class BlockWeights(NamedTuple):
-    """A block's weights in the compute dtype; matrices (out, in) have their scales in them."""
-
-    mix_x: Tensor
-    mix_x0: Tensor
-    qkv: Tensor
-    gain: Tensor  # (H + G, 1) of normed queries and keys
-    attn_out: Tensor
-    mlp_in: Tensor
-    mlp_out: Tensor
-
-
 class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
 
@@ -1029,10 +1097,13 @@ class Block(nn.Module):
         self.mlp_scale = parameter(D, fill=1.0)
 
     def cast(self, dtype):
-        """Return the BlockWeights in `dtype`."""
+        """Return the weights in `dtype`; matrices (out, in) have their scales in them.
+
+        [mix_x, mix_x0, qkv, gain (H + G, 1) of normed queries and keys, attn_out, mlp_in, mlp_out]
+        """
         H, G = self.heads
         gain = F.pad(self.q_gain, (0, G), value=1.0)
-        weights = BlockWeights(
+        weights = (
             self.mix_x,
             self.mix_x0,
             torch.cat([self.q, self.k, self.v]) * self.norm_scale,
@@ -1041,30 +1112,34 @@ class Block(nn.Module):
             self.mlp_in * self.norm_scale,
             self.mlp_out * self.mlp_scale[:, None],
         )
-        return BlockWeights(*(w.to(dtype) for w in weights))
+        return [w.to(dtype) for w in weights]
 
     def forward(self, x, x0, extra_v, rows, weights):
         """Return (output (N, D), own values (N, G, d)).
 
-        x, x0 (N, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
+        x, x0 (N, D), N = B T; extra_v is added to the values; rows: (B, the rotary embedding's
+        cosines and sines, each (N, 1, d), attention's bias or None, Cache of the rows before or
+        None); weights: those of cast().
         """
+        batch, turns, bias, cache = rows
+        mix_x, mix_x0, qkv_in, gain, attn_out, mlp_in, mlp_out = weights
         H, G = self.heads
-        x = torch.addcmul(weights.mix_x * x, weights.mix_x0, x0)
-        qkv = F.linear(unit(x), weights.qkv).view(len(x), H + 2 * G, -1)
-        qk = rotate(unit(qkv[:, : H + G]) * weights.gain, *rows.turns, self.half)
+        x = torch.addcmul(mix_x * x, mix_x0, x0)
+        qkv = F.linear(unit(x), qkv_in).view(len(x), H + 2 * G, -1)
+        qk = rotate(unit(qkv[:, : H + G]) * gain, *turns, self.half)
         own_v = qkv[:, H + G :]
         v = own_v + extra_v
         q, keys, values = (
-            z.unflatten(0, (rows.batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
+            z.unflatten(0, (batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
         )
-        if rows.cache:
-            keys, values = rows.cache.append(self.layer, keys, values)
-        y = attention(q, keys, values, rows.bias).transpose(1, 2).flatten(0, 1)
+        if cache:
+            keys, values = cache.append(self.layer, keys, values)
+        y = attention(q, keys, values, bias).transpose(1, 2).flatten(0, 1)
         if self.xsa:
             y = exclude_self(y, v)
-        x = torch.addmm(x, y.reshape(x.shape), weights.attn_out.T)
-        h = F.leaky_relu(F.linear(unit(x), weights.mlp_in), 0.5).square()
-        return torch.addmm(x, h, weights.mlp_out.T), own_v
+        x = torch.addmm(x, y.reshape(x.shape), attn_out.T)
+        h = F.leaky_relu(F.linear(unit(x), mlp_in), 0.5).square()
+        return torch.addmm(x, h, mlp_out.T), own_v
 
 
 class GPT(nn.Module):
@@ -1073,21 +1148,19 @@ class GPT(nn.Module):
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
-        self.softcap = cfg.logit_softcap
-        self.heads = (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
-        self.vrl_enabled = cfg.vrl_enabled
+        self.cfg = cfg
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
         rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
         self.register_buffer("rotary_rates", rates, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.skip_weights = parameter(cfg.num_layers // 2, cfg.model_dim, fill=1.0)
-        if self.value_layers:
+        if cfg.value_layers:
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
             self.ve_proj = parameter(cfg.num_kv_heads * cfg.head_dim, cfg.bigram_dim)
             self.ve_scale = parameter(fill=0.1)
-            self.ve_layer_scales = parameter(len(self.value_layers), fill=1.0)
-        if self.vrl_enabled:
+            self.ve_layer_scales = parameter(len(cfg.value_layers), fill=1.0)
+        if cfg.vrl_enabled:
             self.vrl_scales = parameter(cfg.num_layers - 1)
         for name, p in self.named_parameters():
             # attn_out and mlp_out stay zero: a new block is the identity.
@@ -1099,17 +1172,18 @@ class GPT(nn.Module):
 
         (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks', head).
         """
-        embed = self.embed.cast(self.dtype)
+        dtype = self.dtype
+        embed = self.embed.cast(dtype)
         values = {}
         if self.value_layers:
-            table = F.linear(self.ve_table.to(self.dtype), self.ve_proj.to(self.dtype))
-            table = table.unflatten(-1, self.heads[1:])
-            scales = (self.ve_scale * self.ve_layer_scales).to(self.dtype)
+            table = F.linear(self.ve_table.to(dtype), self.ve_proj.to(dtype))
+            table = table.unflatten(-1, (-1, self.cfg.head_dim))
+            scales = (self.ve_scale * self.ve_layer_scales).to(dtype)
             values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
-        vrl = self.vrl_scales.to(self.dtype) if self.vrl_enabled else None
-        blocks = [block.cast(self.dtype) for block in self.blocks]
+        vrl = self.vrl_scales.to(dtype) if self.cfg.vrl_enabled else None
+        blocks = [block.cast(dtype) for block in self.blocks]
         head = embed[0] * embed[0].size(1) ** 0.5
-        return embed, values, self.skip_weights.to(self.dtype), vrl, blocks, head
+        return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
 
     def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
         """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
@@ -1119,16 +1193,24 @@ class GPT(nn.Module):
         """
         embed, values, skip_weights, vrl, blocks, head = weights or self.cast()
         x = self.embed(tokens, embed)[:, lead:]
-        rows = self.begin_pass(x, cache)
+        B, T, _ = x.shape
+        cfg = self.cfg
+        first, known, reach = cache.grow(T) if cache else (0, 0, T)
+        bias = None  # plainly causal, by a fused kernel
+        if cache or not x.is_cuda:
+            bias = causal_bias(T, known, reach, x).repeat(cfg.num_heads // cfg.num_kv_heads, 1)
+        turns = rotary_turns(first, T, self.rotary_rates, cfg.head_dim)
+        rows = B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
+
         x = x0 = x.flatten(0, 1)
         tokens = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
-            if half <= i < 2 * half:
+            if i >= half and skips:
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
-            extra_v = vrl[i - 1] * v0 if self.vrl_enabled and i else 0
+            extra_v = vrl[i - 1] * v0 if cfg.vrl_enabled and i else 0
             if i in values:
                 extra_v = extra_v + values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
@@ -1136,22 +1218,11 @@ class GPT(nn.Module):
                 v0 = own_v
             if i < half:
                 skips.append(x)
-        x = x.unflatten(0, (rows.batch, -1))
+        x = x.unflatten(0, (B, -1))
         if wanted is not None:
-            x = x[:, x.size(1) - wanted :]
+            x = x[:, T - wanted :]
         z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
-        return self.softcap * torch.tanh(z / self.softcap)
-
-    def begin_pass(self, x, cache):
-        """Return the Pass of the rows x (B, T, D), appended to the cache's own if there is one."""
-        B, T, _ = x.shape
-        H, G, width = self.heads
-        first, known, reach = cache.grow(T) if cache else (0, 0, T)
-        bias = None
-        if cache or not x.is_cuda:
-            bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
-        turns = rotary_turns(first, T, self.rotary_rates, width)
-        return Pass(B, tuple(t.to(x.dtype).repeat(B, 1, 1) for t in turns), bias, cache)
+        return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
 
 
 class Cache:
@@ -1165,8 +1236,9 @@ class Cache:
         self.reach = reach
         self.rows = 0  # so far: the number of the next one
         self.used = 0  # slots; the rows in them are the last ones
-        _, G, width = model.heads
-        shape = (len(model.blocks), 2, batch, G, 2 * reach + pass_rows, width)
+        cfg = model.cfg
+        rows = 2 * reach + pass_rows
+        shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, rows, cfg.head_dim)
         self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
 
     def grow(self, rows):
@@ -1189,19 +1261,17 @@ class Cache:
         return self.store[layer, :, :, :, self.seen].unbind()
 
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def new_model(cfg, rt, weights=None, dtype=None):
     """Return a model on the device: of these weights, or of SEED's, alike on all ranks.
 
-    It computes in `dtype`, or in the one that trains. In float64 its parameters are float64 too.
+    It computes in `dtype`, a name, or in the one that trains. In float64 its parameters are float64
+    too.
     """
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, dtype or rt.dtype)
+    model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
     if weights:
         model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
-    if dtype == torch.float64:
+    if dtype == "float64":
         model.double()
     return model.to(rt.device)
 
@@ -1236,19 +1306,13 @@ class BigramCounts:
 # through it together, since one at a time they are all overhead. torch's AdamW with fp32 state
 # takes tables and vectors. Schedules are pure functions of step and clock.
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # x -> ax + b(xx')x + c(xx')^2x: singular values to about 1
-
 
 def orthogonalize(matrices, dtype):
     """Return matrices (n, rows, cols) with all singular values near 1, by five Newton-Schulz steps.
 
     They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # x -> ax + b(xx')x + c(xx')^2x
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).to(dtype)
     x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
@@ -1288,15 +1352,11 @@ def new_optimizers(model, cfg):
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
-    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
+    matrices = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd)
     tables = group("table", peak_lr=cfg.tied_embed_lr)
     vectors = group("vector", peak_lr=cfg.scalar_lr)
-    fused = model.skip_weights.is_cuda
-    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=fused)
-    return [
-        Muon([group("matrix", "projection", **muon)], model.dtype),
-        torch.optim.AdamW([tables, vectors], **adam),
-    ]
+    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda)
+    return [Muon([matrices], model.dtype), torch.optim.AdamW([tables, vectors], **adam)]
 
 
 def lr_scale(step, elapsed_s, limit_s, cfg):
@@ -1342,7 +1402,7 @@ class WeightAverage:
     @torch.no_grad()
     def install(self):
         """Replace the weights by their average, if there is one."""
-        if self.snapshots or (self.cfg.ema_decay and not self.cfg.swa_enabled):
+        if self.snapshots or not self.cfg.swa_enabled:  # with EMA_DECAY=0 it is the weights
             torch._foreach_copy_(self.params, self.mean)
 
 
@@ -1352,9 +1412,8 @@ class WeightAverage:
 # Rank 0's clock stops all ranks at one step. Kernels are compiled on random tokens before it
 # starts, then all is put back.
 
-CALIBRATION_SHARE = (
-    0.03  # of the training time is kept for the mixer's calibration, where there is one
-)
+# Of the training time, it is kept for the mixer's calibration, where there is one.
+CALIBRATION_SHARE = 0.03
 
 
 @dataclass
@@ -1445,8 +1504,8 @@ def warm_up(model, loss, cfg, rt):
     weights = copy.deepcopy(model.state_dict())
     trainer = Trainer(model, loss, cfg, rt)
     for step in range(cfg.warmup_steps):
-        random = np.random.default_rng(step)
-        tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
+        size = cfg.train_batch_tokens + 1
+        tokens = np.random.default_rng(step).integers(0, cfg.vocab_size, size)
         trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
     model.load_state_dict(weights)
 
@@ -1467,10 +1526,7 @@ def train(model, cfg, rt, log, held_out):
         began_s = time.perf_counter()
         warm_up(model, loss, cfg, rt)
         result.warmup_seconds = rt.clock() - began_s
-        log(
-            f"warm-up: {cfg.warmup_steps} steps on random tokens, "
-            f"{result.warmup_seconds:.1f} s, not timed"
-        )
+        log(f"warm-up: {cfg.warmup_steps} steps, {result.warmup_seconds:.1f} s, not timed")
     trainer = Trainer(model, loss, cfg, rt)
     start_s = time.perf_counter()
     try:
@@ -1483,8 +1539,8 @@ def train(model, cfg, rt, log, held_out):
             result.seconds = rt.from_main(time.perf_counter() - start_s)
             per_step_s = result.seconds / result.steps
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                steps_left_s = (cfg.iterations - result.steps) * per_step_s
-                eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
+                steps_left = cfg.iterations - result.steps
+                eta_s = max(0.0, min(steps_left * per_step_s, limit_s - result.seconds))
                 log(
                     f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
@@ -1500,10 +1556,7 @@ def train(model, cfg, rt, log, held_out):
         result.interrupted = True
     trainer.average.install()
     if stream.epochs:
-        log(
-            f"note: the training shards were read {stream.epochs} time(s) over; "
-            "more shards would help"
-        )
+        log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
     return result
 
 
@@ -1532,11 +1585,11 @@ def quantize(w, limit, row_max):
 
 def encode_tensor(name, w, coarseness):
     """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
-    w = w.detach().float()
-    match KINDS[role(name)]:
-        case "int6":
+    w = w.float()
+    match role(name):
+        case "matrix":
             return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-        case "int8":
+        case "table":
             return quantize(w, INT8_MAX, w.abs().amax(1))
     return (w.half(),)
 
@@ -1557,12 +1610,12 @@ def estimate_coarseness(weights, budget_bytes):
 
     A row then costs log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
     """
-    counts = {"int6": 0, "int8": 0, "fp16": 0}
+    counts = dict.fromkeys(KINDS.values(), 0)
     for name, w in weights.items():
         counts[KINDS[role(name)]] += w.numel()
-    left = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
-    bits = left / max(counts["int6"], 1)
-    return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
+    bits = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
+    bits_a_level = min(max(bits / counts["int6"], 0), 30)
+    return min(max(4.133 * INT6_MAX / 2**bits_a_level, FINEST), COARSEST)
 
 
 # ---- Artifact ------------------------------------------------------------------------------------
@@ -1576,11 +1629,13 @@ def estimate_coarseness(weights, budget_bytes):
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
-LZMA_FILTER = dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)
-LZMA = dict(format=lzma.FORMAT_RAW, filters=[LZMA_FILTER])
+LZMA = dict(
+    format=lzma.FORMAT_RAW,
+    filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)],
+)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Artifact:
     """An artifact as read from its file: all that scoring and decoding need besides this script."""
 
@@ -1615,8 +1670,11 @@ def pack_artifact(weights, cfg, table, coarseness):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, KINDS[role(name)], list(weights[name].shape)])
         payload += [t.cpu().numpy().tobytes() for t in stored]
-    tokenizer = {"sha256": table.digest, **asdict(table)}
-    contents = {"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}
+    contents = {
+        "settings": stored_settings(cfg),
+        "tensors": index,
+        "tokenizer": {"sha256": table.digest, **asdict(table)},
+    }
     header = json.dumps(contents, sort_keys=True).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
     body = lzma.compress(raw, **LZMA)
@@ -1626,21 +1684,18 @@ def pack_artifact(weights, cfg, table, coarseness):
 def read_artifact(path):
     """Return the Artifact in a file; UserError if it is none or damaged."""
     data = read_file(path, "ARTIFACT_PATH: ", "; train first")
-    padded = data.ljust(ARTIFACT_HEAD.size, b"\0")
-    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(padded)
-    body = data[ARTIFACT_HEAD.size :]
+    size = ARTIFACT_HEAD.size
+    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
+    body = data[size:]
     if magic != ARTIFACT_MAGIC:
         raise UserError(f"artifact {path} is not an artifact of this program")
     if version != ARTIFACT_VERSION:
         raise UserError(f"artifact {path} has format version {version}, not {ARTIFACT_VERSION}")
-    if len(body) != length:
+    if len(body) != length or sha256(body) != digest:
         counts = f"{len(body):,} bytes of {length:,}"
-        raise UserError(f"artifact {path} is cut or padded: {counts}; copy it again")
-    if sha256(body) != digest:
-        raise UserError(f"artifact {path} is corrupt: its checksum differs; copy it again")
+        raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
     reader = io.BytesIO(lzma.decompress(body, **LZMA))
-    header_bytes = int.from_bytes(reader.read(4), "little")
-    header = json.loads(reader.read(header_bytes))
+    header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
 
     def take(dtype, shape):
         data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
@@ -1706,16 +1761,16 @@ class NgramHistory:
         self.recent = cfg.ngram_recent
         self.device = device
         self.lanes = lanes
-        int32 = dict(dtype=torch.int32, device=device)
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
         self.size = 0  # tokens so far
-        self.tokens = torch.zeros(0, **int32)  # with room to grow
-        self.prev = torch.zeros(CONTEXTS, 0, **int32)
-        self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, **int32)
+        self.heads = self.lengths.new_full(
+            (CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32
+        )
+        self.prev = self.heads[:, :0]  # with room to grow
 
     def contexts(self, ends):
-        """Return the contexts that end at `ends` (C, n): int32 (C, n, 8), newest token first.
+        """Return the contexts that end at `ends` (C, n): int64 (C, n, 8), newest token first.
 
         -1 beyond a context's length, its word's beginning or the stream's.
         """
@@ -1730,7 +1785,7 @@ class NgramHistory:
     def hashes(self, ends):
         """Return the slot in `heads` of each context that ends at `ends` (C, n)."""
         h = torch.zeros_like(ends)
-        for tokens in self.contexts(ends).long().unbind(-1):
+        for tokens in self.contexts(ends).unbind(-1):
             h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
             h = h ^ ((h >> 29) & 0x7FFFFFFFF)
         return h & (self.heads.size(1) - 1)
@@ -1741,11 +1796,10 @@ class NgramHistory:
         if len(prefix) <= first:
             return
         self.size = len(prefix)
-        if self.size > len(self.tokens):
-            room = self.size + self.size // 4 + 1024 - len(self.tokens)
-            self.tokens = F.pad(self.tokens, (0, room))
-            self.prev = F.pad(self.prev, (0, room))
-        self.tokens[first : self.size] = prefix[first:].to(self.device)
+        self.tokens = prefix.to(self.device)
+        lacking = self.size - self.prev.size(1)
+        if lacking > 0:
+            self.prev = F.pad(self.prev, (0, lacking + self.size // 4 + 1024))
 
         # Sorted by slot, then position: a context's predecessor is its neighbour, or the slot's
         # head.
@@ -1826,9 +1880,8 @@ def commit(share):
     """
     total = share.sum(-1, keepdim=True)
     freqs = share * (TOTAL - share.size(-1)) // total + 1
-    left = TOTAL - freqs.sum(-1, keepdim=True)
-    freqs.scatter_add_(1, share.argmax(-1, keepdim=True), left)
-    return freqs.int()
+    best = share.argmax(-1, keepdim=True)
+    return freqs.scatter_add_(1, best, TOTAL - freqs.sum(-1, keepdim=True)).int()
 
 
 class Evidence(NamedTuple):
@@ -1847,13 +1900,6 @@ class Evidence(NamedTuple):
     tokens: Tensor  # int64 (R, J), J = C * M
     distinct: Tensor  # bool (R, J): a token's first slot, the only one that counts
     features: Tensor  # float64 (R, F, J)
-
-
-class Rows(NamedTuple):
-    """R input rows whose logits are at hand; the row at stream position i predicts i + lanes."""
-
-    positions: Tensor  # int64 (R,)
-    window_start: Tensor  # int64 (R,): the first position that each of them sees
 
 
 def mix_entropy(share, matches, following, cfg):
@@ -1878,11 +1924,11 @@ def mix_entropy(share, matches, following, cfg):
     return (4096 - alpha) * freqs + alpha * empirical
 
 
-def gather_evidence(share, grid, matches, following, rows, lanes=1):
+def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     """Return the Evidence for R positions from what their contexts were followed by.
 
-    share, grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens
-    after them.
+    grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens after
+    them; rows (R,): where the contexts end. The model sees `reach` rows before each, of its lane.
     """
     tokens = following.flatten(1)
     real = matches >= 0
@@ -1896,17 +1942,17 @@ def gather_evidence(share, grid, matches, following, rows, lanes=1):
     seen = count > 0
     rank = same.argmax(2)
     last = matches.gather(2, rank)
-    distance = rows.positions[:, None, None] - last
+    distance = rows[:, None, None] - last
     log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
     log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
-    in_window = (last >= rows.window_start[:, None, None]) & (distance % lanes == 0)
-    by_context = [log_odds, seen / (1.0 + rank.double()), log_distance, seen & in_window]
+    in_window = (distance <= reach * lanes) & (distance % lanes == 0)
+    inverse_rank = seen / (1.0 + rank.double())
 
     below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
-    top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
-    by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
-    features = torch.cat([*by_context, torch.stack(by_model, 1)], 1)  # all to float64
-    return Evidence(tokens, distinct, features)
+    top = (2.0**38 / shares(grid).sum(-1, keepdim=True).double()).log()  # its share is 2^38
+    by_model = torch.stack([below / 4, top.expand_as(below) / 2, torch.ones_like(below)], 1)
+    features = [log_odds, inverse_rank, log_distance, seen & in_window, by_model]
+    return Evidence(tokens, distinct, torch.cat(features, 1))  # all to float64
 
 
 def new_mixer_weights():
@@ -1962,7 +2008,7 @@ class LearnedMixer:
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
-            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions].long())
+            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions])
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         total = self.rt.sum_over_ranks(total).double()
         self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
@@ -1984,25 +2030,26 @@ class Mixture:
 
     def __init__(self, weights, cfg, table, rt, plan):
         self.cfg = cfg
-        self.lanes = max(plan.lanes, 1)
-        self.history = NgramHistory(cfg, table.word_begins, rt.device, self.lanes)
+        self.plan = plan
+        self.history = NgramHistory(cfg, table.word_begins, rt.device, plan.lanes)
         self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
 
     def mix(self, grid, rows):
         """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
 
-        grid int64 (R, V): the model's logits; the history must hold the rows' positions.
+        grid int64 (R, V): the model's logits; rows int64 (R,): their positions, which the history
+        must hold. A row predicts the position `lanes` after its own.
         """
-        share = shares(grid)
-        matches = self.history.occurrences(rows.positions)
+        lanes = self.plan.lanes
+        matches = self.history.occurrences(rows)
         # Where there is no match, any token follows: `matches` tells.
-        following = self.history.tokens[matches + self.lanes].long()
+        following = self.history.tokens[matches + lanes]
         if self.learner is None:
-            return commit(mix_entropy(share, matches, following, self.cfg))
-        evidence = gather_evidence(share, grid, matches, following, rows, self.lanes)
+            return commit(mix_entropy(shares(grid), matches, following, self.cfg))
+        evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
         boosted = grid.scatter_add(1, evidence.tokens, self.learner.boost(evidence))
         freqs = commit(shares(boosted))
-        self.learner.remember(evidence, freqs, rows.positions + self.lanes)
+        self.learner.remember(evidence, freqs, rows + lanes)
         return freqs
 
     @torch.inference_mode()
@@ -2021,8 +2068,7 @@ class Mixture:
 # weights. The schedule's length is the artifact's setting, not the text's.
 
 TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: it decides which sums are rounded
-TTT_GRADIENT_SCALE = 2.0**20
-TTT_WEIGHT_SCALE = 2.0**20
+TTT_GRADIENT_SCALE = TTT_WEIGHT_SCALE = 2.0**20
 
 
 class TestTimeTrainer:
@@ -2035,9 +2081,10 @@ class TestTimeTrainer:
         self.chunks = 0  # adapted to
         for name, p in model.named_parameters():
             p.requires_grad_(self.adapts(name, p))
-        self.average = [p for p in model.parameters() if p.requires_grad]
         self.live = copy.deepcopy(model)
-        self.params = [p for p in self.live.parameters() if p.requires_grad]
+        self.params, self.average = (
+            [p for p in m.parameters() if p.requires_grad] for m in (self.live, model)
+        )
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
 
     def adapts(self, name, p):
@@ -2053,44 +2100,44 @@ class TestTimeTrainer:
         return self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
 
     def adapt_chunk(self, tokens):
-        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,), from the last token before it."""
+        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,), from the last token before it.
+
+        An epoch is one AdamW step on the byte-weighted mean loss over all ranks.
+        """
         lr = self.rate()
         self.chunks += 1
         if lr == 0:
             return
         self.optimizer.param_groups[0]["lr"] = lr
-        weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
-        total_weight = max(1, int(weights.sum()))
+        weights = torch.from_numpy(self.table.count_bytes(tokens.cpu().numpy()))
+        scale = TTT_GRADIENT_SCALE * max(1, int(weights.sum()))
         sequences = (
             t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
             for t in (tokens[:-1], tokens[1:], weights)
         )
         batches = list(zip(*sequences))[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            self._step(batches, total_weight)
+            totals = [torch.zeros_like(p, dtype=torch.int64) for p in self.params]
+            for x, y, w in batches:
+                logits = self.live(x).flatten(0, 1)
+                nats = F.cross_entropy(logits, y.flatten(), reduction="none")
+                grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
+                for total, grad in zip(totals, grads):
+                    total += (grad.double() * TTT_GRADIENT_SCALE).round_().long()
+            for p, total in zip(self.params, totals):
+                p.grad = (self.rt.sum_over_ranks(total).double() / scale).to(p)
+            nn.utils.clip_grad_norm_(self.params, 1.0)
+            self.optimizer.step()
+            self.take_average()
 
-    def _step(self, batches, total_weight):
-        """Take one AdamW step on the byte-weighted mean loss over all ranks, then average."""
-        sizes = [p.numel() for p in self.params]
-        total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
-        for x, y, w in batches:
-            logits = self.live(x).flatten(0, 1)
-            nats = F.cross_entropy(logits, y.flatten(), reduction="none")
-            grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-            flat = torch.cat([g.flatten() for g in grads]).double()
-            total += flat.mul_(TTT_GRADIENT_SCALE).round_().long()
-        self.rt.sum_over_ranks(total)
-        mean = total.double() / (TTT_GRADIENT_SCALE * total_weight)
-        for p, grad in zip(self.params, mean.split(sizes)):
-            p.grad = grad.view_as(p).to(p)
-        nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
-            for group in (self.params, self.average):
-                torch._foreach_mul_(group, TTT_WEIGHT_SCALE)
-                torch._foreach_round_(group)
-                torch._foreach_div_(group, TTT_WEIGHT_SCALE)
+    @torch.no_grad()
+    def take_average(self):
+        """Move the average towards the weights, and round both to the grid."""
+        torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
+        for group in (self.params, self.average):
+            torch._foreach_mul_(group, TTT_WEIGHT_SCALE)
+            torch._foreach_round_(group)
+            torch._foreach_div_(group, TTT_WEIGHT_SCALE)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
@@ -2116,11 +2163,11 @@ class Plan(NamedTuple):
     run: int  # rows; 0: until the weights change
     block: int  # positions from update to update
     chunk: int  # positions from one TTT update to the next
-    lanes: int = 0  # segments side by side; 0: the stream's plain order
+    lanes: int = 1  # segments side by side; 1: the stream's plain order
     calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
 
 
-def new_plan(cfg, *stages, lanes=0):
+def new_plan(cfg, *stages, lanes=1):
     """Return the Plan of a walk that reports `stages` under these settings."""
     reach = context = cfg.eval_seq_len - cfg.eval_stride
     run = cfg.eval_run_tiles * cfg.eval_stride
@@ -2135,11 +2182,11 @@ def new_plan(cfg, *stages, lanes=0):
 def last_plan(cfg, lanes=0):
     """Return the Plan of the last stage: the one that is reported, proved and coded with.
 
-    In lanes there is no TTT.
+    In lanes there is no TTT; 0: the stream's plain order.
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
     mixer = () if cfg.mixer == "none" else ("mixer",)
-    return new_plan(cfg, neural, *mixer, lanes=lanes)
+    return new_plan(cfg, neural, *mixer, lanes=max(lanes, 1))
 
 
 def evaluation_plans(cfg):
@@ -2167,11 +2214,10 @@ class Engine:
         """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
         self.origin = row
         self.weights = self.model.cast()
-        self.run = None  # first row of the run that goes on
-        self.cache = None  # its keys and values
+        self.run = None  # first row of the run that goes on; `cache` has its keys and values
 
     def logits(self, tokens, first, last):
-        """Yield (Rows, logits (R, V)) of this rank's share of rows first..last-1 of each lane.
+        """Yield (positions (R,), logits (R, V)) of this rank's rows first..last-1 of each lane.
 
         tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
         """
@@ -2198,7 +2244,7 @@ class Engine:
         return [(run, max(run, first), min(run + size, last)) for run in starts]
 
     def compute(self, tokens, group):
-        """Return (Rows, logits (R, V)) of the rows in `group`, [(run, begin, end)] of one shape."""
+        """Return positions (R,), logits (R, V) of `group`, [(run, begin, end)] of one shape."""
         lanes = len(tokens)
         run, begin, end = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
@@ -2206,26 +2252,18 @@ class Engine:
             self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
             self.run = run
         sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
-        logits = self.append(sequences, wanted=end - begin)
-        rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
-        positions = rows[:, None] * lanes + torch.arange(lanes, device=self.rt.device)
-        window_start = positions - positions % lanes - self.plan.reach * lanes
-        logits = logits.unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
-        return Rows(positions.flatten(), window_start.flatten()), logits
-
-    def append(self, tokens, wanted):
-        """Append what the cache lacks of tokens (B, T); return the last `wanted` rows' logits."""
-        logits = []
-        T = tokens.size(1)
-        while self.cache.rows < T:
+        length = sequences.size(1)
+        parts = []
+        while self.cache.rows < length:
             done = self.cache.rows
-            end = min(done + self.pass_rows, T)
+            stop = min(done + self.pass_rows, length)
             lead = min(EMBED_CONTEXT, done)
-            asked = max(0, end - max(done, T - wanted))
-            logits.append(
-                self.model(tokens[:, done - lead : end], self.weights, self.cache, lead, asked)
-            )
-        return torch.cat(logits, 1)
+            wanted = max(0, stop - max(done, length - (end - begin)))
+            passed = sequences[:, done - lead : stop]
+            parts.append(self.model(passed, self.weights, self.cache, lead, wanted))
+        logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
+        rows = [torch.arange(b * lanes, e * lanes, device=logits.device) for _, b, e in group]
+        return torch.cat(rows), logits
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
@@ -2240,31 +2278,24 @@ class OrderError(RuntimeError):
     """Report calls of predict, score and update in an order that would make a score dishonest."""
 
 
-class Piece(NamedTuple):
-    """Frequencies {stage: int32 (R, V)} of R positions that were computed at once."""
-
-    positions: Tensor  # int64 (R,)
-    freqs: dict
-
-
 class Commitment(NamedTuple):
     """The frequencies of positions start..stop-1, as far as this rank computes them."""
 
     start: int
     stop: int
-    pieces: list
+    pieces: list  # [(positions int64 (R,), {stage: int32 (R, V)})], as computed at once
 
     def table(self, stage):
         """Return the frequencies (stop - start, V) of a lone rank."""
-        return torch.cat([piece.freqs[stage] for piece in self.pieces])
+        return torch.cat([freqs[stage] for _, freqs in self.pieces])
 
     def chosen(self, stage, targets):
         """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
-        freqs = torch.zeros_like(targets)
-        for piece in self.pieces:
-            at = piece.positions - self.start
-            freqs[at] = piece.freqs[stage].gather(1, targets[at, None])[:, 0].long()
-        return freqs
+        found = torch.zeros_like(targets)
+        for positions, freqs in self.pieces:
+            at = positions - self.start
+            found[at] = freqs[stage].gather(1, targets[at, None])[:, 0].long()
+        return found
 
 
 class Predictor:
@@ -2274,31 +2305,18 @@ class Predictor:
     arguments; update is due when plan.block positions are scored.
     """
 
-    def __init__(self, model, mixer_weights, cfg, table, rt, plan):
-        self.cfg = cfg
+    def __init__(self, model, mixer, cfg, table, rt, plan):
         self.rt = rt
         self.plan = plan
-        self.lanes = max(plan.lanes, 1)
-        self.committed_to = self.lanes  # first position without a commitment
-        self.updated_to = self.lanes  # first position that update has not seen
+        self.lanes = plan.lanes
+        self.committed_to = self.scored_to = self.lanes  # first positions that are not yet
+        self.block_end = self.lanes + plan.block  # cannot be predicted before the next update
         self.pending = None  # the commitment that waits for its score
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = None
-        if "mixer" in plan.stages:
-            self.mixture = Mixture(mixer_weights, cfg, table, rt, plan)
+        self.mixture = Mixture(mixer, cfg, table, rt, plan) if "mixer" in plan.stages else None
         self.mix_seconds = 0.0
-
-    @property
-    def scored_to(self):
-        """First position that has not been scored."""
-        return self.pending.start if self.pending else self.committed_to
-
-    @property
-    def block_end(self):
-        """First position that cannot be predicted before the next update."""
-        return self.updated_to + self.plan.block
 
     @torch.inference_mode()
     def predict(self, prefix, start, stop):
@@ -2320,11 +2338,10 @@ class Predictor:
         tokens = known.view(-1, self.lanes).T
         pieces = []
         broken = torch.zeros((), device=self.rt.device)
-        left = stop - start
         for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
-            rows = Rows(*(r[:left] for r in rows))  # the last row of lanes may be cut
-            logits = logits[:left].double()
-            left -= len(logits)
+            wanted = rows + self.lanes < stop  # the last row of lanes may be cut
+            rows = rows[wanted]
+            logits = logits[wanted].double()
             broken += ~logits.isfinite().all()
             grid = (logits * (LOGIT_SCALE / self.temperature)).round_().long()
             freqs = {self.plan.stages[0]: commit(shares(grid))}
@@ -2332,7 +2349,7 @@ class Predictor:
                 start_s = self.rt.clock()
                 freqs["mixer"] = self.mixture.mix(grid, rows)
                 self.mix_seconds += self.rt.clock() - start_s
-            pieces.append(Piece(rows.positions + self.lanes, freqs))
+            pieces.append((rows + self.lanes, freqs))
         if self.rt.sum_over_ranks(broken):
             raise UserError(
                 f"logits are not finite between tokens {start} and {stop}: "
@@ -2347,41 +2364,38 @@ class Predictor:
         if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        lengths = []
+        self.scored_to = commitment.stop
+        lengths = {}
         for stage in self.plan.stages:
             freqs = commitment.chosen(stage, targets.to(self.rt.device))
             bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
-            lengths.append((bits * BITS_SCALE).round().long().sum())
-        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(torch.stack(lengths)).tolist()))
+            length = (bits * BITS_SCALE).round().long().sum()
+            lengths[stage] = int(self.rt.sum_over_ranks(length))
+        return lengths
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
         if self.pending or not self.committed_to == self.block_end == len(prefix):
             raise OrderError(
-                f"update takes scored blocks; {self.updated_to}..{len(prefix) - 1} is not one"
+                f"update takes scored blocks; the next ends before position {self.block_end}, "
+                f"the last of these tokens is {len(prefix) - 1}"
             )
-        self.updated_to = self.committed_to
+        self.block_end += self.plan.block
         if self.mixture:
             self.mixture.learn(prefix)
-        row = self.updated_to - 1  # the next one
+        row = self.committed_to - 1  # the next one
         if self.ttt and row % self.plan.chunk == 0:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
             self.engine.forget(row)
 
 
-class Step(NamedTuple):
-    """What walk shows of each step, before the targets are scored."""
-
-    commitment: Commitment
-    targets: Tensor  # a view of the stream: a decoder, which has no tokens, writes them here
-    bits: dict  # {stage: bits of all that was scored before}
-
-
 def walk(predictor, stream, log=None, step=None):
-    """Yield the Steps of one pass over `stream`, int64 (n,), and return {stage: bits} at its end.
+    """Yield (Commitment, targets, bits) of each step of one pass over `stream`, int64 (n,).
 
-    Score-first is the shape of this loop: commit, show, score, learn. Steps are `step` positions
-    long, or blocks. `log` is told of the progress every 15 seconds.
+    Score-first is the shape of this loop: commit, show, score, learn. targets: a view of the
+    stream; a decoder, which has no tokens, writes them there before they are scored. bits: {stage:
+    bits of all that is scored}, one dict that goes on. Steps are `step` positions long, or blocks.
+    `log` is told of the progress every 15 seconds.
     """
     lengths = dict.fromkeys(predictor.plan.stages, 0)
     bits = dict.fromkeys(predictor.plan.stages, 0.0)
@@ -2392,7 +2406,7 @@ def walk(predictor, stream, log=None, step=None):
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
         targets = stream[start:stop]
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        yield Step(commitment, targets, bits)
+        yield commitment, targets, bits
         for stage, length in predictor.score(commitment, targets).items():
             lengths[stage] += length
             bits[stage] = lengths[stage] / BITS_SCALE
@@ -2402,22 +2416,22 @@ def walk(predictor, stream, log=None, step=None):
             logged_s = time.perf_counter()
             done = progress_line(stop - first, len(stream) - first, start_s, "tokens")
             log(f"{'+'.join(predictor.plan.stages)}: {done}")
-    return bits
 
 
-def evaluate(predictor, tokens, total_bytes, log, keep=0):
+def evaluate(predictor, tokens, total_bytes, log, keep=1):
     """Score `tokens`, int64 (n + 1,); return (stages as results.json has them, first frequencies).
 
-    The frequencies are those of the first `keep` targets under the last stage, int64.
+    The frequencies are those of the first `keep` > 0 targets under the last stage, int64.
     """
     rt = predictor.rt
     names = predictor.plan.stages
     start_s = rt.clock()
     n = len(tokens) - 1
-    kept = [torch.zeros(0, dtype=torch.int64, device=rt.device)]
-    for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
+    kept = []
+    stream = torch.from_numpy(tokens).to(rt.device)
+    for commitment, targets, bits in walk(predictor, stream, log):  # noqa: B007
         if commitment.start <= keep:
-            kept.append(commitment.chosen(names[-1], targets.to(rt.device)))
+            kept.append(commitment.chosen(names[-1], targets))
     mix_s = predictor.mix_seconds
     added_s = {names[0]: rt.clock() - start_s - mix_s, "mixer": mix_s}
     stages = [
@@ -2546,24 +2560,6 @@ class CodeHead(NamedTuple):
         return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
 
 
-class Trail:
-    """Checks of all frequencies so far, which coder and decoder both leave."""
-
-    def __init__(self):
-        self.tokens = 0
-        self.crc = 0
-        self.checks = []
-
-    def add(self, freqs):
-        """Take in the next position's frequencies, int32 (V,); return whether that made a check."""
-        self.crc = zlib.crc32(freqs, self.crc)
-        made = self.tokens % CHECK_EVERY == 0
-        if made:
-            self.checks.append(self.crc)
-        self.tokens += 1
-        return made
-
-
 def settings_digest(cfg):
     """Return the SHA-256 of all settings that shape the committed integers."""
     shaping = stored_settings(cfg)
@@ -2573,7 +2569,7 @@ def settings_digest(cfg):
 
 def new_predictor(artifact, cfg, rt, plan):
     """Return a Predictor of the artifact's weights."""
-    model = new_model(cfg, rt, artifact.weights, DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, rt, artifact.weights, cfg.eval_dtype)
     return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
 
@@ -2581,22 +2577,6 @@ def lane_order(n, lanes):
     """Return which of a text's n tokens are coded one after the other: one of each lane in turn."""
     row, lane = np.divmod(np.arange(n), lanes)
     return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
-
-
-class Coded(NamedTuple):
-    """A text in code words."""
-
-    data: bytes  # of the code file
-    bits: float  # predicted: the sum that the scorer would report
-    freqs: np.ndarray  # int64 (n,), of its tokens in the order in which they were coded
-
-
-class Decoded(NamedTuple):
-    """What code words stand for."""
-
-    tokens: np.ndarray  # int64 (n + 1,), BOS first
-    freqs: np.ndarray  # as in Coded
-    text: bytes | None  # None if it is not the text that was coded
 
 
 @dataclass
@@ -2614,64 +2594,96 @@ class Codec:
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
 
-    def encode(self, tokens, lanes=0):
-        """Return tokens, int64 (n + 1,), BOS first, as Coded."""
-        table = self.artifact.table
-        predictor = new_predictor(self.artifact, self.cfg, self.rt, last_plan(self.cfg, lanes))
-        stage = predictor.plan.stages[-1]
-        order = lane_order(len(tokens) - 1, predictor.lanes)
-        start = np.full(predictor.lanes, table.bos_id)
-        stream = torch.from_numpy(np.append(start, tokens[1:][order]))
-        coder = RangeEncoder()
-        trail = Trail()
-        coded = []
+    def code(self, plan, stream, check, code, step=None):
+        """Code the stream; return (predicted bits, the symbols' frequencies, int64 (n,)).
+
+        code(freqs, symbol) takes a position's frequencies, int32 (V,), and what the stream holds
+        there; the symbol that it returns is written there. check(CRC-32 of all frequencies so far)
+        is called at the first position and every 4,096 later.
+        """
+        stage = plan.stages[-1]
+        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
-        for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
-            for freqs, symbol in zip(commitment.table(stage).cpu().numpy(), targets.tolist()):
-                trail.add(freqs)
+        coded = []
+        crc = 0
+        for commitment, targets, bits in walk(predictor, stream, self.log, step):  # noqa: B007
+            for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
+                crc = zlib.crc32(freqs, crc)
+                if len(coded) % CHECK_EVERY == 0:
+                    check(crc)
+                symbol = code(freqs, int(targets[i]))
+                targets[i] = symbol
                 coded.append(freqs[symbol])
-                coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+        return bits[stage], np.array(coded, dtype=np.int64)
+
+    def encode(self, tokens, lanes=0):
+        """Code tokens, int64 (n + 1,), BOS first.
+
+        Return (bytes of the code file, predicted bits: the sum that the scorer would report,
+        frequencies int64 (n,) of the tokens in the order in which they are coded).
+        """
+        table = self.artifact.table
+        plan = last_plan(self.cfg, lanes)
+        order = lane_order(len(tokens) - 1, plan.lanes)
+        stream = torch.from_numpy(np.append(np.full(plan.lanes, table.bos_id), tokens[1:][order]))
+        coder = RangeEncoder()
+        checks = []
+
+        def write(freqs, symbol):
+            coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+            return symbol
+
+        bits, freqs = self.code(plan, stream, checks.append, write)
         text = table.decode(tokens)
-        digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
-        capability = torch.backends.cpu.get_cpu_capability()
-        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
-        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
-        data = head.pack(trail.checks, coder.finish())
-        return Coded(data, bits[stage], np.array(coded, dtype=np.int64))
+        maker = (
+            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads"
+        )
+        head = CodeHead(
+            lanes,
+            len(order),
+            len(text),
+            self.artifact.digest,
+            settings_digest(self.cfg),
+            sha256(text),
+            maker.encode()[:64],
+        )
+        return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
-        """Return what a code file stands for; UserError if it is not of this artifact."""
+        """Return (tokens int64 (n + 1,), BOS first, frequencies as encode has them, text in bytes).
+
+        The text is None if it is not the one that was coded. UserError if the file is not of this
+        artifact.
+        """
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != settings_digest(self.cfg):
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
-        if head.lanes > MOST_LANES or plan.block % max(head.lanes, 1):
+        if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         table = self.artifact.table
         decoder = RangeDecoder(words)
-        trail = Trail()
-        coded = []
-        stream = torch.full((predictor.lanes + head.tokens,), table.bos_id)
-        for commitment, targets, _ in walk(predictor, stream, self.log, step=predictor.lanes):
-            for i, freqs in enumerate(commitment.table(plan.stages[-1]).cpu().numpy()):
-                if trail.add(freqs) and trail.checks[-1] != checks[len(trail.checks) - 1]:
-                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
-                    raise UserError(
-                        f"{path} cannot be followed here beyond token {trail.tokens - 1}: it was "
-                        f"made with {maker}; decode it there"
-                    )
-                symbol = decoder.decode(freqs)
-                targets[i] = symbol
-                coded.append(freqs[symbol])
+        expected = zip(itertools.count(0, CHECK_EVERY), checks)
+
+        def follow(crc):
+            token, check = next(expected)
+            if crc != check:
+                maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                raise UserError(
+                    f"{path} cannot be followed here beyond token {token}: it was made with "
+                    f"{maker}; decode it there"
+                )
+
+        stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
+        _, freqs = self.code(plan, stream, follow, lambda f, _: decoder.decode(f), plan.lanes)
         tokens = np.full(head.tokens + 1, table.bos_id)
-        order = lane_order(head.tokens, predictor.lanes)
-        tokens[1:][order] = stream[predictor.lanes :].numpy()
+        tokens[1:][lane_order(head.tokens, plan.lanes)] = stream[plan.lanes :].numpy()
         text = table.decode(tokens)
         same = len(text) == head.text_bytes and sha256(text) == head.text
-        return Decoded(tokens, np.array(coded, dtype=np.int64), text if same else None)
+        return tokens, freqs, text if same else None
 
 
 def verify(run, artifact, scored=None):
@@ -2685,14 +2697,14 @@ def verify(run, artifact, scored=None):
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
-    coded = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
-    write_atomically(path, coded.data)
+    data, bits, freqs = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
+    write_atomically(path, data)
     encode_s = time.perf_counter() - start_s
 
     start_s = time.perf_counter()
     decoded, complaint = decode_elsewhere(path, artifact, run)
     decode_s = time.perf_counter() - start_s
-    freqs = coded.freqs if scored is None else scored
+    freqs = freqs if scored is None else scored
     differs = (decoded["tokens"][1:] != tokens[1:]) | (decoded["freqs"] != freqs)
     if differs.any():
         t = int(differs.argmax())
@@ -2702,18 +2714,13 @@ def verify(run, artifact, scored=None):
         )
     if complaint:
         raise UserError(f"verify: the decoder gave up: {complaint}")
-    size = len(coded.data) - CODE_START.size - CODE_HEAD.size
-    run.report.results["proof"] = {
-        "tokens": n,
-        "predicted_bits": coded.bits,
-        "bytes_on_disk": size,
-        "encode_seconds": encode_s,
-        "decode_seconds": decode_s,
-    }
+    size = len(data) - CODE_START.size - CODE_HEAD.size
+    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=size)
+    run.report.results["proof"] = proof | dict(encode_seconds=encode_s, decode_seconds=decode_s)
     run.report.write()
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
-        f"predicted: {coded.bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
+        f"predicted: {bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
         f"{n / decode_s:,.1f} to decode"
     )
 
@@ -2731,13 +2738,14 @@ def decode_elsewhere(path, artifact, run):
         DATA_PATH=os.devnull,
         TOKENIZER_PATH=os.devnull,
     )
-    text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "decompress", path, text_path, arrays_path]
+    paths = path, path.with_suffix(".txt"), arrays_path
+    command = [sys.executable, __file__, "decompress", *paths]
     last_line = ""
-    into_log = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **into_log) as decoder:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as decoder:
         for line in decoder.stdout:
             last_line = line.strip()
             run.report.log(last_line)
@@ -2792,7 +2800,8 @@ class Report:
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
-            print(line, file=file, flush=True)
+            with contextlib.suppress(OSError):  # a closed pipe or a full disk does not end a run
+                print(line, file=file, flush=True)
 
     def write(self):
         """Write results.json; for rank 0 alone."""
@@ -2891,28 +2900,39 @@ def read_result(path):
             "seed": 0,
             "stage": last["name"],
             "val_tokens": last["tokens"],
+            "validation": run["validation"],
+            "shards": run["shards"],
+            **run["environment"],
         }
-        run["seed"] = str(run["seed"])
-        run["device"] = run["environment"]["device"]
         run["row"] = {
+            "seed": run["seed"],
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
         }
         return run
-    except (OSError, UserError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         message = f"summarize: {path} is not a finished run's results.json ({error!r})"
         raise UserError(message) from error
 
 
-def summarize(paths, out_path):
-    """Gather the results.json of several seeds into a submission.json; return its contents."""
+def summarize(paths, out_path, mixed=False):
+    """Gather the results.json of several seeds into a submission.json; return its contents.
+
+    `mixed`: their environments (script, device, versions) and training shards may differ.
+    """
     runs = [read_result(path) for path in paths]
     first = runs[0]["same"]
-    if odd := {n.upper() for run in runs for n, v in run["same"].items() if v != first.get(n)}:
-        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd))}")
-    seeds = {run["seed"]: run["row"] for run in runs}
+    odd = {n for run in runs for n, v in run["same"].items() if v != first.get(n)}
+    if mixed:
+        odd -= {"shards", *runs[0]["environment"]}
+    if odd:
+        raise UserError(
+            f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}; `summarize --mixed` "
+            "allows it of shards and environment"
+        )
+    seeds = {str(run["seed"]): run["row"] for run in runs}
     if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     kept = {}
@@ -2930,7 +2950,7 @@ def summarize(paths, out_path):
         **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
         "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
-        "device": runs[0]["device"],
+        "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
         "seeds": seeds,
     }
     if len(runs) < 3:
@@ -2971,11 +2991,15 @@ def open_run(cfg, environ, command, table=None):
         if rt.is_main:
             prepare_demo(cfg, report.log)
     tokens = load_validation(cfg)
-    decode = None
+    shards = list_shards(cfg, "val") + ([] if table else list_shards(cfg, "train"))
+    sp = None
     if table is None or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-        decode = sp.decode
-    total_bytes = audit_bytes(table, tokens, decode)
+    report.results["shards"] = check_shards(shards, table, sp)
+    text = hashlib.sha256()
+    total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
+    validation = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=text.hexdigest())
+    report.results["validation"] = validation
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
@@ -3005,7 +3029,7 @@ def train_command(environ):
     if result.stopped:
         keep_last_good(run, weights, result)
     artifact = write_artifact(run, weights, result)
-    model = new_model(cfg, run.rt, model.state_dict(), DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, run.rt, model.state_dict(), cfg.eval_dtype)
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
     stages, _ = evaluate(predictor, run.tokens, run.total_bytes, run.report.log)
     run.report.add_stages(stages)
@@ -3030,7 +3054,7 @@ def calibrate(run, weights, held_out, limit_s):
         return weights["mixer"], 0.0
     start_s = rt.clock()
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
-    model = new_model(cfg, rt, quantized(weights, coarseness), DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64))
     block = max(1, cfg.eval_seq_len // 2)
     plan = new_plan(cfg, "sliding", "mixer")._replace(
@@ -3168,12 +3192,12 @@ def compress_command(source, target, environ):
     windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
-    coded = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
-    write_atomically(target, coded.data)
+    coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
+    write_atomically(target, coded)
     rate = len(tokens) / (time.perf_counter() - start_s)
     show(
-        f"{len(data):,} B -> {len(coded.data):,} B: a header of "
-        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
+        f"{len(data):,} B -> {len(coded):,} B: a header of "
+        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {bits / 8:,.1f} B; "
         f"{rate:,.0f} tokens/s"
     )
 
@@ -3181,16 +3205,16 @@ def compress_command(source, target, environ):
 def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
+    tokens, freqs, text = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
     if arrays_path:
         arrays = io.BytesIO()
-        np.savez(arrays, tokens=decoded.tokens, freqs=decoded.freqs)
+        np.savez(arrays, tokens=tokens, freqs=freqs)
         write_atomically(arrays_path, arrays.getvalue())
-    if decoded.text is None:
+    if text is None:
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    write_atomically(target, decoded.text)
+    write_atomically(target, text)
 
 
 def dispatch(args, environ):
@@ -3206,12 +3230,13 @@ def dispatch(args, environ):
             decompress_command(source, target, environ, *arrays)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
-        case ["summarize", first, *more]:
-            print(json.dumps(summarize([first, *more], "submission.json"), indent=1))
+        case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
+            mixed = args[1] != first
+            show(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            print(__doc__)
+            show(__doc__)
             for name, field in FIELDS.items():
-                print(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -3221,21 +3246,24 @@ def dispatch(args, environ):
 def main():
     """Run the command line and return its exit status; what a user can mend is one line on stderr.
 
-    A rank of several leaves the process at once instead: in a collective, a rank that says goodbye
-    keeps the others waiting, and gloo's teardown can abort.
+    SIGTERM and SIGHUP (unless nohup ignores it) end a command as Ctrl-C does. The process is then
+    to be left at once: in a collective, a rank that says goodbye keeps the others waiting, gloo's
+    teardown can abort, and a closed stdout would become a status of its own.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     status = 0
     try:
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt) as error:
-        status = getattr(error, "exit_status", 130)
-        message = str(error) or "interrupted; files are kept"
+    except (UserError, KeyboardInterrupt, ImportError) as error:
+        status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
+        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        if not status:
-            dist.barrier()
-        os._exit(status)
+            message = str(error) or "interrupted; files are kept"
+            print(f"error: {message}{hint}", file=sys.stderr, flush=True)
+    if dist.is_initialized() and not status:
+        dist.barrier()
     return status
 
 
@@ -3244,28 +3272,56 @@ def main():
 # machine has, the documentation inside Python and its packages. One document in 20, chosen by a
 # checksum, is validation text.
 
-SHARD_TOKENS = 50_000_000
-TXT_DOCUMENT_CHARS = 4096
+SHARD_TOKENS = 20_000_000
+DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
+MOST_DOCUMENT_CHARS = 16_384  # about; anything ends one then
+BATCH_DOCUMENTS = 100
 DEMO_TEXT_CHARS = 6_000_000
 
 
+def read_lines(path):
+    """Yield the lines of a file as bytes; those of .txt in parts if they are long."""
+    line = bytearray()
+    for chunk in read_chunks(path):
+        for part in io.BytesIO(chunk):
+            line += part
+            if part.endswith(b"\n") or path.endswith(".txt"):
+                yield line
+                line = bytearray()
+    yield line
+
+
 def read_documents(path):
-    """Return a file's documents: "text" fields, or .txt cut at blank lines after 4,096 chars."""
-    number = 0
-    texts = []
-    is_txt = path.endswith(".txt")
+    """Yield a file's documents: "text" fields, or .txt cut at blank lines, or where it has none.
+
+    UserError names the file and the line.
+    """
+    number = 1
+    document = ""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
-        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):  # noqa: B007
-            if is_txt or line.strip():
-                texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
-                texts[-1].encode()  # it is a string, and has no half of a surrogate pair
+        for line in read_lines(path):
+            if path.endswith(".txt"):
+                text = decode(line)
+                document += text
+                if len(document) > (DOCUMENT_CHARS if text.isspace() else MOST_DOCUMENT_CHARS):
+                    yield document
+                    document = ""
+            elif line.strip():
+                match json.loads(line):
+                    case {"text": str(text)}:
+                        text.encode()  # it has no half of a surrogate pair
+                        yield text
+                    case _:
+                        raise ValueError('no string under the key "text"')
+            number += line.endswith(b"\n")
+        yield document + decode(b"", True)
+    except ImportError:
+        raise
     except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
-        raise UserError(
-            f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
-            f'{{"text": "..."}} ({error})'
-        ) from error
-    cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
-    return re.findall(cut, "".join(texts)) if is_txt else texts
+        where = f'line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}}: {error}'
+        why = getattr(error, "strerror", where)
+        raise UserError(f"tokenize: cannot read {path}: {why}") from error
 
 
 def demo_documents():
@@ -3287,20 +3343,27 @@ def demo_documents():
 
 
 def prepare_demo(cfg, log):
-    """Make the demo's shards in its cache, once."""
+    """Make the demo's shards and tokenizer in its cache where one of them is missing."""
     cache = Path(DEMO_CACHE)
-    if Path(cfg.data_path) == cache and not any(cache.glob("fineweb_val_*.bin")):
+    parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
+    if Path(cfg.data_path) == cache and not all((cache / part).exists() for part in parts):
         log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(cache, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), cache, cfg, log)
+        documents = demo_documents()
+        write_shards(lambda: documents, cache, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
-    """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`."""
+    """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
+
+    It sees 200,000 parts of lines, of 256 characters at most: whole lines it would leave out where
+    they are very long or hold U+2585, without a word.
+    """
     import sentencepiece
 
     model = io.BytesIO()
-    lines = (line for text in documents for line in text.splitlines() if line.strip())
+    inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
+    part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
+    lines = (line for text in documents for line in part.findall(text) if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -3312,7 +3375,6 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            max_sentence_length=16_384,
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
@@ -3322,42 +3384,50 @@ def train_tokenizer(documents, vocab_size, path):
     write_atomically(path, model.getvalue())
 
 
+def token_shards(texts, sp):
+    """Yield uint16 tokens of whole documents, each after BOS, as the bytes of one shard's."""
+    tokens = bytearray()
+    while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
+        for ids in sp.encode(batch, num_threads=os.cpu_count()):
+            tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
+            if len(tokens) >= 2 * SHARD_TOKENS:
+                yield tokens
+                tokens = bytearray()
+    if tokens:
+        yield tokens
+
+
 def write_shards(documents, out_dir, cfg, log):
-    """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none."""
-    if len(documents) < 2:
+    """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none.
+
+    documents() begins to go through the texts, which are never all in memory. A new tokenizer does
+    not take the name of an official one: it is written to out_dir.
+    """
+    path = Path(cfg.tokenizer_path)
+    if path.name.startswith("fineweb_") and not path.exists():
+        path = Path(out_dir, "tokenizer.model")
+    for folder in (Path(out_dir), path.parent):
+        check_writable(folder, 0)
+    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
+    if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if any(Path(out_dir).glob("fineweb_*.bin*")):
-        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
-    held = np.array([zlib.crc32(text.encode()) % 20 == 0 for text in documents])
     if held.all() or not held.any():
-        held = np.arange(len(documents)) == len(documents) - 1
-    if not Path(cfg.tokenizer_path).exists():
-        log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
-        training = [text for text, is_held in zip(documents, held) if not is_held]
-        train_tokenizer(training, cfg.vocab_size, cfg.tokenizer_path)
-    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    tokens = {"train": [], "val": []}
-    start_s = time.perf_counter()
-    for first in range(0, len(documents), 2000):
-        batch = documents[first : first + 2000]
-        encoded = sp.encode(batch, num_threads=os.cpu_count())
-        for ids, is_held in zip(encoded, held[first:]):
-            document = np.array([sp.bos_id(), *ids], dtype=np.uint16)
-            tokens["val" if is_held else "train"].append(document)
-        done = progress_line(first + len(batch), len(documents), start_s, "documents")
-        log(f"tokenize: {done}")
-    for split, parts in tokens.items():
-        stream = np.concatenate(parts)
-        pieces = np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))
-        for number, piece in enumerate(pieces):
-            path = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
-            write_atomically(path, shard_bytes(piece))
-        log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
-    log(
-        f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}"
-    )
+        held = np.arange(len(held)) == len(held) - 1
+    if not path.exists():
+        log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
+        train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
+    table, sp = load_tokenizer(path, cfg.vocab_size)
+    for split, chosen in ("train", ~held), ("val", held):
+        log(f"{split}: {chosen.sum():,} documents")
+        texts = itertools.compress(documents(), chosen)
+        for number, data in enumerate(token_shards(texts, sp)):
+            tokens = np.frombuffer(data, dtype="<u2")
+            target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
+            write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
+            log(f"{target}: {len(tokens):,} tokens")
+    log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={path} VOCAB_SIZE={cfg.vocab_size}")
 
 
 def tokenize_command(out_dir, paths, environ):
@@ -3365,13 +3435,14 @@ def tokenize_command(out_dir, paths, environ):
     cfg = config_from_env(environ)
     if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
         raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
-    documents = []
-    start_s = time.perf_counter()
-    for number, path in enumerate(paths, 1):
-        documents += [text for text in read_documents(path) if text.strip()]
-        show(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
+    if any(Path(out_dir).glob("fineweb_*.bin*")):
+        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
+
+    def documents():
+        return (text for path in paths for text in read_documents(path) if text.strip())
+
     write_shards(documents, out_dir, cfg, show)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())

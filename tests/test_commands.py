@@ -150,8 +150,10 @@ def test_results_say_what_ran(demo, name):
         "environment",
         "train",
         "artifact",
+        "shards",
         "stages",
         "val_bpb",
+        "validation",
     }
     assert results["run_id"] == name
     assert results["seed"] == 1337
@@ -649,15 +651,16 @@ def test_artifact_over_the_cap_is_kept_and_not_scored(command, run_dir):
 
 
 @pytest.mark.slow
-def test_ctrl_c_while_training_keeps_the_weights(corpus, tmp_path):
-    """SIGINT in the middle of training: one line, status 1, and weights that `eval` can read."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_while_training_keeps_the_weights(corpus, tmp_path, number):
+    """In the middle of training: one line, status 1, and weights that `eval` can read."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignored"
     settings = dict(corpus, ITERATIONS="100000", LOG_EVERY="1", RUN_ID="run")
     process = start(tmp_path, **settings)
     signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             break
     status, _, err = finished(process)
     message = error_line((status, err), 1)
@@ -716,7 +719,8 @@ def test_shard_that_goes_bad_on_two_ranks_keeps_the_weights(corpus, tmp_path):
         (data / path.name).write_bytes(path.read_bytes())
     good = data / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
-    (data / "fineweb_train_000001.bin").write_bytes(b"no shard")
+    cut = train_gpt.shard_bytes(np.resize(train_gpt.read_shard(good, 400), 40_000))[:-2]
+    (data / "fineweb_train_000001.bin").write_bytes(cut)  # past what a start looks at
     settings = dict(corpus, DATA_PATH=str(data), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
     (message,) = (line for line in err.splitlines() if line.startswith("error: "))
@@ -761,3 +765,21 @@ def test_failed_calibration_keeps_the_weights(command, run_dir, monkeypatch):
     assert "no such luck" in message
     assert path.name in message
     assert len(train_gpt.read_artifact(path).weights) > 10
+
+
+@pytest.mark.slow
+def test_closed_pipe_does_not_end_a_run(corpus, tmp_path):
+    """`train_gpt.py | head -3`: the run goes on to its results."""
+    process = start(tmp_path, **corpus, RUN_ID="run")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
+    assert results_of(tmp_path / "logs" / "run")["val_bpb"] > 0
+
+
+def test_missing_package_is_one_line(command, monkeypatch):
+    """Its name, and what installs it."""
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    message = error_line(command(), 1)
+    assert "sentencepiece" in message
+    assert "pip install -r requirements.txt" in message

@@ -347,7 +347,7 @@ def test_training_learns_a_repetitive_stream(tmp_path):
     assert result.seconds > 0
     assert (result.stopped, result.interrupted) == ("", False)
     assert lines[0].startswith("step 1/30  loss 4.1")
-    assert lines[-1].startswith("note: the training shards were read 8")
+    assert lines[-1].startswith("note: the shards were read 8")
 
 
 def test_same_seed_gives_the_same_artifact(data):

@@ -30,7 +30,6 @@ from train_gpt import (
     LOGIT_SCALE,
     Mixture,
     NgramHistory,
-    Rows,
     Runtime,
     commit,
     new_plan,
@@ -61,7 +60,7 @@ class Recorder:
 
     def mix(self, grid, rows):
         """Keep the logits (R, V); return the model's frequencies."""
-        self.grid[rows.positions.cpu().numpy()] = grid.cpu().numpy().astype(np.int16)
+        self.grid[rows.cpu().numpy()] = grid.cpu().numpy().astype(np.int16)
         return commit(shares(grid))
 
     def learn(self, prefix):
@@ -116,11 +115,11 @@ class Replay:
         return len(self.tokens) - 1
 
     def blocks(self, size):
-        """Yield (grid, Rows) of each block of positions, as a Predictor shows them to a Mixture."""
+        """Yield (grid, positions) of each block, as a Predictor shows them to a Mixture."""
         for start in range(0, self.n, size):
             positions = torch.arange(start, min(start + size, self.n))
             grid = torch.from_numpy(self.grid[positions].astype(np.int64))
-            yield grid, Rows(positions, positions - self.reach)
+            yield grid, positions
 
 
 def code_bits(freqs, targets):
@@ -134,10 +133,10 @@ def run(stream, mixture, size=4096):
     bits = []
     start_s = time.perf_counter()
     for grid, rows in stream.blocks(size):
-        stop = int(rows.positions[-1]) + 1
+        stop = int(rows[-1]) + 1
         mixture.history.extend(stream.tokens[:stop])
         freqs = mixture.mix(grid, rows)
-        bits.append(code_bits(freqs, stream.tokens[rows.positions + 1]))
+        bits.append(code_bits(freqs, stream.tokens[rows + 1]))
         if len(grid) == size and stop < stream.n:
             mixture.learn(stream.tokens[: stop + 1])
     seconds = time.perf_counter() - start_s
@@ -175,7 +174,7 @@ class Rule:
 
     def mix(self, grid, rows):
         """Return frequencies (R, V)."""
-        matches = self.history.occurrences(rows.positions)
+        matches = self.history.occurrences(rows)
         following = self.history.tokens[matches + 1].long()
         return commit(self.method(grid, matches, following, rows))
 
@@ -202,11 +201,11 @@ def probabilities(grid):
     return torch.softmax(grid.double() / LOGIT_SCALE, -1)
 
 
-def one_token_tilt(beta, adaptive, outside):
+def one_token_tilt(beta, adaptive, reach):
     """Return the method that raises the logit of one hinted token by beta.
 
     The hint is what followed the longest context's last occurrence. `adaptive`: beta times
-    1 - p(hint). `outside`: only where that occurrence is outside the model's window.
+    1 - p(hint). `reach`: only where that occurrence is more rows back; 0: everywhere.
     """
 
     def method(grid, matches, following, rows):
@@ -214,8 +213,8 @@ def one_token_tilt(beta, adaptive, outside):
         longest = seen.int().argmax(1)[:, None]
         hint = following[:, :-1, 0].gather(1, longest)
         wanted = seen.any(1, keepdim=True)
-        if outside:
-            wanted &= matches[:, :-1, 0].gather(1, longest) < rows.window_start[:, None]
+        if reach:
+            wanted &= matches[:, :-1, 0].gather(1, longest) < (rows - reach)[:, None]
         boost = LOGIT_SCALE * beta * wanted.double()
         if adaptive:
             boost *= 1 - probabilities(grid).gather(1, hint)
@@ -297,7 +296,7 @@ def table(folder):
             val,
             {
                 f"one-token tilt, best of 16: beta {beta}{adaptive}{outside}": one_token_tilt(
-                    beta, bool(adaptive), bool(outside)
+                    beta, bool(adaptive), val.reach if outside else 0
                 )
                 for beta in (1.0, 1.5, 2.0, 3.0)
                 for adaptive in ("", ", times 1 - p")
@@ -414,7 +413,7 @@ def scale(*counts):
         start_s = time.thread_time()
         positions = torch.arange(start, stop)
         history.extend(tokens[:stop])
-        freqs = mixture.mix(grid, Rows(positions, positions - 512))
+        freqs = mixture.mix(grid, positions)
         bits += code_bits(freqs, tokens[positions + 1]).sum().item()
         mixture.learn(tokens[: stop + 1])
         seconds += time.thread_time() - start_s
