@@ -28,8 +28,10 @@ length, since
   3. score first  position t's frequencies are final before any state behind them has seen x_t;
   4. one pass     left to right, once. `Predictor` alone makes frequencies; out of order, it raises.
 
-Shapes: B batch, T rows, W window, S stride, D width, H query heads, G key and value heads, d head
-width, V vocabulary, R positions, C contexts, M occurrences a context, J candidates, F features.
+Shapes: B batch, T rows of a sequence, N = B T, W window, S stride, K = W - S, D width, H query
+heads, G key and value heads, d head width, V vocabulary, n tokens without BOS, L lanes, R
+positions, C contexts, M occurrences a context, J = C M candidates, F features. A row is the model's
+input and output at one position; the Engine's banner says how rows, positions and lanes meet.
 """
 
 import codecs
@@ -70,10 +72,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---- Config --------------------------------------------------------------------------------------
-# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this
-# machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code
-# length and can be overridden by the `eval` command. All but `run` are stored in the artifact, with
-# the preset's name. What a value must satisfy stands beside its default.
+# All settings are fields of one frozen dataclass, in four groups: run (where things are on this
+# machine; what is scored, logged and proved), train, model (fixed once weights exist) and eval
+# (shapes the code length; the `eval` command may override it). The artifact stores all groups but
+# run, of which it keeps only the preset's name. Each limit stands beside the default.
 
 
 class UserError(Exception):
@@ -88,22 +90,22 @@ class UsageError(UserError):
     exit_status = 2
 
 
-BELOW_ONE = 1 - 1e-9
+BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
 
 
 def option(default, doc, **limits):
     """Return a setting's field with its default, one line of documentation and its limits.
 
-    Limits: `minimum` and `maximum`, a number or the name of another property of Config; without
-    `minimum` an int is at least 1, a float at least 0; `divides`, the names of settings that are
-    multiples of this one; `choices`, the allowed words.
+    Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
+    name of another property of Config; `divides`, the names of settings that must be multiples of
+    this one; `choices`, the allowed words.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where things are on this machine; not part of the artifact, but for the preset's name."""
+    """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`."""
 
     preset: str = option("record", "record, bench or demo")
     device: str = option("auto", "auto, cuda or cpu", choices=("auto", "cuda", "cpu"))
@@ -262,12 +264,12 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
     @property
     def most_alpha_range(self):
-        """Largest ALPHA_RANGE with which alpha stays a share."""
+        """Largest ALPHA_RANGE with which alpha stays at most 1."""
         return 1 - self.alpha_base
 
     @property
     def value_layers(self):
-        """Layers with value embeddings, sorted; None for a layer that there is not."""
+        """Layers with value embeddings, sorted; None if VE_LAYERS names one that does not exist."""
         names = self.ve_layers.split(",") if self.ve_layers.strip() else []
         valid = {str(layer): layer for layer in range(self.num_layers)}
         layers = [valid.get(name.strip()) for name in names]
@@ -296,8 +298,8 @@ SMALL = dict(
 )
 PRESETS = {
     "record": {},
-    # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that
-    # binds.
+    # Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size
+    # limit low enough to force coarser quantization.
     "bench": SMALL
     | dict(
         val_tokens=131_072,
@@ -372,8 +374,9 @@ def parse_setting(field, text):
 def config_from_env(environ, stored=None):
     """Return the Config of preset, then `stored` (an artifact's settings), then the environment.
 
-    UsageError names a value that cannot be, a name close to a setting's, and a setting that the
-    artifact has fixed otherwise.
+    UsageError names an impossible value, a variable whose name is a misspelled setting, or a
+    setting of group model or train that differs from the artifact's; UserError, a stored setting
+    that this version does not have.
     """
     stored = stored or {}
     known = {name.upper(): field for name, field in FIELDS.items()}
@@ -420,7 +423,7 @@ def check_config(cfg):
             need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
         most = limits.get("maximum", math.inf if FIELDS[name].type is float else 2**63 - 1)
         if isinstance(most, str):
-            most = getattr(cfg, most)  # of a setting above, or what follows from such
+            most = getattr(cfg, most)  # a field checked before, or a property of such
         need(value <= most, name, f"must be at most {most:.9g}")
     layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
     need(cfg.value_layers is not None, "ve_layers", layers)
@@ -429,9 +432,9 @@ def check_config(cfg):
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one
-# rank: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit
-# the same integers.
+# Rank, device and dtype are decided once and logged. Every rank uses as many CPU threads as a lone
+# one (all cores): the split of a product over threads can change its last bit, and 1 and 8 ranks
+# must commit the same integers.
 
 
 @dataclass
@@ -470,7 +473,7 @@ class Runtime:
 
     @contextlib.contextmanager
     def fail_together(self):
-        """Raise UserError on every rank where the block raises it on one: none is left waiting."""
+        """Raise UserError on every rank if the block raises it on any: none waits forever."""
         failure = None
         try:
             yield
@@ -490,7 +493,7 @@ class Runtime:
         """Return `function` through torch.compile where that pays (CUDA), else as it is."""
         if self.device.type != "cuda":
             return function
-        torch._dynamo.config.recompile_limit = 64  # past it torch would refuse
+        torch._dynamo.config.recompile_limit = 64  # shapes per function; torch raises beyond
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
@@ -532,7 +535,7 @@ def start_runtime(cfg, environ):
 
 
 def keep_freed_memory():
-    """Let glibc keep what torch frees: giving it back costs a small training step a third."""
+    """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
@@ -560,7 +563,7 @@ def progress_line(done, total, start_s, unit):
 
 
 def write_atomically(path, data):
-    """Write bytes beside `path` and rename the file: it is whole or it is not there."""
+    """Write bytes to a file beside `path`, then rename it: no reader sees a part of them."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -578,7 +581,7 @@ def write_atomically(path, data):
 
 
 def read_file(path, name="", hint=""):
-    """Return a file's bytes; UserError says which setting or file it was."""
+    """Return a file's bytes; UserError: `name`, the path, the reason, then `hint`."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -598,16 +601,16 @@ def check_writable(folder, need_bytes):
 
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space
-# counts only where a decoder prints one: not after a boundary (BOS, control, unknown). Every
-# document's count is compared with its text. A wrong tokenizer passes that test (its text is
-# another, but counted well), so shards name theirs, or show it by what encoding gives back.
+# counts only where a decoder prints one: not after a boundary (BOS, control, unknown, unused).
+# Every document's count is compared with its text. A wrong tokenizer passes that test: its text is
+# wrong, but counted correctly. So each shard's tokenizer is checked too (see Data).
 
-SPACE = "\u2581"
+SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """A tokenizer: pieces[i] of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
+    """A tokenizer: piece i and its kind, a letter: Normal, Unknown, Control, X (unused), Byte."""
 
     pieces: tuple
     kinds: str
@@ -615,7 +618,7 @@ class TokenTable:
 
     @functools.cached_property
     def digest(self):
-        """SHA-256 of pieces and kinds: tokenizers of one digest read the same tokens."""
+        """SHA-256 (hex) of pieces, kinds and BOS id: equal tokenizers have equal digests."""
         description = json.dumps([self.pieces, self.kinds, self.bos_id])
         return hashlib.sha256(description.encode()).hexdigest()
 
@@ -632,7 +635,7 @@ class TokenTable:
 
     @functools.cached_property
     def byte_tables(self):
-        """(bytes without a leading space, has a leading space, is a boundary), each (V,)."""
+        """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
         starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
         leading = np.array(starts)
         base = np.array([len(text) for text in self.texts], dtype=np.int64) - leading
@@ -641,7 +644,7 @@ class TokenTable:
 
     @property
     def word_begins(self):
-        """Tokens that begin a word or part words, bool (V,)."""
+        """Whether a token has a leading space or is a boundary, bool (V,)."""
         _, leading, boundary = self.byte_tables
         return leading | boundary
 
@@ -651,7 +654,7 @@ class TokenTable:
         return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
 
     def decode(self, tokens):
-        """Return the bytes of one document's tokens: a space is printed except after a boundary."""
+        """Return the bytes of one document; no leading space at its start or after a boundary."""
         _, leading, boundary = self.byte_tables
         cut = leading[tokens] & np.append(True, boundary[tokens[:-1]])
         return b"".join(self.texts[t][c:] for t, c in zip(tokens.tolist(), cut.tolist()))
@@ -660,8 +663,8 @@ class TokenTable:
 def load_tokenizer(path, vocab_size, table=None):
     """Return (TokenTable, processor) of a SentencePiece model.
 
-    UserError if it is none, does not fit VOCAB_SIZE, spells a space in three byte pieces, or is not
-    the tokenizer of `table`.
+    UserError if it is none, does not fit VOCAB_SIZE, has no BOS, has no piece for a lone space, or
+    is not the tokenizer of `table`.
     """
     import sentencepiece
 
@@ -725,15 +728,16 @@ def audit_bytes(table, tokens, decode=None, digest=None):
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens;
-# inside zstandard if named .zst. Ours have, after the count, the SHA-256 of their tokenizer's table
-# and a CRC-32 of tokens and header. Training reads shards in order, cyclically, and alike on any
-# number of ranks. The end of the last one is never trained on: the mixer is calibrated on it.
+# inside zstandard if named .zst. Ours have, after the count, the SHA-256 of their TokenTable (32
+# bytes) and a CRC-32 of that and the tokens (4 bytes). Training reads shards in order, cyclically,
+# and alike on any number of ranks. The end of the last one is never trained on: the mixer is
+# calibrated on it.
 #
 # A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
-# again: documents come back whole from the tokenizer that made them, and go astray within their
-# first words with any other. On FineWeb (224 samples) at least 0.9999 of the tokens come back; with
-# nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with a twin
-# trained without one document of 1,900 (10 pieces differ), 0.5.
+# again: documents come back whole from the tokenizer that made them, and with others soon differ;
+# at most 0.9 of the tokens coming back is an error. On FineWeb (224 samples) at least 0.9999 come
+# back; with nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with
+# a twin trained without one document of 1,900 (10 pieces differ), 0.5.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -745,7 +749,7 @@ CHUNK_BYTES = 1 << 16
 def read_chunks(path):
     """Yield a file's contents in parts, decompressed if its name ends in .zst.
 
-    EOFError for a cut frame; windows may be as long as the format has them.
+    EOFError for a cut frame. Any window size that zstandard can write is accepted.
     """
     frame = None
     with open(path, "rb") as file:
@@ -767,7 +771,7 @@ def read_shard(path, vocab_size, most=1 << 40):
     """Return one shard's tokens, at most the first `most`, uint16 (n,).
 
     UserError for a file that is foreign, truncated, damaged or has tokens outside of the
-    vocabulary; what lies behind `most` is not looked at.
+    vocabulary. Tokens after the first `most` are not checked, nor then is the checksum.
     """
     wanted = SHARD_HEADER_BYTES + 2 * most
     data = bytearray()
@@ -836,9 +840,9 @@ def list_shards(cfg, split):
 
 
 def share_returned(sp, tokens):
-    """Return the share of tokens, uint16 (n,), that their text gives back when encoded again.
+    """Return the share of tokens, uint16 (n,), that come back when decoded and encoded again.
 
-    Of each document what comes before its first difference counts; 1.0 where no document begins.
+    Of each document only the tokens before its first difference count; 1.0 where none begins.
     """
     returned = wanted = 1
     for document in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:]:
@@ -851,8 +855,9 @@ def share_returned(sp, tokens):
 def check_shards(paths, table, sp):
     """Return {SHA-256 of a shard's header and first tokens: its name}.
 
-    UserError for two that are alike, and for another tokenizer than `table`'s, by what a shard says
-    or by the evidence of the processor `sp`; None: without a word of its own it is trusted.
+    UserError for two that are alike, and for another tokenizer than `table`'s: by the digest in the
+    shard's header or, if it has none, by encoding again with the processor `sp`. If that is None
+    too, the shard is trusted.
     """
     known = {}
     for path in paths:
@@ -908,7 +913,7 @@ class TrainStream:
         self.vocab_size = cfg.vocab_size
         self.held_out = held_out  # tokens at the end of the last file
         self.tokens = np.zeros(0, dtype=np.uint16)  # read and not yet taken
-        self.opened = 0  # files so far
+        self.opened = 0  # files so far, over all epochs
         self.take(0)  # a bad first shard is found out before long work
 
     @property
@@ -931,7 +936,7 @@ class TrainStream:
 
 
 def micro_batch_sequences(cfg, world):
-    """Return the sequences of a micro-batch; UsageError if the ranks cannot share a step evenly."""
+    """Return the number of sequences in a micro-batch; UsageError if ranks cannot share evenly."""
     sequences = cfg.train_batch_tokens // cfg.train_seq_len
     if sequences % world:
         raise UsageError(
@@ -944,7 +949,7 @@ def micro_batch_sequences(cfg, world):
 
 
 def micro_batches(tokens, cfg, rt):
-    """Return this rank's run of a step's sequences as [(x, y)], int64 (B, T) on the device."""
+    """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
     sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
     size = micro_batch_sequences(cfg, rt.world)
     share = len(sequences[0]) // rt.world
@@ -954,13 +959,14 @@ def micro_batches(tokens, cfg, rt):
 
 # ---- Model ---------------------------------------------------------------------------------------
 # An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out
-# of a head's output what the position's own value already says; VRL and value embeddings hand early
-# information to late values; BigramHash and SmearGate give the first layer the previous token for
-# nothing. One forward path serves training, scoring and TTT. It runs on weights that were cast to
-# the compute dtype, with scales folded in and tables projected: once a step, or once until they
-# change.
+# of a head's output its projection on the position's own value; value residual learning (VRL) adds
+# the first layer's values, and value embeddings a table's rows, to those of later layers; a hashed
+# bigram table and a smear gate show the first layer the previous token at little cost. One forward
+# path serves training, scoring and TTT. It runs on what cast() returns: weights in the compute
+# dtype, scales folded in, tables projected. Training casts anew in every pass, the engine once for
+# each set of weights.
 
-# Rows before the first that its embedding needs: smear looks 1 back, its bigram 2.
+# Tokens before a row that its embedding needs: smear looks 1 back, that row's bigram 1 more.
 EMBED_CONTEXT = 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
@@ -969,7 +975,8 @@ MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 def role(name):
     """Return a parameter's role: optimizer, quantizer and TTT treat equal roles alike.
 
-    matrix: Muon, int6; projection: Muon, fp16; table: AdamW, int8; vector: AdamW, fp16.
+    matrix: Muon, int6; projection: Muon, fp16; table: AdamW, int8; vector (all others, of any
+    shape, the mixer's weights too): AdamW, fp16.
     """
     if name in TABLES:
         return "table"
@@ -996,11 +1003,11 @@ def causal_bias(rows, known, reach, like):
 
     A row sees itself and the `reach` keys before it. Device and dtype are those of `like`.
     """
-    return like.new_ones(rows, known + rows).tril(known).triu(known - reach).log()  # of 1 and 0
+    return like.new_ones(rows, known + rows).tril(known).triu(known - reach).log()  # 0 or -inf
 
 
 def unit(x):
-    """Return x / |x| over the last dimension: RMSNorm, but for a factor that weights take in."""
+    """Return x / |x| over the last dimension; cast() folds RMSNorm's sqrt(D) into weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)).to(x.dtype)
 
@@ -1014,7 +1021,7 @@ def exclude_self(y, v):
 
 
 def rotary_rates(dims, train_seq_len):
-    """Return the rotary embedding's angles a row, float64 (dims / 2,).
+    """Return the rotary embedding's rates, in radians a row, float64 (dims / 2,).
 
     Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows.
     """
@@ -1023,7 +1030,7 @@ def rotary_rates(dims, train_seq_len):
 
 
 def rotary_turns(first, rows, rates, width):
-    """Return (cosines, sines) to turn rows first... of heads of `width`, each (rows, 1, width)."""
+    """Return (cosines, sines), (rows, 1, width) each, for `rows` rows from number `first` on."""
     still = width - 2 * len(rates)  # dimensions that are not turned
     positions = torch.arange(first, first + rows, device=rates.device).double()
     angle = positions[:, None, None] * F.pad(torch.cat([-rates, rates]), (0, still))
@@ -1031,7 +1038,7 @@ def rotary_turns(first, rows, rates, width):
 
 
 def rotate(x, cos, sin, half):
-    """Turn dimensions i and i + half of x (N, heads, d), i < half; cos, sin (N, 1, d)."""
+    """Return x (N, heads, d), dimensions i and i + half turned, i < half; cos, sin (N, 1, d)."""
     parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
     return torch.addcmul(x * cos, torch.cat(parts, -1), sin)
 
@@ -1117,9 +1124,9 @@ class Block(nn.Module):
     def forward(self, x, x0, extra_v, rows, weights):
         """Return (output (N, D), own values (N, G, d)).
 
-        x, x0 (N, D), N = B T; extra_v is added to the values; rows: (B, the rotary embedding's
-        cosines and sines, each (N, 1, d), attention's bias or None, Cache of the rows before or
-        None); weights: those of cast().
+        x, x0 (N, D): the residual stream and the embedding; extra_v (N, G, d) or 0 is added to own
+        values; rows: (B, [cosines, sines], each (N, 1, d), attention's bias or None, Cache of the
+        rows before or None); weights: those of cast().
         """
         batch, turns, bias, cache = rows
         mix_x, mix_x0, qkv_in, gain, attn_out, mlp_in, mlp_out = weights
@@ -1188,15 +1195,16 @@ class GPT(nn.Module):
     def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
         """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
 
-        tokens (B, T) int64; weights: those of cast(), where they are at hand. With a cache the rows
-        are appended to its own: the first `lead` tokens, those before, are for the embedding only.
+        tokens (B, lead + T) int64: the first `lead` only complete the embedding of the T rows after
+        them. weights: what cast() has returned; None: cast now. With a cache, the T rows follow the
+        rows in it, see them and are appended.
         """
         embed, values, skip_weights, vrl, blocks, head = weights or self.cast()
         x = self.embed(tokens, embed)[:, lead:]
         B, T, _ = x.shape
         cfg = self.cfg
         first, known, reach = cache.grow(T) if cache else (0, 0, T)
-        bias = None  # plainly causal, by a fused kernel
+        bias = None  # causal, by a fused kernel
         if cache or not x.is_cuda:
             bias = causal_bias(T, known, reach, x).repeat(cfg.num_heads // cfg.num_kv_heads, 1)
         turns = rotary_turns(first, T, self.rotary_rates, cfg.head_dim)
@@ -1226,7 +1234,7 @@ class GPT(nn.Module):
 
 
 class Cache:
-    """Keys and values of the last rows of B sequences side by side, for rows that are appended.
+    """Keys and values of the last rows of B sequences, for the rows that follow.
 
     Protocol: the model calls grow() once a pass, then append() in each layer. A row sees itself and
     the `reach` rows before it, however the sequences were cut into passes.
@@ -1234,16 +1242,16 @@ class Cache:
 
     def __init__(self, model, batch, reach, pass_rows):
         self.reach = reach
-        self.rows = 0  # so far: the number of the next one
-        self.used = 0  # slots; the rows in them are the last ones
+        self.rows = 0  # rows so far, which is the next row's number
+        self.used = 0  # slots of the store in use, by the last rows
         cfg = model.cfg
         rows = 2 * reach + pass_rows
         shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, rows, cfg.head_dim)
         self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
 
     def grow(self, rows):
-        """Make room for a pass of `rows` rows; return (first row's number, rows it sees, reach)."""
-        if self.used + rows > self.store.size(4):  # then it holds more than 2 `reach` rows
+        """Make room for `rows` rows; return (first one's number, kept rows before it, reach)."""
+        if self.used + rows > self.store.size(4):  # used > 2 reach: no overlap
             last_rows = self.store[..., self.used - self.reach : self.used, :]
             self.store[..., : self.reach, :] = last_rows
             self.used = self.reach
@@ -1262,10 +1270,10 @@ class Cache:
 
 
 def new_model(cfg, rt, weights=None, dtype=None):
-    """Return a model on the device: of these weights, or of SEED's, alike on all ranks.
+    """Return a model on the device, alike on all ranks, with `weights` or those drawn from SEED.
 
-    It computes in `dtype`, a name, or in the one that trains. In float64 its parameters are float64
-    too.
+    It computes in `dtype`, a name; None: the training dtype. In float64 its parameters are float64
+    too, otherwise fp32.
     """
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
@@ -1277,8 +1285,8 @@ def new_model(cfg, rt, weights=None, dtype=None):
 
 
 # ---- Complementary objective ---------------------------------------------------------------------
-# What bigram statistics predict the mixer will predict too, so the model is to care less for it:
-# weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from
+# The mixer predicts well what bigram statistics predict, so such tokens weigh less in the model's
+# loss: 1 - alpha * p(token | previous), at least 0.1 (openai/parameter-golf PR 1033). p is from the
 # counts before the step.
 
 
@@ -1303,7 +1311,7 @@ class BigramCounts:
 
 # ---- Optimizers, schedules, averaging ------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024); matrices of one shape go
-# through it together, since one at a time they are all overhead. torch's AdamW with fp32 state
+# through it together, since one at a time costs mostly overhead. torch's AdamW with fp32 state
 # takes tables and vectors. Schedules are pure functions of step and clock.
 
 
@@ -1323,7 +1331,7 @@ def orthogonalize(matrices, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Orthogonalized Nesterov momentum, decoupled weight decay: torch.optim.Muon, stacked."""
+    """torch.optim.Muon's rule, applied to all matrices of one shape at once."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -1362,7 +1370,8 @@ def new_optimizers(model, cfg):
 def lr_scale(step, elapsed_s, limit_s, cfg):
     """Return the rates' factor: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
 
-    What is left is the lesser of ITERATIONS and of what the time limit allows at this pace.
+    The steps left are those of ITERATIONS or, if fewer, those for which limit_s leaves time at the
+    mean pace so far.
     """
     steps_left = cfg.iterations - step
     if step:
@@ -1378,7 +1387,7 @@ def muon_momentum(step, cfg):
 
 
 class WeightAverage:
-    """What replaces the weights at the end: SWA if it is on, else EMA, else nothing.
+    """What replaces the weights at the end: the mean of SWA's snapshots if it is on, else the EMA.
 
     Protocol: after_step() after each optimizer step, install() once.
     """
@@ -1409,10 +1418,10 @@ class WeightAverage:
 # ---- Training loop -------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a
 # check that loss and gradient are finite *before* any weight moves, clip, two optimizers, average.
-# Rank 0's clock stops all ranks at one step. Kernels are compiled on random tokens before it
-# starts, then all is put back.
+# Rank 0's clock stops all ranks at one step. Before it starts, kernels are compiled on random
+# tokens and the weights are restored.
 
-# Of the training time, it is kept for the mixer's calibration, where there is one.
+# Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
 CALIBRATION_SHARE = 0.03
 
 
@@ -1514,7 +1523,7 @@ def train(model, cfg, rt, log, held_out):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
     NaN, infinity, a bad shard and Ctrl-C end training early: the result says why, and the model has
-    the last good weights. In every case they are averaged as EMA_DECAY and SWA_ENABLED say.
+    the last good weights. Either way, the average of EMA_DECAY or SWA_ENABLED replaces them.
     """
     stream = TrainStream(cfg, held_out)
     result = TrainResult()
@@ -1562,9 +1571,10 @@ def train(model, cfg, rt, log, held_out):
 
 # ---- Quantization --------------------------------------------------------------------------------
 # Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest
-# fp16. One number governs the size, `coarseness`: a row's top level stands at coarseness times its
-# root mean square. Doubling it costs each weight one bit of precision and saves about one bit of
-# entropy, which LZMA finds; it is raised until code + artifact just fit the cap.
+# fp16. One number governs the size, `coarseness`: the top level of a matrix's row stands at
+# coarseness times the row's root mean square. Doubling it costs each weight one bit of precision
+# and saves about one bit of entropy, which LZMA finds; it is chosen so that code + artifact just
+# fit the cap.
 
 INT6_MAX = 31
 INT8_MAX = 127
@@ -1608,7 +1618,8 @@ def quantized(weights, coarseness):
 def estimate_coarseness(weights, budget_bytes):
     """Return the coarseness that gives budget_bytes if rows are Gaussian.
 
-    A row then costs log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
+    A matrix then costs log2(4.133 * 31 / coarseness) bits a weight (4.133 = sqrt(2 pi e)), int8
+    about 7, fp16 about 15; LZMA adds 3 %.
     """
     counts = dict.fromkeys(KINDS.values(), 0)
     for name, w in weights.items():
@@ -1623,8 +1634,8 @@ def estimate_coarseness(weights, budget_bytes):
 #   4 bytes  format version            4 bytes  length of the header
 #   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] a tensor
 #  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or fp16
-# Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from
-# LZMA.
+# Little-endian, row by row. Reading executes nothing. Levels of int6 take a byte each: packed to 6
+# bits, LZMA would not find their entropy.
 
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
@@ -1718,7 +1729,8 @@ def code_bytes():
 def fit_artifact(weights, cfg, table, log):
     """Return the bytes of the finest artifact found that fits the cap, else of the last one tried.
 
-    A secant in coarseness: a level of a matrix costs about one bit less where it doubles.
+    At most six tries. Each moves log2(coarseness) by the distance to 99.9 % of the budget, at one
+    bit for every weight of a matrix; it is done within 0.2 % of the budget.
     """
     budget = cfg.size_limit_bytes - code_bytes()
     bytes_a_bit = sum(w.numel() for name, w in weights.items() if role(name) == "matrix") / 8
@@ -1739,22 +1751,23 @@ def fit_artifact(weights, cfg, table, log):
 
 
 # ---- N-gram history ------------------------------------------------------------------------------
-# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last
-# one, the word so far) there are hash chains, as in LZ77: prev[i] is the last earlier position
-# whose context has the same hash. Walking from t - 1 yields what is before t and nothing later, so
-# a whole block may be linked before its first position is predicted. Contexts are compared token by
-# token, so what is found is real. How the stream was cut into blocks changes nothing. Memory: 28
-# bytes a token, with a quarter to spare, and 24 a hash value.
+# Finds where the current context occurred before. For each kind c of context (the last 8, 5, 3, 2
+# tokens, the last one, the word so far) there are hash chains, as in LZ77: prev[c, i] is the last
+# position before i at which a context of the same hash ended. Walking from t - 1 yields what is
+# before t and nothing later, so a whole block may be linked before its first position is predicted.
+# Contexts are compared token by token, so hash collisions are never taken for occurrences. How the
+# stream was cut into blocks changes nothing. Memory: `prev` takes 24 bytes a token and a quarter
+# more as room to grow, `heads` 24 bytes a slot; the tokens are those of the stream.
 
 CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, up to its beginning
 CONTEXTS = len(CONTEXT_LENGTHS)
 
 
 class NgramHistory:
-    """The stream so far, and where each context ended before.
+    """The stream so far, and the chains of the positions at which each context ended.
 
     Protocol: extend(prefix) whenever tokens are known, then occurrences(ends) of linked positions.
-    Where `lanes` texts run side by side, the token before position t is at t - lanes.
+    With lanes, the token before position t is at t - lanes: contexts stay in their lane.
     """
 
     def __init__(self, cfg, word_begins, device, lanes=1):
@@ -1763,11 +1776,12 @@ class NgramHistory:
         self.lanes = lanes
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
-        self.size = 0  # tokens so far
+        self.size = 0  # tokens linked so far
+        # (C, 2^bits): each slot's newest position; -1: none.
         self.heads = self.lengths.new_full(
             (CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32
         )
-        self.prev = self.heads[:, :0]  # with room to grow
+        self.prev = self.heads[:, :0]  # (C, size, and room to grow); -1: none
 
     def contexts(self, ends):
         """Return the contexts that end at `ends` (C, n): int64 (C, n, 8), newest token first.
@@ -1801,15 +1815,15 @@ class NgramHistory:
         if lacking > 0:
             self.prev = F.pad(self.prev, (0, lacking + self.size // 4 + 1024))
 
-        # Sorted by slot, then position: a context's predecessor is its neighbour, or the slot's
-        # head.
+        # Sorted by slot, then position: what is before a context in its chain is the entry before
+        # it here or, for the first of its slot, the slot's head.
         ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
         ends = ends.gather(1, order)
         is_first = F.pad(slot.diff() != 0, (1, 0), value=True)
         neighbour = ends.roll(1, 1).int()
         self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
-        self.heads.scatter_reduce_(1, slot, ends.int(), "amax")  # the newest
+        self.heads.scatter_reduce_(1, slot, ends.int(), "amax")  # the newest position is the head
 
     def occurrences(self, ends):
         """Return where the contexts that end at `ends` (R,) ended before: int64 (R, C, M).
@@ -1817,7 +1831,8 @@ class NgramHistory:
         Of the last M = NGRAM_RECENT links of each chain, newest first, those that hold the same
         context and whose next token is known; -1 for the others.
         """
-        known = ends - ends % self.lanes  # the first position of a row of lanes
+        # All lanes of a row are predicted together: the tokens after this row's ends are unknown.
+        known = ends - ends % self.lanes  # the first position of the row
         chain = [ends.expand(CONTEXTS, -1)]
         for _ in range(self.recent):
             at = chain[-1]
@@ -1838,18 +1853,19 @@ class NgramHistory:
 # shares, frequencies.
 #
 # The learned mixer adds boosts, multiples of 2^-8 too, to those logits. The tokens that followed a
-# position's contexts before are its candidates; a network of one hidden layer turns what speaks for
-# each into a boost: none, where nothing speaks. The gradient of -log q[x] in the boost of v is q[v]
-# - [v = x]: learning is two small products, once a block is scored. Each row's gradient is rounded
-# to integers, which add up the same on any ranks, and the weights to a grid after each step.
+# position's contexts before are its candidates; only they are boosted: boost(v) = w relu(U f(v)),
+# f (F,) the features of v, U (hidden, F), w (hidden,). The gradient of -log q[x] in the boost of v
+# is q[v] - [v = x], so learning, one Adam step a scored block, needs no pass through the model.
+# Each row's gradient is rounded to integers, whose sum is the same on any number of ranks, and the
+# weights to a grid after each step.
 
 TOTAL_BITS = 24
 TOTAL = 1 << TOTAL_BITS
 LOGIT_SCALE = 256  # steps of the grid of logits and boosts in a nat
-GRADIENT_SCALE = 2.0**30  # of gradients that are summed as int64
-MIXER_WEIGHT_SCALE = 2.0**16
+GRADIENT_SCALE = 2.0**30  # integer units in 1, for gradients summed as int64
+MIXER_WEIGHT_SCALE = 2.0**16  # weights are multiples of its inverse
 MIXER_HIDDEN = 32
-MIXER_FEATURES = 4 * CONTEXTS + 3
+MIXER_FEATURES = 4 * CONTEXTS + 3  # F; class Evidence lists them
 
 
 @functools.cache
@@ -1869,7 +1885,8 @@ def shares(grid):
     """Return int64 (R, V) in proportion to exp(grid / 256), the largest 2^38; grid int64 (R, V)."""
     table = exp_table(grid.device)
     below = grid.amax(-1, keepdim=True) - grid
-    return table[below.clamp_(0, len(table) - 1)]  # NaN, which predict tells of, may be below 0
+    # A NaN logit, for which predict raises an error afterwards, can make `below` negative.
+    return table[below.clamp_(0, len(table) - 1)]
 
 
 def commit(share):
@@ -1885,16 +1902,17 @@ def commit(share):
 
 
 class Evidence(NamedTuple):
-    """What speaks for the candidates of R positions, one candidate a context and occurrence.
+    """The features of the candidates of R positions, one candidate a context and occurrence.
 
-    features, by row, for each context 0..C-1 and then for the model:
-        0..C-1      log odds of the candidate's share of the context's occurrences
-        C..2C-1     inverse rank of its last occurrence there: 1, 1/2, ...
-        2C..3C-1    log2 of the distance to that occurrence, over 8
-        3C..4C-1    1 where the model itself sees that occurrence
+    features[:, f], one of each context c = 0..C-1, then three of the model; nats, unless said:
+        c           log odds of the candidate's share of the context's occurrences, 0.4 added to
+                    both counts; 0 if the context has none
+        C + c       inverse rank of its last occurrence there: 1, 1/2, ...; 0 if none
+        2C + c      log2 of the distance to that occurrence in rows, over 8; 0 if none
+        3C + c      1 where the model itself sees that occurrence, else 0
         4C          how far its log p lies below that of the model's favourite, over 4
-        4C+1        log p of the favourite, over 2
-        4C+2        1
+        4C + 1      log p of the favourite, over 2
+        4C + 2      1
     """
 
     tokens: Tensor  # int64 (R, J), J = C * M
@@ -1903,11 +1921,12 @@ class Evidence(NamedTuple):
 
 
 def mix_entropy(share, matches, following, cfg):
-    """Return the shares of (1 - alpha) p + alpha counts / total: PR 1033's rule, on all tokens.
+    """Return (1 - alpha) p + alpha counts / total as shares, int64 (R, V), of the whole vocabulary.
 
-    alpha = base + range * sigmoid(2 (H - center)), rounded to 1 / 2^12, H the entropy of p. The
-    counts are of the longest context, no word's, that was seen MIN_COUNT times. share int64 (R, V);
-    matches, following (R, C, M).
+    The rule of openai/parameter-golf PR 1033. alpha = base + range * sigmoid(2 (H - center)),
+    rounded to 1 / 2^12; H: the entropy of p in nats. The counts are those of the longest context,
+    the word's aside, with MIN_COUNT of its last M occurrences; without one, alpha is 0.
+    share int64 (R, V): the model's; matches, following int64 (R, C, M).
     """
     enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
     longest = enough.int().argmax(1)
@@ -1956,7 +1975,7 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
 
 
 def new_mixer_weights():
-    """Return the learned mixer's weights before calibration, fp32 (hidden, F + 1)."""
+    """Return the mixer's weights before calibration, fp32 (hidden, F + 1): no boosts yet."""
     weights = torch.zeros(MIXER_HIDDEN, MIXER_FEATURES + 1)
     generator = torch.Generator().manual_seed(0)
     weights[:, :-1].normal_(std=MIXER_FEATURES**-0.5, generator=generator)
@@ -1964,10 +1983,11 @@ def new_mixer_weights():
 
 
 class LearnedMixer:
-    """The scorer network and its Adam state. Protocol, for each block: boost, remember, ..., learn.
+    """The network that boosts candidates, and its Adam state.
 
-    `weights` (hidden, F + 1): the hidden layer, and the output weights in the last column. While it
-    is calibrated its rate falls from 10 MIXER_LR to MIXER_LR over plan.calibration_blocks.
+    Protocol, for each block: boost, remember, ..., learn. `weights`, float64 (hidden, F + 1): U
+    and, in the last column, w. While it is calibrated its rate falls linearly from 10 MIXER_LR to
+    MIXER_LR over plan.calibration_blocks.
     """
 
     def __init__(self, weights, cfg, rt, plan):
@@ -1976,7 +1996,7 @@ class LearnedMixer:
         self.lr = cfg.mixer_lr
         self.weights = weights.to(rt.device, torch.float64, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
-        self.blocks = 0  # learned from
+        self.blocks = 0  # so far that it learned from
         self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
 
     def hidden(self, evidence):
@@ -1989,7 +2009,7 @@ class LearnedMixer:
         return boost.round().long() * evidence.distinct
 
     def remember(self, evidence, freqs, positions):
-        """Keep what was said of positions (R,) until they are scored; freqs int32 (R, V)."""
+        """Keep what learn() needs of predicted positions (R,); freqs int32 (R, V): theirs."""
         self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), positions])
 
     def gradient(self, evidence, q, targets):
@@ -2042,7 +2062,7 @@ class Mixture:
         """
         lanes = self.plan.lanes
         matches = self.history.occurrences(rows)
-        # Where there is no match, any token follows: `matches` tells.
+        # Where `matches` is -1 this is some token, which every user of it masks.
         following = self.history.tokens[matches + lanes]
         if self.learner is None:
             return commit(mix_entropy(shares(grid), matches, following, self.cfg))
@@ -2054,7 +2074,7 @@ class Mixture:
 
     @torch.inference_mode()
     def learn(self, prefix):
-        """Let a learned rule take its step on the block that ends `prefix`."""
+        """Let the learned mixer, if it is in use, take its step on the block that ends `prefix`."""
         if self.learner:
             self.history.extend(prefix)
             self.learner.learn(self.history.tokens)
@@ -2062,12 +2082,13 @@ class Mixture:
 
 # ---- Test-time training --------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
-# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each micro-batch's summed gradient is
-# rounded to int64, which adds up the same on any ranks, and weights are rounded to a grid after
-# each step: it is coarse enough that another machine, whose last bits differ, gets the same
-# weights. The schedule's length is the artifact's setting, not the text's.
+# next. TTT moves vectors, the token table, and the matrices of all blocks but the first
+# TTT_FREEZE_BLOCKS; nothing else. Each micro-batch's summed gradient is rounded to int64, whose sum
+# is the same on any number of ranks, and weights are rounded to a grid after each step: it is
+# coarse enough that another machine, whose last bits differ, gets the same weights. The rate's
+# schedule has a fixed length, TTT_SCHEDULE_CHUNKS, so that no score depends on the text's length.
 
-TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: it decides which sums are rounded
+TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: each micro-batch is rounded
 TTT_GRADIENT_SCALE = TTT_WEIGHT_SCALE = 2.0**20
 
 
@@ -2078,7 +2099,7 @@ class TestTimeTrainer:
         self.cfg = cfg
         self.table = table
         self.rt = rt
-        self.chunks = 0  # adapted to
+        self.chunks = 0  # adapted to so far
         for name, p in model.named_parameters():
             p.requires_grad_(self.adapts(name, p))
         self.live = copy.deepcopy(model)
@@ -2094,15 +2115,16 @@ class TestTimeTrainer:
         return p.ndim < 2 or name == "embed.tokens"
 
     def rate(self):
-        """Return the chunk's rate: cosine to 0, times 1 to 3 in the schedule's first 30 %."""
+        """Return the chunk's rate: cosine to 0, times 1 rising to 3 over the first 30 %, then 3."""
         done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         return self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
 
     def adapt_chunk(self, tokens):
-        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,), from the last token before it.
+        """Train on a scored chunk and the token before it, int64 (TTT_CHUNK_TOKENS + 1,).
 
-        An epoch is one AdamW step on the byte-weighted mean loss over all ranks.
+        An epoch is one AdamW step on the byte-weighted mean loss over all ranks, its gradient
+        clipped to norm 1.
         """
         lr = self.rate()
         self.chunks += 1
@@ -2142,29 +2164,34 @@ class TestTimeTrainer:
 
 # ---- Engine --------------------------------------------------------------------------------------
 # From rows to logits. Positions are numbered as in the stream; position 0 is BOS, which a decoder
-# knows; input row i predicts position i + 1. A row sees the K = EVAL_SEQ_LEN - EVAL_STRIDE rows
-# before it and is computed once: its keys and values serve the rows after it. A *run* of rows
-# shares them; it begins with the K rows before it, computed anew. EVAL_RUN_TILES tiles of
-# EVAL_STRIDE rows make a run (1: the sliding window of the reference), or it lasts until the
-# weights change (0). Clocks: runs; *blocks* of positions, after which the mixer learns; *chunks*,
-# after which TTT does. How the rows of a run are cut into passes means nothing, since logits are
-# rounded far above what a cut changes.
+# knows; input row i predicts position i + 1. With L lanes the stream begins with L BOS, position p
+# is row p // L of lane p % L, and its row predicts position p + L.
+#
+# A row sees the K = EVAL_SEQ_LEN - EVAL_STRIDE rows before it. A *run* is a stretch of rows that
+# share keys and values in a Cache; the K rows before the run are computed anew for it.
+# EVAL_RUN_TILES tiles of EVAL_STRIDE rows make a run, and runs are dealt to the ranks in turn; with
+# 0 a run lasts until the weights change, and rank 0 computes it alone. With 1 the windows are those
+# of the reference's sliding window, but no row sees more than K rows before it.
+#
+# Clocks: runs; *blocks* of positions, after which the mixer learns; *chunks*, after which TTT does.
+# How the rows of a run are cut into passes of the model does not matter, since what a cut changes
+# is far below the grid to which logits are rounded.
 
-
+# Rows that Engine.compute puts through the model at once: whole runs, side by side.
 ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 
 class Plan(NamedTuple):
-    """One walk over a stream: what it reports, and its clocks, in positions of a lane."""
+    """One walk over a stream: the stages it reports, and its clocks (see the banner)."""
 
-    stages: tuple  # the neural one, then "mixer" if there is one
-    reach: int  # rows that a row sees before it
-    context: int  # rows computed anew before a run
-    run: int  # rows; 0: until the weights change
-    block: int  # positions from update to update
-    chunk: int  # positions from one TTT update to the next
-    lanes: int = 1  # segments side by side; 1: the stream's plain order
-    calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
+    stages: tuple  # pre_quant, round_trip, sliding or ttt; then "mixer" if there is one
+    reach: int  # rows of its lane that a row sees before it
+    context: int  # rows of a lane that are computed anew before a run
+    run: int  # rows of a lane; 0: until the weights change
+    block: int  # positions of the stream from one call of update to the next
+    chunk: int  # positions of the stream from one TTT update to the next
+    lanes: int = 1  # segments of the text, coded in turn; 1: the text's own order
+    calibration_blocks: int = 0  # in which a calibration lowers the mixer's rate; 0: none
 
 
 def new_plan(cfg, *stages, lanes=1):
@@ -2182,7 +2209,7 @@ def new_plan(cfg, *stages, lanes=1):
 def last_plan(cfg, lanes=0):
     """Return the Plan of the last stage: the one that is reported, proved and coded with.
 
-    In lanes there is no TTT; 0: the stream's plain order.
+    lanes = 0: the text's own order, with TTT if it is enabled; from 1 on there is no TTT.
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
     mixer = () if cfg.mixer == "none" else ("mixer",)
@@ -2190,13 +2217,13 @@ def last_plan(cfg, lanes=0):
 
 
 def evaluation_plans(cfg):
-    """Return the Plans of the quantized model; stages of one neural distribution share one."""
+    """Return the Plans that score the artifact; the mixer is scored with the last neural stage."""
     sliding = [new_plan(cfg, "sliding")] if cfg.ttt_enabled else []
     return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
 
 
 class Engine:
-    """Appends rows to runs and returns their logits: for scoring, decoding, `compress`.
+    """Computes the logits of a stream's rows, run by run; the banner defines rows and runs.
 
     Protocol: logits() of ever later rows; forget() when the weights have changed.
     """
@@ -2205,7 +2232,7 @@ class Engine:
         self.model = model
         self.rt = rt
         self.plan = plan
-        self.pass_rows = cfg.eval_seq_len  # at most, of a run
+        self.pass_rows = cfg.eval_seq_len  # most rows of a run in one pass
         self.batch = max(1, ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len)  # runs side by side
         self.forget(0)
 
@@ -2214,12 +2241,13 @@ class Engine:
         """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
         self.origin = row
         self.weights = self.model.cast()
-        self.run = None  # first row of the run that goes on; `cache` has its keys and values
+        self.run = None  # first row of the run whose keys and values `cache` has; None: none
 
     def logits(self, tokens, first, last):
         """Yield (positions (R,), logits (R, V)) of this rank's rows first..last-1 of each lane.
 
-        tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
+        tokens (L, last), int64. The positions are those of the rows, not of what they predict, in
+        the order of the stream: all lanes of a row together.
         """
 
         def is_whole(piece):
@@ -2234,7 +2262,7 @@ class Engine:
                 yield self.compute(tokens, pieces[i : i + size])
 
     def runs(self, first, last):
-        """Return [(run, begin, end)]: the rows of first..last-1 in each run of this rank."""
+        """Return [(run's first row, begin, end)]: rows first..last-1, cut at runs, this rank's."""
         if not self.plan.run:
             return [(self.origin, first, last)] if self.rt.is_main else []
         size = self.plan.run
@@ -2244,7 +2272,7 @@ class Engine:
         return [(run, max(run, first), min(run + size, last)) for run in starts]
 
     def compute(self, tokens, group):
-        """Return positions (R,), logits (R, V) of `group`, [(run, begin, end)] of one shape."""
+        """Return (positions (R,), logits (R, V)) of `group`, items of runs() of one shape."""
         lanes = len(tokens)
         run, begin, end = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
@@ -2269,7 +2297,7 @@ class Engine:
 # ---- Predictor and scorer ------------------------------------------------------------------------
 # The one place where probabilities become commitments, and the one loop, `walk`, that scoring,
 # coding and decoding share. Bits are summed as integers, in units of 2^-30 bit, so that a sum does
-# not depend on who adds up what.
+# not depend on how ranks and steps divide it.
 
 BITS_SCALE = 2.0**30
 
@@ -2309,8 +2337,9 @@ class Predictor:
         self.rt = rt
         self.plan = plan
         self.lanes = plan.lanes
-        self.committed_to = self.scored_to = self.lanes  # first positions that are not yet
-        self.block_end = self.lanes + plan.block  # cannot be predicted before the next update
+        # The first position that is not committed yet, and the first that is not scored yet.
+        self.committed_to = self.scored_to = self.lanes
+        self.block_end = self.lanes + plan.block  # first position after the next update
         self.pending = None  # the commitment that waits for its score
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
@@ -2322,8 +2351,8 @@ class Predictor:
     def predict(self, prefix, start, stop):
         """Return the Commitment of positions start..stop-1, each from what is before it.
 
-        prefix: all tokens before stop - 1, int64 (stop - 1,). UserError on all ranks if the model's
-        probabilities are not finite.
+        prefix: tokens 0..stop-2, int64 (stop - 1,). UserError on all ranks if logits are not
+        finite.
         """
         in_order = self.committed_to == start < stop <= self.block_end and len(prefix) == stop - 1
         if self.pending or not in_order:
@@ -2331,7 +2360,7 @@ class Predictor:
                 f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
                 f"{self.committed_to}, once all is scored; update {self.block_end}"
             )
-        last = (stop - 1) // self.lanes  # first row that is not needed
+        last = (stop - 1) // self.lanes  # first row of a lane that is not needed
         known = prefix[: last * self.lanes].to(self.rt.device)
         if self.mixture:
             self.mixture.history.extend(known)
@@ -2339,7 +2368,7 @@ class Predictor:
         pieces = []
         broken = torch.zeros((), device=self.rt.device)
         for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
-            wanted = rows + self.lanes < stop  # the last row of lanes may be cut
+            wanted = rows + self.lanes < stop  # the last row may lack lanes
             rows = rows[wanted]
             logits = logits[wanted].double()
             broken += ~logits.isfinite().all()
@@ -2383,7 +2412,7 @@ class Predictor:
         self.block_end += self.plan.block
         if self.mixture:
             self.mixture.learn(prefix)
-        row = self.committed_to - 1  # the next one
+        row = self.committed_to - 1  # first row that has not been computed; TTT has one lane
         if self.ttt and row % self.plan.chunk == 0:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
             self.engine.forget(row)
@@ -2392,10 +2421,11 @@ class Predictor:
 def walk(predictor, stream, log=None, step=None):
     """Yield (Commitment, targets, bits) of each step of one pass over `stream`, int64 (n,).
 
-    Score-first is the shape of this loop: commit, show, score, learn. targets: a view of the
+    Score-first is the shape of this loop: commit, yield, score, learn. targets: a view of the
     stream; a decoder, which has no tokens, writes them there before they are scored. bits: {stage:
-    bits of all that is scored}, one dict that goes on. Steps are `step` positions long, or blocks.
-    `log` is told of the progress every 15 seconds.
+    bits of all steps before this one}, a single dict that each step updates in place. A step has
+    `step` positions (None: as many as a block) or what is left of its block or the stream. `log`
+    gets a line of progress every 15 seconds.
     """
     lengths = dict.fromkeys(predictor.plan.stages, 0)
     bits = dict.fromkeys(predictor.plan.stages, 0.0)
@@ -2450,17 +2480,17 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 
 # ---- Range coder, code files, proof --------------------------------------------------------------
 # What was committed can be coded: encoder and decoder narrow one interval by the same integers. The
-# range stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back
-# into the bytes before. A code file, little-endian:
+# range stays at 2^48 or above, so cutting it into 2^24 parts wastes next to nothing; a carry runs
+# back into the bytes before. A code file, little-endian:
 #    8 bytes  magic "PGOLFTXT"           3 x 32   SHA-256 of artifact, settings (JSON) and text
 #    4 bytes  format version            64        what made it, UTF-8, zeros after it
 #    4 bytes  CRC-32 of all that follows 4 each   checks: CRC-32 of all frequencies up to the first
-#    4 bytes  lanes L; 0: plain order             position, the 4,097th, ...
+#    4 bytes  lanes L; 0: one, with TTT           position, the 4,097th, ...
 #    8 bytes  tokens n, after BOS        rest     code words
 #    8 bytes  bytes of the text
 # With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
-# on. A decoder compares the checks as it goes: one that cannot follow says so at once.
+# on, without TTT. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
 CODE_MAGIC = b"PGOLFTXT"
 CODE_VERSION = 3
@@ -2529,7 +2559,7 @@ class CodeHead(NamedTuple):
     lanes: int
     tokens: int
     text_bytes: int
-    artifact: bytes  # SHA-256 each
+    artifact: bytes  # these three: SHA-256
     settings: bytes
     text: bytes
     maker: bytes  # torch, instruction set, threads
@@ -2574,14 +2604,14 @@ def new_predictor(artifact, cfg, rt, plan):
 
 
 def lane_order(n, lanes):
-    """Return which of a text's n tokens are coded one after the other: one of each lane in turn."""
+    """Return the indices of a text's n tokens in the order of coding, int64 (n,): lanes in turn."""
     row, lane = np.divmod(np.arange(n), lanes)
     return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
 
 
 @dataclass
 class Codec:
-    """Texts to code files and back by an artifact's last stage: two mirror images."""
+    """Codes token streams to code files and back, by the frequencies of the last stage."""
 
     artifact: Artifact
     cfg: Config
@@ -2653,8 +2683,8 @@ class Codec:
     def decode(self, path):
         """Return (tokens int64 (n + 1,), BOS first, frequencies as encode has them, text in bytes).
 
-        The text is None if it is not the one that was coded. UserError if the file is not of this
-        artifact.
+        The text is None if it is not the one that was coded. UserError if the file is damaged, of
+        another artifact or other settings, or its checks show that this machine cannot decode it.
         """
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
@@ -2689,8 +2719,8 @@ class Codec:
 def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS, let another process without shards decode them; UserError if they differ.
 
-    For rank 0 alone: no other rank takes part.
-    scored: the frequencies under which a run has just scored these tokens, if it has.
+    For rank 0 alone: no other rank takes part. scored, int64 (n,): the frequencies under which the
+    run has just scored these tokens, which the decoder must have too; None: the encoder's.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
@@ -2880,7 +2910,10 @@ class Report:
 
 
 def read_result(path):
-    """Return a finished run's results.json; UserError names the file and what is amiss with it."""
+    """Return a finished run's results.json; UserError names the file and what is amiss with it.
+
+    Two keys are added: `same`, what must agree between seeds, and `row`, the seed's own numbers.
+    """
     try:
         run = json.loads(Path(path).read_text())
         artifact = run["artifact"]
@@ -3045,8 +3078,8 @@ def train_command(environ):
 def calibrate(run, weights, held_out, limit_s):
     """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
 
-    The model is the quantized one, in half windows. It begins with the mixer in `weights` and
-    stops after 95 % of limit_s.
+    The model is quantized, one run spans the text, and the mixer learns every W / 2 positions. It
+    begins with the one in `weights`; scoring stops after 95 % of limit_s.
     """
     cfg = run.cfg
     rt = run.rt
@@ -3075,7 +3108,7 @@ def calibrate(run, weights, held_out, limit_s):
 
 
 def keep_last_good(run, weights, result):
-    """Write the weights of training that ended early and raise UserError, which says where."""
+    """Write the weights of a training that ended early; raise UserError with their place."""
     path = run.cfg.run_dir / "stopped.int6.lzma"
     budget = 0.9 * (run.cfg.size_limit_bytes - code_bytes())
     kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
@@ -3146,8 +3179,9 @@ def eval_command(environ, command):
 def text_tokens(data, table, encode):
     """Return tokens, int64 (n + 1,), BOS first, that decode to exactly these bytes.
 
-    Words are as SentencePiece's `encode` has them in running text, if need be after a BOS, which
-    prints nothing; white space, and words that it would change, are spelled in byte pieces.
+    A word gets the tokens of SentencePiece's `encode`, as after other text, or else after a BOS,
+    which prints nothing. White space (but one space before a word), and words that these tokens
+    would not give back exactly, are spelled in byte pieces.
     """
     byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
     if len(byte_ids) < 256:
@@ -3189,7 +3223,7 @@ def compress_command(source, target, environ):
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
     tokens = text_tokens(data, artifact.table, sp.encode)
-    windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
+    windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # so each lane has 2 or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
     coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
@@ -3246,9 +3280,9 @@ def dispatch(args, environ):
 def main():
     """Run the command line and return its exit status; what a user can mend is one line on stderr.
 
-    SIGTERM and SIGHUP (unless nohup ignores it) end a command as Ctrl-C does. The process is then
-    to be left at once: in a collective, a rank that says goodbye keeps the others waiting, gloo's
-    teardown can abort, and a closed stdout would become a status of its own.
+    SIGTERM and SIGHUP (unless nohup ignores it) end a command as Ctrl-C does. The caller must leave
+    by os._exit: a normal exit would keep other ranks waiting in a collective, can abort in gloo's
+    teardown, and on a closed stdout would change the status.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -3268,19 +3302,19 @@ def main():
 
 
 # ---- Texts to shards -----------------------------------------------------------------------------
-# `tokenize` turns text into official shards; so does the demo with the only English that every
+# `tokenize` turns text into shards (see Data); so does the demo with the only English that every
 # machine has, the documentation inside Python and its packages. One document in 20, chosen by a
 # checksum, is validation text.
 
 SHARD_TOKENS = 20_000_000
-DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
-MOST_DOCUMENT_CHARS = 16_384  # about; anything ends one then
-BATCH_DOCUMENTS = 100
+DOCUMENT_CHARS = 4096  # a .txt document ends at the first blank line after so many
+MOST_DOCUMENT_CHARS = 16_384  # and at the next line, or part of a long one, after so many
+BATCH_DOCUMENTS = 100  # encoded at once
 DEMO_TEXT_CHARS = 6_000_000
 
 
 def read_lines(path):
-    """Yield the lines of a file as bytes; those of .txt in parts if they are long."""
+    """Yield the lines of a file as bytes; a line of .txt that spans read chunks, in parts."""
     line = bytearray()
     for chunk in read_chunks(path):
         for part in io.BytesIO(chunk):
@@ -3292,9 +3326,9 @@ def read_lines(path):
 
 
 def read_documents(path):
-    """Yield a file's documents: "text" fields, or .txt cut at blank lines, or where it has none.
+    """Yield a file's documents: the "text" fields of .jsonl, or a .txt cut at blank lines.
 
-    UserError names the file and the line.
+    See DOCUMENT_CHARS and MOST_DOCUMENT_CHARS for the cuts. UserError names the file and the line.
     """
     number = 1
     document = ""
@@ -3355,8 +3389,8 @@ def prepare_demo(cfg, log):
 def train_tokenizer(documents, vocab_size, path):
     """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
 
-    It sees 200,000 parts of lines, of 256 characters at most: whole lines it would leave out where
-    they are very long or hold U+2585, without a word.
+    It trains on 200,000 pieces of lines, of at most 256 characters and without U+2585, since
+    SentencePiece silently drops lines that are very long or hold that character.
     """
     import sentencepiece
 
@@ -3385,7 +3419,7 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield uint16 tokens of whole documents, each after BOS, as the bytes of one shard's."""
+    """Yield each shard's tokens, as uint16 bytes: whole documents, each after BOS."""
     tokens = bytearray()
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
         for ids in sp.encode(batch, num_threads=os.cpu_count()):
@@ -3400,8 +3434,8 @@ def token_shards(texts, sp):
 def write_shards(documents, out_dir, cfg, log):
     """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none.
 
-    documents() begins to go through the texts, which are never all in memory. A new tokenizer does
-    not take the name of an official one: it is written to out_dir.
+    Each call of documents() returns the texts from the first on; they need not fit in memory. A new
+    tokenizer does not take an official one's name (fineweb_*): it is out_dir/tokenizer.model then.
     """
     path = Path(cfg.tokenizer_path)
     if path.name.startswith("fineweb_") and not path.exists():
