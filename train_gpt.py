@@ -332,7 +332,7 @@ PRESETS = {
     | dict(
         data_path=DEMO_CACHE,
         tokenizer_path=DEMO_CACHE + "/tokenizer.model",
-        val_tokens=12_288,
+        val_tokens=10_240,
         size_limit_bytes=1_000_000,
         log_every=10,
         verify_tokens=0,
@@ -3239,7 +3239,9 @@ def compress_command(source, target, environ):
 def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    tokens, freqs, text = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
+    codec = Codec(artifact, cfg, start_runtime(cfg, {}), show)
+    torch.set_num_threads(1)  # a row at a time is too little to share
+    tokens, freqs, text = codec.decode(source)
     if arrays_path:
         arrays = io.BytesIO()
         np.savez(arrays, tokens=tokens, freqs=freqs)
