@@ -3197,6 +3197,7 @@ def text_tokens(data, table, encode):
 
     @functools.cache
     def ids_of(run):
+        """Return the tokens of one word or piece of white space, bytes."""
         word = run.decode("utf-8", "replace")
         if run.isspace():
             tries = []
