@@ -1,32 +1,36 @@
 #!/usr/bin/env python3
 """Train, compress and honestly score a language model under the Parameter Golf rules, in one file.
 
-    torchrun --standalone --nproc_per_node=8 train_gpt.py    train on 8xH100, write the artifact, score it
-    PRESET=demo python train_gpt.py                          the same on a laptop: no data, no GPU, 3 minutes
-    python train_gpt.py eval                                 score the artifact at ARTIFACT_PATH again
-    python train_gpt.py verify                               prove its figure by decoding
-    python train_gpt.py compress IN OUT, decompress IN OUT   any file to code words, and back, byte for byte
-    python train_gpt.py tokenize OUT_DIR FILE...             .txt, .jsonl, .jsonl.zst to token shards
-    python train_gpt.py summarize RESULTS_JSON...            results of several seeds to submission.json
+    torchrun --standalone --nproc_per_node=8 train_gpt.py
+                                       train on 8xH100, write the artifact, score it, prove it
+    PRESET=demo python train_gpt.py    the same on a laptop: no data, no GPU, three minutes
+    train_gpt.py eval                  score the artifact at ARTIFACT_PATH again
+    train_gpt.py verify                prove its figure by decoding
+    train_gpt.py compress IN OUT       any file to code words, with the artifact
+    train_gpt.py decompress IN OUT     and back, byte for byte
+    train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
+    train_gpt.py summarize JSON...     results of several seeds to submission.json
 
-Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them). A run
-writes LOG_DIR/RUN_ID/train.log (for people), results.json (for programs), model.int6.lzma (the artifact).
+Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
+A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
+model.int6.lzma.
 
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
                                                                                      |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
-          '--> update: TTT learns from what has been scored, the n-gram history follows the prefix
+          '--> update: TTT and the mixer learn from what has been scored
 
-Bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text, a code length, since
+Bits per byte: val_bpb = sum over tokens of -log2(freq[x_t] / 2^24) / bytes of text. It is a code
+length, since
   1. causal       the frequencies for position t depend on the artifact and on x_0..x_{t-1} alone;
-  2. complete     every token of the vocabulary has an integer frequency >= 1 and they sum to exactly 2^24;
+  2. complete     every token of the vocabulary has a frequency >= 1, and they sum to exactly 2^24;
   3. score first  position t's frequencies are final before any state behind them has seen x_t;
-  4. one pass     left to right, once. `Predictor` alone makes frequencies; used out of order, it raises.
+  4. one pass     left to right, once. `Predictor` alone makes frequencies; out of order, it raises.
 
-Shapes: B batch, T rows, W window, S stride, D width, H and G heads, d head width, V vocabulary, R positions.
+Shapes: B batch, T rows, W window, S stride, D width, H query heads, G key and value heads, d head
+width, V vocabulary, R positions, C contexts, M occurrences a context, J candidates, F features.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
@@ -45,152 +49,190 @@ import struct
 import subprocess
 import sys
 import time
-import types
 import zlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # torch's threads must not spin where ranks share cores
+# torch's threads must not spin where ranks share cores; it reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+
+# ---- Config --------------------------------------------------------------------------------------
+# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this
+# machine, `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code
+# length and can be overridden by the `eval` command. All but `run` are stored in the artifact, with
+# the preset's name. What a value must satisfy stands beside its default.
 
 
-# ---- Config ------------------------------------------------------------------------------------------------
-# One frozen dataclass is the only door for settings, in groups: `run` says where things are on this machine,
-# `model` is fixed once weights exist, `train` shapes training, `eval` shapes the code length and can be
-# overridden by the `eval` command. All but `run` are stored in the artifact, with the preset's name.
 class UserError(Exception):
-    """Something the user can mend. Its message names the setting or file and the way out, in one line."""
+    """Report what the user can mend, in one line: the setting or file, and the way out."""
 
     exit_status = 1
 
 
 class UsageError(UserError):
-    """A bad command line or setting."""
+    """Report a bad command line or setting."""
 
     exit_status = 2
 
 
-def option(default, group, doc, low=0):
-    """A Config field: its default, group, one line of documentation and, for a number, its least value."""
-    return dataclasses.field(default=default, metadata={"group": group, "doc": doc, "low": low})
+BELOW_ONE = 1 - 1e-9
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
+def option(default, doc, **limits):
+    """Return a setting's field with its default, one line of documentation and its limits.
 
-    preset: str = option("record", "run", "record, bench or demo")
-    device: str = option("auto", "run", "auto, cuda or cpu")
-    data_path: str = option("data/datasets/fineweb10B_sp1024", "run", "folder of the shards")
-    tokenizer_path: str = option(
-        "data/tokenizers/fineweb_1024_bpe.model", "run", "SentencePiece model"
-    )
-    run_id: str = option("", "run", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
-    artifact_path: str = option("", "run", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
-    log_dir: str = option("logs", "run", "where runs are written")
-    val_tokens: int = option(0, "run", "validation tokens to score, from the start; 0: all")
-    size_limit_bytes: int = option(16_000_000, "run", "cap on code plus artifact", 1)
-    log_every: int = option(100, "run", "training steps between two log lines", 1)
+    Limits: `minimum` and `maximum`, a number or the name of another property of Config; without
+    `minimum` an int is at least 1, a float at least 0; `divides`, the names of settings that are
+    multiples of this one; `choices`, the allowed words.
+    """
+    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where things are on this machine; not part of the artifact, but for the preset's name."""
+
+    preset: str = option("record", "record, bench or demo")
+    device: str = option("auto", "auto, cuda or cpu", choices=("auto", "cuda", "cpu"))
+    data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
+    tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
+    run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
+    artifact_path: str = option("", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
+    log_dir: str = option("logs", "where runs are written")
+    val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
+    size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
+    log_every: int = option(100, "training steps between two log lines")
     verify_enabled: bool = option(
-        True, "run", "end a run with a proof: code, and decode in another process"
+        True, "end a run with a proof: code, and decode in another process"
     )
-    verify_tokens: int = option(1000, "run", "tokens that are proved, from the stream's start")
-    seed: int = option(1337, "train", "seed of the initial weights")
-    iterations: int = option(20_000, "train", "most optimizer steps", 1)
-    max_wallclock_seconds: float = option(
-        600.0, "train", "training time; 0: no limit, ITERATIONS decides"
-    )
-    train_batch_tokens: int = option(
-        786_432, "train", "tokens in an optimizer step, over all ranks", 1
-    )
-    micro_batch_tokens: int = option(
-        98_304, "train", "most tokens a rank takes through the model at once", 1
-    )
-    warmup_steps: int = option(
-        20, "train", "untimed steps on random tokens that compile the kernels"
-    )
+    verify_tokens: int = option(1000, "tokens that are proved, from the stream's start", minimum=0)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What shapes training."""
+
+    seed: int = option(1337, "seed of the initial weights", minimum=0)
+    iterations: int = option(20_000, "most optimizer steps")
+    max_wallclock_seconds: float = option(600.0, "training time; 0: no limit, ITERATIONS decides")
+    train_batch_tokens: int = option(786_432, "tokens in an optimizer step, over all ranks")
+    micro_batch_tokens: int = option(98_304, "most tokens a rank takes through the model at once")
+    warmup_steps: int = option(20, "untimed steps on random tokens, to compile kernels", minimum=0)
     warmdown_iters: int = option(
-        3500, "train", "steps over which the learning rates fall to 0 at the end"
+        3500, "steps over which the learning rates fall to 0 at the end", minimum=0
     )
-    matrix_lr: float = option(0.025, "train", "Muon, matrices")
-    scalar_lr: float = option(0.025, "train", "AdamW, vectors and scalars")
-    tied_embed_lr: float = option(0.035, "train", "AdamW, embedding tables")
+    matrix_lr: float = option(0.025, "Muon, matrices")
+    scalar_lr: float = option(0.025, "AdamW, vectors and scalars")
+    tied_embed_lr: float = option(0.035, "AdamW, embedding tables")
     muon_momentum: float = option(
-        0.99, "train", "reached from 0.92 over MUON_MOMENTUM_WARMUP_STEPS"
+        0.99, "reached from 0.92 over MUON_MOMENTUM_WARMUP_STEPS", maximum=BELOW_ONE
     )
-    muon_momentum_warmup_steps: int = option(1500, "train", "steps", 1)
-    muon_wd: float = option(0.04, "train", "decoupled weight decay of Muon")
-    adam_wd: float = option(0.04, "train", "decoupled weight decay of AdamW")
-    grad_clip_norm: float = option(0.3, "train", "global gradient norm; 0: off")
-    ema_decay: float = option(0.997, "train", "average of the weights over steps; 0: off")
-    swa_enabled: bool = option(
-        False, "train", "average snapshots of the warmdown instead of the EMA"
-    )
-    swa_every: int = option(50, "train", "steps between two snapshots", 1)
-    qat_enabled: bool = option(False, "train", "train on quantized weights late in the warmdown")
-    late_qat_threshold: float = option(0.15, "train", "learning-rate scale below which QAT starts")
-    complement_alpha: float = option(0.5, "train", "complementary loss; 0: plain cross-entropy")
+    muon_momentum_warmup_steps: int = option(1500, "steps")
+    muon_wd: float = option(0.04, "decoupled weight decay of Muon")
+    adam_wd: float = option(0.04, "decoupled weight decay of AdamW")
+    grad_clip_norm: float = option(0.3, "global gradient norm; 0: off")
+    ema_decay: float = option(0.997, "average of the weights over steps; 0: off", maximum=BELOW_ONE)
+    swa_enabled: bool = option(False, "average snapshots of the warmdown instead of the EMA")
+    swa_every: int = option(50, "steps between two snapshots")
+    complement_alpha: float = option(0.5, "complementary loss; 0: plain cross-entropy", maximum=1)
     mixer_calibration_tokens: int = option(
-        1_048_576, "train", "held-out text for the mixer; 0: cold start"
+        1_048_576, "held-out text for the mixer; 0: cold start", minimum=0
     )
-    vocab_size: int = option(1024, "model", "tokens in the vocabulary (V)", 2)
-    num_layers: int = option(11, "model", "transformer blocks", 2)
-    model_dim: int = option(512, "model", "width of the residual stream (D)", 1)
-    num_heads: int = option(8, "model", "query heads (H)", 1)
-    num_kv_heads: int = option(4, "model", "key and value heads (G)", 1)
-    mlp_mult: int = option(3, "model", "hidden width of the MLP in units of D", 1)
-    xsa_last_n: int = option(4, "model", "last layers with exclusive self-attention")
-    rope_dims: int = option(16, "model", "leading dimensions of a head that are rotated", 4)
-    bigram_vocab_size: int = option(2048, "model", "rows of the hashed bigram table", 2)
-    bigram_dim: int = option(128, "model", "width of the bigram and value tables", 1)
-    ve_layers: str = option(
-        "9,10", "model", "layers with value embeddings, comma-separated; empty: none"
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is fixed once weights exist."""
+
+    vocab_size: int = option(1024, "tokens in the vocabulary (V)", minimum=2, maximum=65_536)
+    num_layers: int = option(11, "transformer blocks", minimum=2)
+    model_dim: int = option(512, "width of the residual stream (D)")
+    num_heads: int = option(8, "query heads (H)", divides=("model_dim",))
+    num_kv_heads: int = option(4, "key and value heads (G)", divides=("num_heads",))
+    mlp_mult: int = option(3, "hidden width of the MLP in units of D")
+    xsa_last_n: int = option(
+        4, "last layers with exclusive self-attention", maximum="num_layers", minimum=0
     )
-    vrl_enabled: bool = option(True, "model", "value residual learning")
-    logit_softcap: float = option(30.0, "model", "logits = cap * tanh(z / cap)", 1e-3)
-    qk_gain_init: float = option(1.5, "model", "initial per-head gain on queries")
+    rope_dims: int = option(
+        16, "leading dimensions of a head that are rotated", minimum=4, maximum="head_dim"
+    )
+    bigram_vocab_size: int = option(2048, "rows of the hashed bigram table", minimum=2)
+    bigram_dim: int = option(128, "width of the bigram and value tables")
+    ve_layers: str = option("9,10", "layers with value embeddings, comma-separated; empty: none")
+    vrl_enabled: bool = option(True, "value residual learning")
+    logit_softcap: float = option(30.0, "logits = cap * tanh(z / cap)", minimum=1e-3)
+    qk_gain_init: float = option(1.5, "initial per-head gain on queries")
     train_seq_len: int = option(
-        2048, "model", "tokens in a training sequence; sets the rotary base", 1
+        2048,
+        "tokens in a training sequence; sets the rotary base",
+        divides=("train_batch_tokens", "micro_batch_tokens"),
     )
-    eval_seq_len: int = option(2048, "eval", "window W", 1)
-    eval_stride: int = option(64, "eval", "rows S scored by each window after the first", 1)
-    eval_batch_windows: int = option(32, "eval", "windows in one forward pass", 1)
-    ttt_enabled: bool = option(True, "eval", "score-first test-time training")
-    ttt_schedule_chunks: int = option(1893, "eval", "chunks over which the TTT rate falls to 0", 1)
-    ttt_lr: float = option(5e-4, "eval", "AdamW")
-    ttt_epochs: int = option(3, "eval", "optimizer steps a chunk", 1)
-    ttt_chunk_tokens: int = option(32_768, "eval", "positions scored between two TTT updates", 1)
-    ttt_freeze_blocks: int = option(9, "eval", "first blocks whose matrices TTT leaves alone")
-    ttt_temperature: float = option(0.98, "eval", "divides the logits from the ttt stage on", 1e-3)
-    polyak_decay: float = option(0.998, "eval", "average of TTT's weights that scores")
-    mixer: str = option("learned", "eval", "learned, entropy or none")
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What shapes the code length; the `eval` command may override it."""
+
+    eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
+    eval_stride: int = option(
+        64,
+        "rows S scored by each window after the first",
+        divides=("eval_seq_len",),
+    )
+    eval_batch_windows: int = option(32, "windows in one forward pass")
+    ttt_enabled: bool = option(True, "score-first test-time training")
+    ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
+    ttt_lr: float = option(5e-4, "AdamW")
+    ttt_epochs: int = option(3, "optimizer steps a chunk")
+    ttt_chunk_tokens: int = option(32_768, "positions scored between two TTT updates")
+    ttt_freeze_blocks: int = option(
+        9, "first blocks whose matrices TTT leaves alone", maximum="num_layers", minimum=0
+    )
+    ttt_temperature: float = option(0.98, "divides the logits from the ttt stage on", minimum=1e-3)
+    polyak_decay: float = option(0.998, "average of TTT's weights that scores", maximum=BELOW_ONE)
+    mixer: str = option(
+        "learned", "learned, entropy or none", choices=("learned", "entropy", "none")
+    )
     ngram_order: int = option(
-        10, "eval", "longest n-gram, the predicted token included; above 9 as 9", 2
+        10, "longest n-gram, the predicted token included; above 9 as 9", minimum=2
     )
-    ngram_recent: int = option(4, "eval", "last occurrences that a context looks at", 1)
-    ngram_hash_bits: int = option(26, "eval", "2^this heads of chains for each kind of context", 1)
+    ngram_recent: int = option(4, "last occurrences that a context looks at")
+    ngram_hash_bits: int = option(26, "2^this heads of chains for each kind of context", maximum=30)
     mixer_block: int = option(
-        16_384, "eval", "positions between two updates of the learned mixer", 1
+        16_384,
+        "positions between two updates of the learned mixer",
+        divides=("ttt_chunk_tokens",),
     )
-    mixer_lr: float = option(1e-3, "eval", "learned mixer, Adam")
-    min_count: int = option(1, "eval", "occurrences that a context needs, else back off", 1)
+    mixer_lr: float = option(1e-3, "learned mixer, Adam")
+    min_count: int = option(
+        1, "occurrences that a context needs, else back off", maximum="ngram_recent", minimum=0
+    )
     alpha_base: float = option(
-        0.0, "eval", "entropy mixer: alpha = base + range * sigmoid(2 (H - center))"
+        0.0,
+        "entropy mixer: alpha = base + range * sigmoid(2 (H - center))",
+        maximum=1,
     )
-    alpha_range: float = option(0.10, "eval", "entropy mixer")
-    alpha_center: float = option(1.0, "eval", "entropy mixer, nats of neural entropy H")
+    alpha_range: float = option(0.10, "entropy mixer", maximum="most_alpha_range")
+    alpha_center: float = option(1.0, "entropy mixer, nats of neural entropy H")
+
+
+@dataclass(frozen=True)
+class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
+    """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
 
     def __post_init__(self):
         check_config(self)
 
     @property
     def run_dir(self):
-        """Where this run's log, results and artifact go."""
+        """Folder of this run's log, results and artifact."""
         return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
 
     @property
@@ -198,8 +240,31 @@ class Config:
         """Path of the artifact, to be written or to be evaluated."""
         return Path(self.artifact_path or self.run_dir / "model.int6.lzma")
 
+    @property
+    def head_dim(self):
+        """Width d of an attention head."""
+        return self.model_dim // self.num_heads
 
-GROUPS = {f.name: f.metadata["group"] for f in dataclasses.fields(Config)}
+    @property
+    def most_alpha_range(self):
+        """Largest ALPHA_RANGE with which alpha stays a share."""
+        return 1 - self.alpha_base
+
+    @property
+    def value_layers(self):
+        """Layers with value embeddings, sorted; None for a layer that there is not."""
+        names = self.ve_layers.split(",") if self.ve_layers.strip() else []
+        valid = {str(layer): layer for layer in range(self.num_layers)}
+        layers = [valid.get(name.strip()) for name in names]
+        return None if None in layers else sorted(set(layers))
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+GROUPS = {  # {setting: the class that it belongs to}
+    field.name: group
+    for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
+    for field in dataclasses.fields(group)
+}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -216,14 +281,15 @@ SMALL = dict(
 )
 PRESETS = {
     "record": {},
-    # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that binds.
+    # Real FineWeb shards on two CPU cores: a smaller model of the same mechanisms, a cap that
+    # binds.
     "bench": SMALL
     | dict(
         val_tokens=131_072,
         size_limit_bytes=2_400_000,
         log_every=50,
-        iterations=600,
         verify_tokens=5000,
+        iterations=600,
         max_wallclock_seconds=0.0,
         train_batch_tokens=4096,
         micro_batch_tokens=4096,
@@ -243,7 +309,8 @@ PRESETS = {
         ngram_hash_bits=20,
         mixer_calibration_tokens=262_144,
     ),
-    # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to end.
+    # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to
+    # end.
     "demo": SMALL
     | dict(
         data_path=DEMO_CACHE,
@@ -277,7 +344,7 @@ PRESETS = {
 
 
 def parse_setting(field, text):
-    """The value of a setting from its text; UsageError names the variable, the text and what is allowed."""
+    """Return a setting's value from its text; UsageError names the variable and what is allowed."""
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
     expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(field.type)
     with contextlib.suppress(ValueError, KeyError):
@@ -288,133 +355,127 @@ def parse_setting(field, text):
 
 
 def config_from_env(environ, stored=None):
-    """Config: preset, then `stored` (an artifact's settings), then the environment; UsageError for slips."""
-    fields, stored = {f.name.upper(): f for f in dataclasses.fields(Config)}, stored or {}
-    for name in environ.keys() - fields:
-        for meant in difflib.get_close_matches(name, fields, n=1, cutoff=0.9):
+    """Return the Config of preset, then `stored` (an artifact's settings), then the environment.
+
+    UsageError names a value that cannot be, a name close to a setting's, and a setting that the
+    artifact has fixed otherwise.
+    """
+    stored = stored or {}
+    known = {name.upper(): field for name, field in FIELDS.items()}
+    for name in environ.keys() - known:
+        for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {
-        f.name: parse_setting(f, environ[name]) for name, f in fields.items() if name in environ
+        field.name: parse_setting(field, environ[name])
+        for name, field in known.items()
+        if name in environ
     }
     preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
     if strange := stored.keys() - GROUPS:
-        raise UserError(
-            f"the artifact has settings of another version of this script: {', '.join(strange)}"
-        )
-    for name in (n for n in given if n in stored and GROUPS[n] in ("model", "train")):
-        if given[name] != stored[name]:
+        names = ", ".join(sorted(strange))
+        raise UserError(f"the artifact has settings of another version of this script: {names}")
+    for name, value in given.items():
+        fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
+        if fixed and value != stored[name]:
             raise UsageError(
-                f"{name.upper()}={given[name]}: the artifact has {stored[name]}; train again"
+                f"{name.upper()}={value}: the artifact has {stored[name]}; unset it or train again"
             )
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 
-def check_config(c):
+def check_config(cfg):
     """Raise UsageError for the first impossible value or combination."""
 
     def need(ok, name, allowed):
         if not ok:
-            raise UsageError(f"{name.upper()}={getattr(c, name)!r}: {allowed}")
+            raise UsageError(f"{name.upper()}={getattr(cfg, name)!r}: {allowed}")
 
-    for f in dataclasses.fields(c):
-        value, low = getattr(c, f.name), f.metadata["low"]
-        need(isinstance(value, str) or value >= low, f.name, f"must be at least {low}")
-    for whole, part in (
-        ("model_dim", "num_heads"),
-        ("num_heads", "num_kv_heads"),
-        ("train_batch_tokens", "train_seq_len"),
-        ("micro_batch_tokens", "train_seq_len"),
-        ("eval_seq_len", "eval_stride"),
-        ("ttt_chunk_tokens", "eval_seq_len"),
-        ("ttt_chunk_tokens", "mixer_block"),
-    ):
-        need(
-            getattr(c, whole) % getattr(c, part) == 0,
-            whole,
-            f"must be a multiple of {part.upper()}={getattr(c, part)}",
-        )
-    layers = c.ve_layers.split(",") if c.ve_layers.strip() else []
-    need(
-        all(i.strip().isdigit() and int(i) < c.num_layers for i in layers),
-        "ve_layers",
-        f"must be comma-separated layers below NUM_LAYERS={c.num_layers}",
-    )
-    for name, allowed in (
-        ("device", ("auto", "cuda", "cpu")),
-        ("mixer", ("learned", "entropy", "none")),
-    ):
-        need(getattr(c, name) in allowed, name, f"there are {', '.join(allowed)}")
-    need(c.rope_dims % 2 == 0, "rope_dims", "must be even")
-    need(
-        c.eval_seq_len - c.eval_stride != 1,
-        "eval_stride",
-        "must leave no or 2 rows of a window known",
-    )
-    for name, high in (
-        ("xsa_last_n", c.num_layers),
-        ("ttt_freeze_blocks", c.num_layers),
-        ("rope_dims", c.model_dim // c.num_heads),
-        ("complement_alpha", 1),
-        ("late_qat_threshold", 1),
-        ("ema_decay", 1 - 1e-9),
-        ("polyak_decay", 1 - 1e-9),
-        ("muon_momentum", 1 - 1e-9),
-        ("alpha_base", 1),
-        ("alpha_range", 1 - c.alpha_base),
-        ("min_count", c.ngram_recent),
-        ("vocab_size", 65_536),
-        ("ngram_hash_bits", 30),
-    ):
-        need(getattr(c, name) <= high, name, f"must be at most {high:.9g}")
+    for name, field in FIELDS.items():
+        limits = field.metadata
+        if "choices" in limits:
+            allowed = f"there are {', '.join(limits['choices'])}"
+            need(getattr(cfg, name) in limits["choices"], name, allowed)
+        elif field.type is not str:
+            least = limits.get("minimum", int(field.type is int))
+            need(getattr(cfg, name) >= least, name, f"must be at least {least}")
+    for name, field in FIELDS.items():
+        for multiple in field.metadata.get("divides", ()):
+            whole = getattr(cfg, multiple) % getattr(cfg, name) == 0
+            need(whole, multiple, f"must be a multiple of {name.upper()}={getattr(cfg, name)}")
+    for name, field in FIELDS.items():
+        most = field.metadata.get("maximum", math.inf)
+        most = getattr(cfg, most) if isinstance(most, str) else most
+        if field.type is not str:
+            need(getattr(cfg, name) <= most, name, f"must be at most {most:.9g}")
+    layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
+    need(cfg.value_layers is not None, "ve_layers", layers)
+    need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
+    known_rows = cfg.eval_seq_len - cfg.eval_stride
+    need(known_rows != 1, "eval_stride", "must leave no or 2 rows of a window known")
 
 
-# ---- Runtime -----------------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one rank: the
-# split of a product over threads can change its last bit, and 1 and 8 ranks must commit the same integers.
-@dataclasses.dataclass
+# ---- Runtime -------------------------------------------------------------------------------------
+# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one
+# rank: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit
+# the same integers.
+
+
+@dataclass
 class Runtime:
     """Where this process runs: rank of world, device and compute dtype."""
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
     dtype: torch.dtype = torch.float32
-    notes: tuple = ()
+    notes: tuple = ()  # lines for the log: device, dtype and attention kernel, with their reasons
+
+    @property
+    def is_main(self):
+        """Whether this is the rank that writes files and the log."""
+        return self.rank == 0
+
+    def alone(self):
+        """Return this runtime as a world of one rank."""
+        return dataclasses.replace(self, rank=0, world=1)
 
     def sum_over_ranks(self, tensor):
-        """`tensor`, summed in place over the ranks. Every rank must call it the same number of times."""
+        """Sum `tensor` in place over the ranks; every rank must call it equally often."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, value):
-        """Rank 0's Python float, on every rank; until rank 0 calls it, the others wait."""
-        box = torch.tensor(
-            [value if self.rank == 0 else 0.0], dtype=torch.float64, device=self.device
-        )
-        return self.sum_over_ranks(box).item()
+        """Return rank 0's float on every rank."""
+        mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
+        return self.sum_over_ranks(mine).item()
 
-    def on_main(self, work):
-        """work() on rank 0 while the others wait; where it raises UserError, every rank does: none hangs."""
+    def barrier(self):
+        """Wait until every rank is here."""
+        self.from_main(0.0)
+
+    @contextlib.contextmanager
+    def fail_together(self):
+        """Raise UserError on every rank where the block raises it on one: none is left waiting."""
         failure = None
         try:
-            if self.rank == 0:
-                work()
+            yield
         except UserError as error:
             failure = error
-        if self.from_main(float(failure is not None)):
-            raise failure or UserError("rank 0 has failed")
+        failed = torch.tensor([float(failure is not None)], device=self.device)
+        if self.sum_over_ranks(failed).item():
+            raise failure or UserError("another rank has failed")
 
     def clock(self):
-        """Seconds on a clock, read once the device has done its work."""
+        """Return seconds on a clock, read once the device has done its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def compiled(self, function):
-        """`function` through torch.compile where that pays (CUDA); as it is elsewhere."""
+        """Return `function` through torch.compile where that pays (CUDA), else as it is."""
         if self.device.type != "cuda":
             return function
         torch._dynamo.config.recompile_limit = 64  # past it torch would refuse
@@ -422,36 +483,34 @@ class Runtime:
 
 
 def start_runtime(cfg, environ):
-    """Join the process group that torchrun describes, choose device, dtype and attention; returns Runtime."""
-    rank, world = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
-    cuda = cfg.device != "cpu" and torch.cuda.device_count() >= int(
-        environ.get("LOCAL_WORLD_SIZE", 1)
-    )
+    """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
+    rank = int(environ.get("RANK", 0))
+    world = int(environ.get("WORLD_SIZE", 1))
+    ranks_here = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
     if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
         raise UsageError(
             f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
             "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none"
         )
-    device, can = torch.device("cpu"), torch.cpu.get_capabilities()
+    device = torch.device("cpu")
+    units = torch.cpu.get_capabilities()
+    name = units.get("cpu_name", os.uname().machine)
+    kernel = "SDPA's own kernels"
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name()
+        kernel = attention_kernel()
     torch.set_num_threads(os.cpu_count())
-    fast = cuda or can.get("avx512_bf16") or can.get("amx_bf16")
-    name = torch.cuda.get_device_name() if cuda else can.get("cpu_name", os.uname().machine)
-    dtype, why = (
-        (torch.bfloat16, "multiplied in hardware") if fast else (torch.float32, "no bf16 units")
-    )
+    dtype, why = torch.float32, "no bf16 units"
+    if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
+        dtype, why = torch.bfloat16, "multiplied in hardware"
     if world > 1:
         dist.init_process_group(
             "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
         )
-    kernel = "SDPA's own kernels" + ("; FlashAttention-3 is not installed" if cuda else "")
-    with contextlib.suppress(ImportError, RuntimeError):
-        if cuda:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-            kernel = "FlashAttention-3 inside SDPA"
     notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
         f"dtype {dtype}: {why}",
@@ -460,36 +519,45 @@ def start_runtime(cfg, environ):
     return Runtime(rank, world, device, dtype, notes)
 
 
+def attention_kernel():
+    """Switch FlashAttention-3 on where it is installed; return what attention runs on."""
+    try:
+        torch.nn.attention.activate_flash_attention_impl("FA3")
+    except (ImportError, RuntimeError):
+        return "SDPA's own kernels; FlashAttention-3 is not installed"
+    return "FlashAttention-3 inside SDPA"
+
+
 def progress_line(done, total, start_s, unit):
-    """'done/total unit, rate, elapsed, ETA' for long work that began at time.perf_counter() == start_s."""
+    """Return 'done/total unit, rate, elapsed, ETA' of work begun at perf_counter() == start_s."""
     elapsed_s = max(time.perf_counter() - start_s, 1e-9)
+    eta_s = elapsed_s / max(done, 1) * (total - done)
     return (
-        f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, {elapsed_s:.0f} s, "
-        f"ETA {elapsed_s / max(done, 1) * (total - done):.0f} s"
+        f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, "
+        f"{elapsed_s:.0f} s, ETA {eta_s:.0f} s"
     )
 
 
 def write_atomically(path, data):
-    """Write bytes to a temporary file beside `path` and rename it: the file is whole or it is not there."""
+    """Write bytes beside `path` and rename the file: it is whole or it is not there."""
     temporary = Path(f"{path}.tmp{os.getpid()}")
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror}; free space or write elsewhere"
-        ) from error
+        hint = "free space or write elsewhere"
+        raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 def read_file(path, name="", hint=""):
-    """A file's bytes; UserError says which setting or file it was."""
+    """Return a file's bytes; UserError says which setting or file it was."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -497,24 +565,27 @@ def read_file(path, name="", hint=""):
 
 
 def check_writable(folder, need_bytes):
-    """Fail before hours of work, not after: `folder` must exist or be made, be writable and have room."""
+    """Raise UserError, before hours of work, if `folder` cannot be written to or has no room."""
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
-    if (free := shutil.disk_usage(folder).free) < need_bytes:
+    free = shutil.disk_usage(folder).free
+    if free < need_bytes:
         raise UserError(
             f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
         )
 
 
-# ---- Tokenizer and byte accounting -------------------------------------------------------------------------
-# BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space counts only
-# where a decoder prints one: not after a boundary (BOS, control, unknown). Every document's text is compared.
+# ---- Tokenizer and byte accounting ---------------------------------------------------------------
+# BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space
+# counts only where a decoder prints one: not after a boundary (BOS, control, unknown). Every
+# document's count is compared with its text.
+
 SPACE = "\u2581"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TokenTable:
-    """The tokenizer: pieces[i], of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
+    """A tokenizer: pieces[i] of kind kinds[i]: Normal, Unknown, Control, X (unused) or Byte."""
 
     pieces: tuple
     kinds: str
@@ -522,58 +593,64 @@ class TokenTable:
 
     @functools.cached_property
     def digest(self):
-        """SHA-256 of pieces and kinds: two tokenizers with the same digest read the same tokens."""
-        return hashlib.sha256(
-            json.dumps([self.pieces, self.kinds, self.bos_id]).encode()
-        ).hexdigest()
+        """SHA-256 of pieces and kinds: tokenizers of one digest read the same tokens."""
+        description = json.dumps([self.pieces, self.kinds, self.bos_id])
+        return hashlib.sha256(description.encode()).hexdigest()
 
     @functools.cached_property
     def texts(self):
-        """What each token prints, as bytes, its leading space included: nothing, where it is a boundary."""
-        return tuple(
-            bytes([int(piece[3:5], 16)])
-            if kind == "B"
-            else piece.replace(SPACE, " ").encode()
-            if kind == "N"
-            else b""
-            for piece, kind in zip(self.pieces, self.kinds)
-        )
+        """Bytes that each token prints, its leading space included; a boundary prints none."""
+        return tuple(self._text(piece, kind) for piece, kind in zip(self.pieces, self.kinds))
+
+    @staticmethod
+    def _text(piece, kind):
+        if kind == "B":
+            return bytes([int(piece[3:5], 16)])  # <0x0A>
+        return piece.replace(SPACE, " ").encode() if kind == "N" else b""
 
     @functools.cached_property
     def byte_tables(self):
-        """(bytes without a leading space, has a leading space, is a boundary), each an array over V."""
-        leading = np.array(
-            [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
-        )
-        base = np.array([len(t) for t in self.texts], dtype=np.int64) - leading
-        return base, leading, np.array([k in "UCX" for k in self.kinds])
+        """(bytes without a leading space, has a leading space, is a boundary), each (V,)."""
+        starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
+        leading = np.array(starts)
+        base = np.array([len(text) for text in self.texts], dtype=np.int64) - leading
+        boundary = np.array([kind in "UCX" for kind in self.kinds])
+        return base, leading, boundary
+
+    @property
+    def word_begins(self):
+        """Tokens that begin a word or part words, bool (V,)."""
+        _, leading, boundary = self.byte_tables
+        return leading | boundary
 
     def count_bytes(self, tokens):
-        """Bytes that tokens[1:] print, each after its predecessor; int64 (len(tokens) - 1,)."""
+        """Count the bytes that tokens[1:] print, each after its predecessor; int64 (n - 1,)."""
         base, leading, boundary = self.byte_tables
         return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
 
     def decode(self, tokens):
-        """The bytes of one document's tokens: a space is printed except after a boundary."""
+        """Return the bytes of one document's tokens: a space is printed except after a boundary."""
         _, leading, boundary = self.byte_tables
         cut = leading[tokens] & np.append(True, boundary[tokens[:-1]])
-        return b"".join(self.texts[token][c:] for token, c in zip(tokens.tolist(), cut.tolist()))
+        return b"".join(self.texts[t][c:] for t, c in zip(tokens.tolist(), cut.tolist()))
 
 
 def load_tokenizer(path, vocab_size, table=None):
-    """(TokenTable, processor) of a SentencePiece model; UserError if it does not fit, or is not `table`'s."""
+    """Return (TokenTable, processor) of a SentencePiece model.
+
+    UserError if it is none, does not fit VOCAB_SIZE, or is not the tokenizer of `table`.
+    """
     import sentencepiece
 
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError) as error:
-        raise UserError(f"TOKENIZER_PATH: {path} is no SentencePiece model; see README") from error
+        message = f"TOKENIZER_PATH: {path} is no SentencePiece model; see README"
+        raise UserError(message) from error
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
-    ids, tests = (
-        range(vocab_size),
-        dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte),
-    )
+    tests = dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
+    ids = range(vocab_size)
     kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
     found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
     if table and table.digest != found.digest:
@@ -582,43 +659,58 @@ def load_tokenizer(path, vocab_size, table=None):
 
 
 def audit_bytes(table, tokens, decode=None):
-    """Total bytes of tokens[1:], each document's compared with its text, by SentencePiece or the table."""
-    counts, starts = table.count_bytes(tokens), np.flatnonzero(tokens == table.bos_id)
+    """Return the bytes of tokens[1:] after comparing each document's count with its text.
+
+    The text is SentencePiece's where `decode` is given, else the table's own. UserError where they
+    differ, where a text is not UTF-8 (a last document may be cut inside a character), or where the
+    stream does not begin with BOS.
+    """
+    counts = table.count_bytes(tokens)
+    starts = np.flatnonzero(tokens == table.bos_id)
     if not len(starts) or starts[0]:
         raise UserError(
             f"the validation stream must start with BOS (id {table.bos_id}), like every document"
         )
     for start, stop in zip(starts, [*starts[1:], len(tokens)]):
-        document, where = tokens[start:stop], f"validation document at token {start}"
-        cut = not decode or stop == len(tokens)
-        text = table.decode(document) if cut else decode(document[1:].tolist()).encode()
+        document = tokens[start:stop]
+        where = f"validation document at token {start}"
+        is_last = stop == len(tokens)
+        if decode and not is_last:
+            text = decode(document[1:].tolist()).encode()
+        else:
+            text = table.decode(document)
         try:
             text.decode("utf-8")
         except UnicodeDecodeError as error:
-            if stop < len(tokens) or error.reason != "unexpected end of data":
-                raise UserError(
-                    f"{where}: {error}; shards and tokenizer do not belong together"
-                ) from error
-        if (counted := int(counts[start:stop].sum())) != len(text):  # the next BOS included
+            if not is_last or error.reason != "unexpected end of data":
+                message = f"{where}: {error}; shards and tokenizer do not belong together"
+                raise UserError(message) from error
+        counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
+        if counted != len(text):
             raise UserError(
                 f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
             )
     return int(counts.sum())
 
 
-# ---- Data --------------------------------------------------------------------------------------------------
-# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens; inside
-# zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any number of ranks.
-SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
+# ---- Data ----------------------------------------------------------------------------------------
+# Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens;
+# inside zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any
+# number of ranks. The end of the last shard is never trained on: the mixer is calibrated on it.
+
+SHARD_MAGIC = 20240520
+SHARD_VERSION = 1
+SHARD_HEADER_BYTES = 1024
 
 
 def read_bytes(path):
-    """A file's contents, decompressed when its name ends in .zst; EOFError when a frame is cut."""
-    data, parts = Path(path).read_bytes(), []
+    """Return a file's contents, decompressed if its name ends in .zst; EOFError for a cut frame."""
+    data = Path(path).read_bytes()
     if not str(path).endswith(".zst"):
         return data
     import zstandard
 
+    parts = []
     while data:
         frame = zstandard.ZstdDecompressor().decompressobj()
         parts.append(frame.decompress(data))
@@ -629,19 +721,23 @@ def read_bytes(path):
 
 
 def read_shard(path, vocab_size):
-    """Tokens of one shard, uint16 (n,). UserError for a foreign, truncated or out-of-vocabulary file."""
+    """Return one shard's tokens, uint16 (n,).
+
+    UserError for a file that is foreign, truncated or has tokens outside of the vocabulary.
+    """
     try:
         data = read_bytes(path)
     except Exception as error:  # zstandard raises a class of its own
         raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
-    header = np.frombuffer(data[:SHARD_HEADER_BYTES].ljust(SHARD_HEADER_BYTES, b"\0"), dtype="<i4")
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+    head = np.frombuffer(data[:12].ljust(12, b"\0"), dtype="<i4")
+    magic, version, count = head.tolist()
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`"
         )
-    if len(data) != SHARD_HEADER_BYTES + 2 * int(header[2]) or not header[2]:
+    if len(data) != SHARD_HEADER_BYTES + 2 * count or not count:
         raise UserError(
-            f"shard {path} is truncated or padded ({header[2]:,} tokens); download it again"
+            f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
     tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
     if tokens.max() >= vocab_size:
@@ -650,18 +746,16 @@ def read_shard(path, vocab_size):
 
 
 def shard_bytes(tokens):
-    """A shard file's contents for uint16 tokens: the inverse of read_shard."""
-    header = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens)).ljust(
-        SHARD_HEADER_BYTES, b"\0"
-    )
-    return header + np.asarray(tokens, dtype="<u2").tobytes()
+    """Return the contents of a shard of uint16 tokens (n,): the inverse of read_shard."""
+    head = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens))
+    return head.ljust(SHARD_HEADER_BYTES, b"\0") + np.asarray(tokens, dtype="<u2").tobytes()
 
 
 def list_shards(cfg, split):
-    """Sorted shard files of `split` ('train' or 'val'); a file wins over its .zst twin."""
-    files = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
+    """Return the sorted shard files of `split` (train, val); a file wins over its .zst twin."""
+    found = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
     files = [
-        f for f in files if f.endswith(".bin") or (f.endswith(".bin.zst") and f[:-4] not in files)
+        f for f in found if f.endswith(".bin") or (f[:-4] not in found and f[-8:] == ".bin.zst")
     ]
     if not files:
         raise UserError(
@@ -672,11 +766,10 @@ def list_shards(cfg, split):
 
 
 def load_validation(cfg):
-    """The validation stream, int64 (n + 1,): all shards in order, cut after VAL_TOKENS predictions."""
+    """Return the validation stream, int64 (n + 1,): all shards, up to VAL_TOKENS predictions."""
     shards = [read_shard(path, cfg.vocab_size) for path in list_shards(cfg, "val")]
-    tokens = np.concatenate(shards)[: cfg.val_tokens + 1 if cfg.val_tokens else None].astype(
-        np.int64
-    )
+    end = cfg.val_tokens + 1 if cfg.val_tokens else None
+    tokens = np.concatenate(shards)[:end].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
         raise UserError(
             f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
@@ -686,7 +779,7 @@ def load_validation(cfg):
 
 
 def load_held_out(cfg):
-    """The end of the last shard, never trained on, for the mixer's calibration, uint16 (n + 1,), or empty."""
+    """Return the end of the last training shard, uint16 (n + 1,), for calibration; maybe empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if cfg.mixer != "learned" or wanted == 1:
         return np.zeros(0, dtype=np.uint16)
@@ -699,101 +792,127 @@ def load_held_out(cfg):
 
 
 class TrainStream:
-    """The training shards, less what is held out, as one endless stream, read in order by all ranks alike."""
+    """The training shards without their held-out end: one endless stream, alike on all ranks."""
 
-    def __init__(self, cfg):
-        self.files, self.vocab_size = list_shards(cfg, "train"), cfg.vocab_size
-        self.held_out = len(load_held_out(cfg))
-        self.tokens, self.opened = np.zeros(0, dtype=np.uint16), 0
+    def __init__(self, cfg, held_out):
+        self.files = list_shards(cfg, "train")
+        self.vocab_size = cfg.vocab_size
+        self.held_out = held_out  # tokens at the end of the last file
+        self.tokens = np.zeros(0, dtype=np.uint16)  # read and not yet taken
+        self.opened = 0  # files so far
         self.take(0)  # a bad first shard is found out before long work
 
+    @property
+    def epochs(self):
+        """How many times the files have been read over."""
+        return (self.opened - 1) // len(self.files)
+
     def take(self, count):
-        """The next count + 1 tokens, int64. The stream moves on by count, so neighbours share one token."""
+        """Return the next count + 1 tokens, int64; the stream moves on by count."""
         while len(self.tokens) <= count:
             path = self.files[self.opened % len(self.files)]
             shard = read_shard(path, self.vocab_size)
-            shard = shard[: -self.held_out] if self.held_out and path == self.files[-1] else shard
-            self.tokens, self.opened = np.concatenate([self.tokens, shard]), self.opened + 1
-        taken, self.tokens = self.tokens[: count + 1], self.tokens[count:]
-        return taken.astype(np.int64)
+            if path == self.files[-1]:
+                shard = shard[: len(shard) - self.held_out]
+            self.tokens = np.concatenate([self.tokens, shard])
+            self.opened += 1
+        taken = self.tokens[: count + 1].astype(np.int64)
+        self.tokens = self.tokens[count:]
+        return taken
 
 
 def micro_batch_sequences(cfg, world):
-    """Sequences in a micro-batch; UsageError when the ranks cannot share a step evenly."""
-    sequences, most = (
-        cfg.train_batch_tokens // cfg.train_seq_len,
-        cfg.micro_batch_tokens // cfg.train_seq_len,
-    )
+    """Return the sequences of a micro-batch; UsageError if the ranks cannot share a step evenly."""
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
     if sequences % world:
         raise UsageError(
             f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split "
             f"over {world} ranks; change it or --nproc_per_node"
         )
     share = sequences // world
+    most = cfg.micro_batch_tokens // cfg.train_seq_len
     return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
 
 
 def micro_batches(tokens, cfg, rt):
-    """Rank r's share of a step, the r-th run of its sequences: equal (x, y), int64 (B, T) on the device."""
-    x, y = (t.reshape(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:]))
-    mine, size = (
-        np.split(np.arange(len(x)), rt.world)[rt.rank],
-        micro_batch_sequences(cfg, rt.world),
-    )
-    return list(zip(*(torch.from_numpy(t[mine]).to(rt.device).split(size) for t in (x, y))))
+    """Return this rank's run of a step's sequences as [(x, y)], int64 (B, T) on the device."""
+    sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
+    size = micro_batch_sequences(cfg, rt.world)
+    share = len(sequences[0]) // rt.world
+    mine = [t[rt.rank * share :][:share].to(rt.device).split(size) for t in sequences]
+    return list(zip(*mine))
 
 
-# ---- Model -------------------------------------------------------------------------------------------------
-# An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out of a
-# head's output what the position's own value already says; VRL and value embeddings hand early information to
-# late values; BigramHash and SmearGate give the first layer the previous token for nothing. One forward path
-# serves training, scoring and TTT. With `past` it computes only the newest rows of a window over cached keys
-# and values, which is what lets a decoder afford the scorer's own shapes.
+# ---- Model ---------------------------------------------------------------------------------------
+# An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out
+# of a head's output what the position's own value already says; VRL and value embeddings hand early
+# information to late values; BigramHash and SmearGate give the first layer the previous token for
+# nothing. One forward path serves training, scoring and TTT. With `past` it computes only the
+# newest rows over cached keys and values, which is what lets a decoder keep pace.
+
 EMBED_CONTEXT = (
-    2  # rows before the first one that its embedding depends on: smear looks 1 back, its bigram 2
+    2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
 )
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
 
+def role(name):
+    """Return a parameter's role: optimizer, quantizer and TTT treat equal roles alike.
+
+    matrix: Muon, int6; projection: Muon, fp16; table: AdamW, int8; vector: AdamW, fp16.
+    """
+    if name in TABLES:
+        return "table"
+    if name.endswith("_proj"):
+        return "projection"
+    leaf = name.split(".")[-1]
+    return "matrix" if leaf in ("q", "k", "v", "attn_out", "mlp_in", "mlp_out") else "vector"
+
+
 def attention(q, k, v):
-    """Causal attention whose last query row sees every key. q (B, T, H, d); k, v (B, T', G, d), T' >= T."""
+    """Return causal attention, its last query seeing every key.
+
+    q (B, T, H, d); k, v (B, T', G, d) with T' >= T; result (B, T, H, d).
+    """
     q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    rows, keys, seen = q.size(2), k.size(2), None
+    rows, keys = q.size(2), k.size(2)
+    visible = None
     if 1 < rows < keys:
-        k, v = (
-            z.repeat_interleave(q.size(1) // z.size(1), 1) for z in (k, v)
-        )  # fused GQA takes no mask
-        seen = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
+        group = q.size(1) // k.size(1)
+        k, v = (z.repeat_interleave(group, 1) for z in (k, v))  # fused GQA takes no mask
+        visible = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
     y = F.scaled_dot_product_attention(
-        q, k, v, seen, is_causal=rows == keys, enable_gqa=seen is None
+        q, k, v, visible, is_causal=rows == keys, enable_gqa=visible is None
     )
     return y.transpose(1, 2)
 
 
 def rms_norm(x):
-    """RMSNorm over the last dimension, without weights."""
+    """Return RMSNorm over the last dimension, without weights."""
     return F.rms_norm(x, (x.size(-1),))
 
 
 def linear(x, weight):
-    """x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
+    """Return x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
     return F.linear(x, weight.to(x.dtype))
 
 
 def exclude_self(y, v):
-    """Exclusive self-attention (XSA): y (B, T, H, d) less its projection on the own value v (B, T, G, d)."""
-    B, T, H, d = y.shape
+    """Return y (B, T, H, d) less its projection on the position's own value v (B, T, G, d): XSA."""
     direction = F.normalize(v, dim=-1).unsqueeze(3)
-    y = y.view(B, T, v.size(2), -1, d)
-    return (y - (y * direction).sum(-1, keepdim=True) * direction).view(B, T, H, d)
+    grouped = y.view(*v.shape[:3], -1, v.size(-1))
+    along = (grouped * direction).sum(-1, keepdim=True)
+    return (grouped - along * direction).view(y.shape)
 
 
 def rotary_turns(dims, train_seq_len, max_len):
-    """Cosines and sines of the rotary embedding, (2, max_len, dims / 2), NTK-scaled beyond 1,024 rows."""
+    """Return cosines and sines of the rotary embedding, (2, max_len, dims / 2).
+
+    Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows.
+    """
     base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-    angle = torch.arange(max_len).double()[:, None] * base ** (
-        -torch.arange(0, dims, 2).double() / dims
-    )
+    rates = base ** (-torch.arange(0, dims, 2).double() / dims)
+    angle = torch.arange(max_len).double()[:, None] * rates
     return torch.stack([angle.cos(), angle.sin()]).float()
 
 
@@ -801,8 +920,9 @@ def rotate(x, turns):
     """Turn the leading dims of x (B, T, heads, d) by `turns` (2, T, dims / 2)."""
     cos, sin = turns[:, :, None].to(x.dtype)
     half = cos.size(-1)
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+    a = x[..., :half]
+    b = x[..., half : 2 * half]
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], dim=-1)
 
 
 class Embedding(nn.Module):
@@ -817,19 +937,16 @@ class Embedding(nn.Module):
         self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
 
     def bigram_rows(self, tokens):
-        """Row of the bigram table for each position; the last row at position 0."""
+        """Return each position's row of the bigram table; the last row at position 0."""
         last = self.bigrams.size(0) - 1
         hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
         return F.pad(hashed, (1, 0), value=last)
 
     def forward(self, tokens, dtype):
-        """tokens (B, T) -> (B, T, D); the row before the first counts as zeros."""
-        bigram = linear(
-            F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype), self.bigram_proj
-        )
-        x = rms_norm(
-            F.embedding(tokens, self.tokens).to(dtype) + self.bigram_scale.to(dtype) * bigram
-        )
+        """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros."""
+        bigram = F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype)
+        bigram = self.bigram_scale.to(dtype) * linear(bigram, self.bigram_proj)
+        x = rms_norm(F.embedding(tokens, self.tokens).to(dtype) + bigram)
         gate = torch.sigmoid(self.smear).to(dtype)
         return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
 
@@ -839,37 +956,30 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        D, hidden, self.head_dim = (
-            cfg.model_dim,
-            cfg.mlp_mult * cfg.model_dim,
-            cfg.model_dim // cfg.num_heads,
-        )
-        self.norm_scale, self.xsa = (
-            1 / math.sqrt(layer + 1),
-            layer >= cfg.num_layers - cfg.xsa_last_n,
-        )
-        kv = cfg.num_kv_heads * self.head_dim
-        for name, rows, columns in (
-            ("q", D, D),
-            ("k", kv, D),
-            ("v", kv, D),
-            ("attn_out", D, D),
-            ("mlp_in", hidden, D),
-            ("mlp_out", D, hidden),
-        ):
-            self.register_parameter(name, nn.Parameter(torch.empty(rows, columns)))
+        self.head_dim = cfg.head_dim
+        self.norm_scale = 1 / math.sqrt(layer + 1)
+        self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
+        D = cfg.model_dim
+        hidden = cfg.mlp_mult * D
+        kv = cfg.num_kv_heads * cfg.head_dim
+        self.q = nn.Parameter(torch.empty(D, D))
+        self.k = nn.Parameter(torch.empty(kv, D))
+        self.v = nn.Parameter(torch.empty(kv, D))
+        self.attn_out = nn.Parameter(torch.empty(D, D))
+        self.mlp_in = nn.Parameter(torch.empty(hidden, D))
+        self.mlp_out = nn.Parameter(torch.empty(D, hidden))
         self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        for name, value in (
-            ("mix_x", 1.0),
-            ("mix_x0", 0.0),
-            ("attn_scale", 1.0),
-            ("mlp_scale", 1.0),
-        ):
-            self.register_parameter(name, nn.Parameter(torch.full((D,), value)))
+        self.mix_x = nn.Parameter(torch.ones(D))
+        self.mix_x0 = nn.Parameter(torch.zeros(D))
+        self.attn_scale = nn.Parameter(torch.ones(D))
+        self.mlp_scale = nn.Parameter(torch.ones(D))
 
     def forward(self, x, x0, extra_v, turns, past):
-        """x, x0 (B, T, D), the rows' turns, extra_v added to the values, past (k, v) of rows before or None.
-        Returns (output, this layer's own value projection, (k, v) of all rows so far)."""
+        """Return (output (B, T, D), own values (B, T, G, d), (k, v) of all rows so far).
+
+        x, x0 (B, T, D); extra_v is added to the values; turns are these rows'; past: (k, v) of the
+        rows before, or None.
+        """
         B, T, _ = x.shape
         x = self.mix_x.to(x.dtype) * x + self.mix_x0.to(x.dtype) * x0
         h = rms_norm(x) * self.norm_scale
@@ -877,12 +987,15 @@ class Block(nn.Module):
         q = rotate(rms_norm(q), turns) * self.q_gain.to(x.dtype)[:, None]
         k = rotate(rms_norm(k), turns)
         v = own_v + extra_v
-        present = (torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)) if past else (k, v)
+        present = (k, v)
+        if past:
+            present = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
         y = attention(q, *present)
         if self.xsa:
             y = exclude_self(y, v)
         x = x + self.attn_scale.to(x.dtype) * linear(y.reshape(B, T, -1), self.attn_out)
-        h = F.leaky_relu(linear(rms_norm(x) * self.norm_scale, self.mlp_in), 0.5).square()
+        h = linear(rms_norm(x) * self.norm_scale, self.mlp_in)
+        h = F.leaky_relu(h, 0.5).square()
         return x + self.mlp_scale.to(x.dtype) * linear(h, self.mlp_out), own_v, present
 
 
@@ -891,166 +1004,164 @@ class GPT(nn.Module):
 
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
-        self.dtype, self.softcap = dtype, cfg.logit_softcap
-        self.kv_heads, self.vrl_enabled = cfg.num_kv_heads, cfg.vrl_enabled
-        layers, kv = cfg.num_layers, cfg.num_kv_heads * (cfg.model_dim // cfg.num_heads)
+        self.dtype = dtype
+        self.softcap = cfg.logit_softcap
+        self.kv_heads = cfg.num_kv_heads
+        self.vrl_enabled = cfg.vrl_enabled
+        self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
-        turns = rotary_turns(
-            cfg.rope_dims, cfg.train_seq_len, max(cfg.train_seq_len, cfg.eval_seq_len)
-        )
+        longest = max(cfg.train_seq_len, cfg.eval_seq_len)
+        turns = rotary_turns(cfg.rope_dims, cfg.train_seq_len, longest)
         self.register_buffer("turns", turns, persistent=False)
-        self.blocks = nn.ModuleList(Block(cfg, i) for i in range(layers))
-        self.skip_weights = nn.Parameter(torch.ones(layers // 2, cfg.model_dim))
-        self.ve_layers = sorted({int(i) for i in cfg.ve_layers.split(",") if i.strip()})
-        if self.ve_layers:
+        self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
+        self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
+        if self.value_layers:
+            kv = cfg.num_kv_heads * cfg.head_dim
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
             self.ve_proj = nn.Parameter(torch.empty(kv, cfg.bigram_dim))
             self.ve_scale = nn.Parameter(torch.tensor(0.1))
-            self.ve_layer_scales = nn.Parameter(torch.ones(len(self.ve_layers)))
+            self.ve_layer_scales = nn.Parameter(torch.ones(len(self.value_layers)))
         if self.vrl_enabled:
-            self.vrl_scales = nn.Parameter(torch.zeros(layers - 1))
-        self.register_buffer(
-            "mixer", torch.zeros(MIXER_HIDDEN, MIXER_FEATURES + 1)
-        )  # its weights come along
-        self.mixer[:, :-1].normal_(
-            std=MIXER_FEATURES**-0.5, generator=torch.Generator().manual_seed(0)
-        )
+            self.vrl_scales = nn.Parameter(torch.zeros(cfg.num_layers - 1))
         for name, p in self.named_parameters():
             if name.endswith(("attn_out", "mlp_out")):
                 nn.init.zeros_(p)  # a new block is the identity
-            elif p.ndim == 2 and name.endswith(("_proj", ".q", ".k", ".v", "mlp_in")):
+            elif role(name) in ("matrix", "projection"):
                 nn.init.orthogonal_(p)
 
     def forward(self, tokens, past=None):
-        """tokens (B, T) int64 -> (logits (B, T, V) fp32, [(k, v)] per layer). With `past`, the first K rows'
-        keys and values, `tokens` begins EMBED_CONTEXT tokens before row K, and logits come from row K on."""
+        """Return (logits (B, T, V) fp32, [(k, v)] per layer) of tokens (B, T), int64.
+
+        With `past`, the first K rows' keys and values, `tokens` begins EMBED_CONTEXT tokens before
+        row K, and logits come from row K on.
+        """
         x = self.embed(tokens, self.dtype)
+        known = 0
         if past:
-            x, tokens = x[:, EMBED_CONTEXT:], tokens[:, EMBED_CONTEXT:]
-        x0, v0, skips, present, half = x, None, [], [], len(self.blocks) // 2
-        turns = self.turns[:, (past[0][0].size(1) if past else 0) :][:, : x.size(1)]
+            known = past[0][0].size(1)
+            x = x[:, EMBED_CONTEXT:]
+            tokens = tokens[:, EMBED_CONTEXT:]
+        turns = self.turns[:, known:][:, : x.size(1)]
+        x0 = x
+        v0 = None  # the first layer's values
+        skips = []
+        present = []
+        half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v = 0
-            if i in self.ve_layers:
-                scale = (self.ve_scale * self.ve_layer_scales[self.ve_layers.index(i)]).to(x.dtype)
-                ve = linear(F.embedding(tokens, self.ve_table).to(x.dtype), self.ve_proj)
-                extra_v = scale * ve.unflatten(-1, (self.kv_heads, -1))
+            extra_v = self.value_embedding(i, tokens, x.dtype) if i in self.value_layers else 0
             if self.vrl_enabled and i:
                 extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
             x, own_v, kv = block(x, x0, extra_v, turns, past[i] if past else None)
-            v0 = own_v if i == 0 else v0
-            present.append(kv)
+            if i == 0:
+                v0 = own_v
             if i < half:
                 skips.append(x)
+            present.append(kv)
         z = linear(rms_norm(x), self.embed.tokens).float()
         return self.softcap * torch.tanh(z / self.softcap), present
 
-    def parameter_groups(self):
-        """(block matrices and projections, embedding tables, all else), each {name: parameter}."""
-        named = dict(self.named_parameters())
-        matrices = {
-            n: p
-            for n, p in named.items()
-            if p.ndim == 2 and n.startswith("blocks.") or "_proj" in n
-        }
-        tables = {n: p for n, p in named.items() if n in TABLES}
-        return (
-            matrices,
-            tables,
-            {n: p for n, p in named.items() if n not in matrices and n not in tables},
-        )
+    def value_embedding(self, layer, tokens, dtype):
+        """Return what layer `layer` adds to the values at tokens (B, T): (B, T, G, d)."""
+        scale = self.ve_scale * self.ve_layer_scales[self.value_layers.index(layer)]
+        values = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
+        return scale.to(dtype) * values.unflatten(-1, (self.kv_heads, -1))
 
 
 def new_model(cfg, rt, weights=None):
-    """A model on the runtime's device: with an artifact's weights, or the seed's, the same on every rank."""
+    """Return a model on the device: of these weights, or of SEED's, alike on all ranks."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, rt.dtype)
     if weights:
-        model.load_state_dict(weights)
+        model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
     return model.to(rt.device)
 
 
-# ---- Complementary objective -------------------------------------------------------------------------------
-# What bigram statistics predict the mixer will predict too, so the model is to care less for it: weight 1 -
-# alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from counts before the step.
+# ---- Complementary objective ---------------------------------------------------------------------
+# What bigram statistics predict the mixer will predict too, so the model is to care less for it:
+# weight 1 - alpha * p(token | previous), never below 0.1 (openai/parameter-golf PR 1033), from
+# counts before the step.
+
+
 class BigramCounts:
-    """Exact counts of (previous, next) over the training stream so far, the same on every rank."""
+    """Exact counts of (previous, next) over the training stream so far, alike on every rank."""
 
     def __init__(self, vocab_size, rt):
-        self.rt, self.vocab_size = rt, vocab_size
-        self.counts = torch.zeros(vocab_size * vocab_size, dtype=torch.int32, device=rt.device)
+        self.rt = rt
+        self.vocab_size = vocab_size
+        self.counts = torch.zeros(vocab_size**2, dtype=torch.int32, device=rt.device)
         self.totals = torch.zeros(vocab_size, dtype=torch.int64, device=rt.device)
 
     def weights(self, x, y, alpha):
-        """max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)) for each position of x, y (B, T); fp32."""
+        """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)), fp32 (B, T) like x and y."""
         p = self.counts[x * self.vocab_size + y].double() / (self.totals[x] + 1)
         return (1 - alpha * p).clamp(min=0.1).float()
 
     def add(self, batches):
-        """Count this step's pairs, over all ranks. Call it after the step has used weights()."""
+        """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
         pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
-        self.counts += self.rt.sum_over_ranks(
-            torch.bincount(pairs, minlength=len(self.counts)).int()
-        )
+        new = torch.bincount(pairs, minlength=len(self.counts)).int()
+        self.counts += self.rt.sum_over_ranks(new)
         self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
 
 
-# ---- Optimizers, schedules, averaging ----------------------------------------------------------------------
-# torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with fp32 state
-# takes tables and vectors. Schedules are pure functions of step and clock.
+# ---- Optimizers, schedules, averaging ------------------------------------------------------------
+# torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with
+# fp32 state takes tables and vectors. Schedules are pure functions of step and clock.
+
+
 def new_optimizers(model, cfg):
-    """[Muon for matrices, AdamW for tables and vectors]; a step sets a group's rate from its `peak_lr`."""
-    matrices, tables, vectors = (list(group.values()) for group in model.parameter_groups())
-    groups = [
-        dict(params=params, peak_lr=rate)
-        for params, rate in (
-            (matrices, cfg.matrix_lr),
-            (tables, cfg.tied_embed_lr),
-            (vectors, cfg.scalar_lr),
-        )
-    ]
+    """Return [Muon, AdamW]; a group's rate is its `peak_lr` times the schedule's factor."""
+    rates = dict(matrix=cfg.matrix_lr, table=cfg.tied_embed_lr, vector=cfg.scalar_lr)
+    groups = {name: dict(params=[], peak_lr=rate) for name, rate in rates.items()}
+    groups["projection"] = groups["matrix"]
+    for name, p in model.named_parameters():
+        groups[role(name)]["params"].append(p)
+    adam = [groups["table"], groups["vector"]]
+    fused = next(model.parameters()).is_cuda
     return [
-        torch.optim.Muon(groups[:1], weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum),
-        torch.optim.AdamW(
-            groups[1:],
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=cfg.adam_wd,
-            fused=next(model.parameters()).is_cuda,
-        ),
+        torch.optim.Muon([groups["matrix"]], weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum),
+        torch.optim.AdamW(adam, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd, fused=fused),
     ]
 
 
-def lr_scale(step, elapsed_s, cfg):
-    """Learning-rate factor: 1, then linear to 0 over the last WARMDOWN_ITERS of iterations or time."""
-    left = cfg.iterations - step
-    if cfg.max_wallclock_seconds and step:
-        left = min(left, (cfg.max_wallclock_seconds - elapsed_s) / (elapsed_s / step))
-    return min(1.0, max(0.0, left / max(cfg.warmdown_iters, 1)))
+def lr_scale(step, elapsed_s, limit_s, cfg):
+    """Return the rates' factor: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
+
+    What is left is the lesser of ITERATIONS and of what the time limit allows at this pace.
+    """
+    steps_left = cfg.iterations - step
+    if step:
+        steps_left = min(steps_left, (limit_s - elapsed_s) / (elapsed_s / step))
+    return min(1.0, max(0.0, steps_left / max(cfg.warmdown_iters, 1)))
 
 
 def muon_momentum(step, cfg):
-    """Momentum of Muon: linear from 0.92 (or MUON_MOMENTUM, if less) to MUON_MOMENTUM."""
+    """Return Muon's momentum: linear from 0.92 (or MUON_MOMENTUM, if less) to MUON_MOMENTUM."""
     start = min(0.92, cfg.muon_momentum)
-    return start + (cfg.muon_momentum - start) * min(1.0, step / cfg.muon_momentum_warmup_steps)
+    done = min(1.0, step / cfg.muon_momentum_warmup_steps)
+    return start + (cfg.muon_momentum - start) * done
 
 
 class WeightAverage:
-    """What replaces the weights at the end: SWA of warmdown snapshots if it is on, else EMA, else nothing."""
+    """What replaces the weights at the end: SWA if it is on, else EMA, else nothing.
+
+    Protocol: after_step() after each optimizer step, install() once.
+    """
 
     def __init__(self, model, cfg):
-        self.cfg, self.params, self.snapshots = cfg, list(model.parameters()), 0
+        self.cfg = cfg
+        self.params = list(model.parameters())
         self.mean = [p.detach().clone() for p in self.params]
+        self.snapshots = 0  # of SWA
 
     @torch.no_grad()
     def after_step(self, step, scale):
-        """Take the weights in after optimizer step `step` (from 1) at learning-rate scale `scale`."""
+        """Take in the weights after step `step` (from 1) at learning-rate factor `scale`."""
         if not self.cfg.swa_enabled:
-            torch._foreach_lerp_(
-                self.mean, self.params, 1 - min(self.cfg.ema_decay, step / (step + 10))
-            )
+            decay = min(self.cfg.ema_decay, step / (step + 10))
+            torch._foreach_lerp_(self.mean, self.params, 1 - decay)
         elif scale < 0.2 and step % self.cfg.swa_every == 0:
             self.snapshots += 1
             torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
@@ -1062,58 +1173,89 @@ class WeightAverage:
             torch._foreach_copy_(self.params, self.mean)
 
 
-# ---- Training loop -----------------------------------------------------------------------------------------
-# A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a check that
-# loss and gradient are finite *before* any weight moves, clip, two optimizers, average. Rank 0's clock stops
-# all ranks at one step. Kernels are compiled on random tokens before it starts, then all is put back.
-class TrainingStopped(UserError):
-    """Training ended early; the last good weights are in the model."""
+# ---- Training loop -------------------------------------------------------------------------------
+# A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a
+# check that loss and gradient are finite *before* any weight moves, clip, two optimizers, average.
+# Rank 0's clock stops all ranks at one step. Kernels are compiled on random tokens before it
+# starts, then all is put back.
+
+CALIBRATION_SHARE = (
+    0.03  # of the training time is kept for the mixer's calibration, where there is one
+)
+
+
+@dataclass
+class TrainResult:
+    """What training did, and why it ended early if it did."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    warmup_seconds: float = 0.0
+    calibration_seconds: float = 0.0
+    stopped: str = ""  # empty: all steps were taken, or the time was up
+    interrupted: bool = False  # by Ctrl-C, which reaches every rank
+
+
+def training_loss(model, rt):
+    """Return loss(x, y, weights) -> (weighted, plain) mean, nats a token, compiled where that pays.
+
+    x, y int64 (B, T); weights fp32 (B, T), or None for ones.
+    """
+
+    def loss(x, y, weights):
+        logits = model(x)[0].flatten(0, 1)
+        nats = F.cross_entropy(logits, y.flatten(), reduction="none")
+        plain = nats.mean()
+        weighted = plain if weights is None else (weights.flatten() * nats).mean()
+        return weighted, plain.detach()
+
+    return rt.compiled(loss)
 
 
 class Trainer:
     """The state of a training run and one step of it."""
 
-    def __init__(self, model, cfg, rt):
-        self.model, self.cfg, self.rt = model, cfg, rt
-        self.loss = rt.compiled(self._loss)
+    def __init__(self, model, loss, cfg, rt):
+        self.model = model
+        self.loss = loss
+        self.cfg = cfg
+        self.rt = rt
         self.optimizers = new_optimizers(model, cfg)
         self.average = WeightAverage(model, cfg)
         self.bigrams = BigramCounts(cfg.vocab_size, rt) if cfg.complement_alpha else None
-        self.coarseness = None  # of late QAT, once it has begun
-
-    def _loss(self, x, y, weights):
-        """(weighted, plain) mean loss of a micro-batch, nats a token; `weights` like y, or None for ones."""
-        nats = F.cross_entropy(self.model(x)[0].flatten(0, 1), y.flatten(), reduction="none")
-        plain = nats.mean()
-        return plain if weights is None else (weights.flatten() * nats).mean(), plain.detach()
 
     def gradients(self, batches):
-        """Fill .grad with the weighted loss's gradient, mean over all ranks; returns (weighted, plain)."""
+        """Fill .grad with the weighted loss's gradient over all ranks; return (weighted, plain)."""
         totals = torch.zeros(2, device=self.rt.device)
-        with quantized_weights(self.model, self.coarseness):
-            for x, y in batches:
-                weights = (
-                    self.bigrams.weights(x, y, self.cfg.complement_alpha) if self.bigrams else None
-                )
-                weighted, plain = self.loss(x, y, weights)
-                (weighted / len(batches) / self.rt.world).backward()
-                totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
-        grads = [p.grad for p in self.model.parameters()]
-        flat = self.rt.sum_over_ranks(torch.cat([*(g.flatten() for g in grads), totals]))
-        nn.utils.vector_to_parameters(flat[:-2], grads)  # each .grad becomes a view of its piece
+        for x, y in batches:
+            weights = None
+            if self.bigrams:
+                weights = self.bigrams.weights(x, y, self.cfg.complement_alpha)
+            weighted, plain = self.loss(x, y, weights)
+            (weighted / len(batches) / self.rt.world).backward()
+            totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
+        params = list(self.model.parameters())
+        flat = self.rt.sum_over_ranks(torch.cat([*(p.grad.flatten() for p in params), totals]))
+        for p, grad in zip(params, flat[:-2].split([p.numel() for p in params])):
+            p.grad = grad.view_as(p)
         return flat[-2:].tolist()
 
     def step(self, batches, step, scale):
-        """One optimizer step; returns (weighted, plain) loss. TrainingStopped if anything is not finite."""
+        """Take one optimizer step; return (weighted, plain) loss.
+
+        UserError, before any weight has moved, if loss or gradient is not finite.
+        """
         losses = self.gradients(batches)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
         if not all(map(math.isfinite, [*losses, norm.item()])):
-            raise TrainingStopped(
+            raise UserError(
                 f"step {step + 1}: loss {losses[1]}, gradient norm {norm.item()}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
         if self.cfg.grad_clip_norm:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.cfg.grad_clip_norm, norm)
+            limit = self.cfg.grad_clip_norm
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -1125,267 +1267,296 @@ class Trainer:
         self.average.after_step(step + 1, scale)
         return losses
 
-    def warm_up(self):
-        """Compile every kernel of a step on random tokens, then restore the weights and forget the rest."""
-        cfg, loss, weights = self.cfg, self.loss, copy.deepcopy(self.model.state_dict())
-        for step in range(cfg.warmup_steps):
-            tokens = np.random.default_rng(step).integers(
-                0, cfg.vocab_size, cfg.train_batch_tokens + 1
-            )
-            self.step(micro_batches(tokens, cfg, self.rt), step, scale=0.1)
-        self.model.load_state_dict(weights)
-        self.__init__(self.model, cfg, self.rt)
-        self.loss = loss
+
+def warm_up(model, loss, cfg, rt):
+    """Compile every kernel of a step on random tokens; the weights are what they were before."""
+    weights = copy.deepcopy(model.state_dict())
+    trainer = Trainer(model, loss, cfg, rt)
+    for step in range(cfg.warmup_steps):
+        random = np.random.default_rng(step)
+        tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
+        trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
+    model.load_state_dict(weights)
 
 
-def train(model, cfg, rt, log, budget):
-    """Train `model` in place; late QAT quantizes to `budget` bytes. Returns steps, tokens, seconds. NaN,
-    infinity and Ctrl-C raise TrainingStopped, with the last good weights, averaged, in the model."""
-    stream, trainer, began = TrainStream(cfg), Trainer(model, cfg, rt), time.perf_counter()
-    result = types.SimpleNamespace(
-        steps=0, tokens=0, seconds=0.0, warmup_seconds=0.0, calibration_seconds=0.0
-    )
-    if stream.held_out:  # what time it needs is not training's
-        cfg = dataclasses.replace(cfg, max_wallclock_seconds=0.97 * cfg.max_wallclock_seconds)
+def train(model, cfg, rt, log, held_out):
+    """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
+
+    NaN, infinity, a bad shard and Ctrl-C end training early: the result says why, and the model has
+    the last good weights. In every case they are averaged as EMA_DECAY and SWA_ENABLED say.
+    """
+    stream = TrainStream(cfg, held_out)
+    result = TrainResult()
+    limit_s = cfg.max_wallclock_seconds or math.inf
+    if held_out:
+        limit_s *= 1 - CALIBRATION_SHARE
+    loss = training_loss(model, rt)
     if cfg.warmup_steps:
-        trainer.warm_up()
-        result.warmup_seconds = rt.clock() - began
+        began_s = time.perf_counter()
+        warm_up(model, loss, cfg, rt)
+        result.warmup_seconds = rt.clock() - began_s
         log(
-            f"warm-up: {cfg.warmup_steps} steps on random tokens, {result.warmup_seconds:.1f} s, not timed"
+            f"warm-up: {cfg.warmup_steps} steps on random tokens, "
+            f"{result.warmup_seconds:.1f} s, not timed"
         )
-    start = time.perf_counter()
+    trainer = Trainer(model, loss, cfg, rt)
+    start_s = time.perf_counter()
     try:
         while result.steps < cfg.iterations:
-            scale = lr_scale(result.steps, result.seconds, cfg)
-            if cfg.qat_enabled and trainer.coarseness is None and scale < cfg.late_qat_threshold:
-                trainer.coarseness = estimate_coarseness(model, budget)
-                log(
-                    f"late QAT from step {result.steps + 1} on at coarseness {trainer.coarseness:.3f}"
-                )
+            scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
             batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
             losses = trainer.step(batches, result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
-            result.seconds = rt.from_main(time.perf_counter() - start)
-            limit_s, per_step_s = (
-                cfg.max_wallclock_seconds or math.inf,
-                result.seconds / result.steps,
-            )
+            result.seconds = rt.from_main(time.perf_counter() - start_s)
+            per_step_s = result.seconds / result.steps
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                eta_s = min((cfg.iterations - result.steps) * per_step_s, limit_s - result.seconds)
+                steps_left_s = (cfg.iterations - result.steps) * per_step_s
+                eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
                 log(
-                    f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} (weighted {losses[0]:.4f})  "
-                    f"lr x{scale:.3f}  {result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {max(eta_s, 0):.0f} s"
+                    f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
+                    f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
+                    f"{result.tokens / result.seconds:,.0f} tokens/s  "
+                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
                 )
             if result.seconds + per_step_s > limit_s:
                 break
-    except (
-        KeyboardInterrupt,
-        UserError,
-    ) as error:  # Ctrl-C, no finite loss, a shard that cannot be read
-        raise TrainingStopped(str(error) or f"interrupted at step {result.steps}") from None
-    finally:
-        trainer.average.install()
-    if epochs := (stream.opened - 1) // len(stream.files):
-        log(f"note: the training shards were read {epochs} time(s) over; more shards would help")
+    except UserError as error:
+        result.stopped = str(error)
+    except KeyboardInterrupt:
+        result.stopped = f"interrupted at step {result.steps}"
+        result.interrupted = True
+    trainer.average.install()
+    if stream.epochs:
+        log(
+            f"note: the training shards were read {stream.epochs} time(s) over; "
+            "more shards would help"
+        )
     return result
 
 
-# ---- Quantization ------------------------------------------------------------------------------------------
-# Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest fp16. One
-# number governs the size, `coarseness`: a row's top level stands at coarseness times its root mean square.
-# Doubling it costs each weight one bit of precision and saves about one bit of entropy, which LZMA finds; it
-# is raised until code + artifact just fit the cap. Late QAT trains through these very functions.
-INT6_MAX, INT8_MAX = 31, 127
-FINEST, COARSEST = (
-    4.0,
-    64.0,
-)  # below 4 a Gaussian row loses more to clipping than it gains in precision
+# ---- Quantization --------------------------------------------------------------------------------
+# Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest
+# fp16. One number governs the size, `coarseness`: a row's top level stands at coarseness times its
+# root mean square. Doubling it costs each weight one bit of precision and saves about one bit of
+# entropy, which LZMA finds; it is raised until code + artifact just fit the cap.
+
+INT6_MAX = 31
+INT8_MAX = 127
+FINEST = 4.0  # below it a Gaussian row loses more to clipping than it gains in precision
+COARSEST = 64.0
+KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
 
 
 def quantize(w, limit, row_max):
-    """w (rows, cols), row_max (rows,) the top level's value -> (int8 levels in +-limit, fp16 row scales)."""
+    """Return (int8 levels in +-limit (rows, cols), fp16 row scales (rows,)) of w (rows, cols).
+
+    row_max (rows,) is the value of the top level; what is beyond it is clipped.
+    """
     scale = (row_max / limit).clamp(2.0**-24, 65_504.0).half()
-    return (w / scale.float()[:, None]).round().clamp(-limit, limit).to(torch.int8), scale
+    levels = (w / scale.float()[:, None]).round().clamp(-limit, limit)
+    return levels.to(torch.int8), scale
 
 
 def encode_tensor(name, w, coarseness):
-    """(kind, [tensors to store]) of one parameter: 'int6', 'int8' or 'fp16'."""
+    """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
     w = w.detach().float()
-    if w.ndim == 2 and name.startswith("blocks."):
-        return "int6", quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-    if name in TABLES:
-        return "int8", quantize(w, INT8_MAX, w.abs().amax(1))
-    return "fp16", (w.half(),)
+    match KINDS[role(name)]:
+        case "int6":
+            return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
+        case "int8":
+            return quantize(w, INT8_MAX, w.abs().amax(1))
+    return (w.half(),)
 
 
-def decode_tensor(kind, stored):
-    """fp32 parameter from what encode_tensor stored: fp16 values, or int8 levels and fp16 row scales."""
-    return stored[0].float() if kind == "fp16" else stored[0].float() * stored[1].float()[:, None]
+def decode_tensor(stored):
+    """Return the fp32 parameter that encode_tensor stored."""
+    values, *scales = (t.float() for t in stored)
+    return values * scales[0][:, None] if scales else values
 
 
-@contextlib.contextmanager
-def quantized_weights(model, coarseness):
-    """Inside, the model has the artifact's weights (None: its own): QAT's straight-through estimator."""
-    params = {} if coarseness is None else dict(model.named_parameters())
-    exact = {name: p.detach().clone() for name, p in params.items()}
-    for name, p in params.items():
-        p.data.copy_(decode_tensor(*encode_tensor(name, p, coarseness)))
-    try:
-        yield
-    finally:
-        for name, p in params.items():
-            p.data.copy_(exact[name])
+def quantized(weights, coarseness):
+    """Return {name: fp32 tensor}: the weights that an artifact of this coarseness gives back."""
+    return {n: decode_tensor(encode_tensor(n, w, coarseness)) for n, w in weights.items()}
 
 
-def estimate_coarseness(model, budget_bytes):
-    """The coarseness that gives budget_bytes if rows are Gaussian: log2(4.133 * 31 / it) bits, LZMA + 3 %."""
-    sizes = {"int6": 0, "int8": 0, "fp16": 0}
-    for name, w in model.state_dict().items():
-        sizes[encode_tensor(name, w, FINEST)[0]] += w.numel()
-    bits = (8 * budget_bytes / 1.03 - 7 * sizes["int8"] - 15 * sizes["fp16"]) / max(
-        sizes["int6"], 1
-    )
+def estimate_coarseness(weights, budget_bytes):
+    """Return the coarseness that gives budget_bytes if rows are Gaussian.
+
+    A row then costs log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
+    """
+    counts = {"int6": 0, "int8": 0, "fp16": 0}
+    for name, w in weights.items():
+        counts[KINDS[role(name)]] += w.numel()
+    left = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
+    bits = left / max(counts["int6"], 1)
     return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
 
 
-# ---- Artifact ----------------------------------------------------------------------------------------------
+# ---- Artifact ------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
 #   4 bytes  format version            4 bytes  length of the header
-#   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] of each tensor
-#  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or values fp16
-# Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from LZMA.
-ARTIFACT_MAGIC, ARTIFACT_VERSION, ARTIFACT_HEAD = b"PGOLFART", 1, struct.Struct("<8sIQ32s")
+#   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] a tensor
+#  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or fp16
+# Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from
+# LZMA.
+
+ARTIFACT_MAGIC = b"PGOLFART"
+ARTIFACT_VERSION = 1
+ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 LZMA_FILTERS = [
     {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
 ]
 
 
-def pack_artifact(model, cfg, table, coarseness):
-    """The artifact's bytes. The same weights and settings give the same bytes."""
-    index, payload, values = [], [], model.state_dict()
-    kinds = {n: encode_tensor(n, v, coarseness) for n, v in values.items()}
-    for name, (kind, stored) in sorted(kinds.items(), key=lambda item: (item[1][0], item[0])):
-        if not all(bool(t.isfinite().all()) for t in (values[name], *stored)):
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact as read from its file: all that scoring and decoding need besides this script."""
+
+    path: Path
+    size_bytes: int
+    digest: bytes  # SHA-256 of the file
+    settings: dict
+    table: TokenTable
+    weights: dict  # {name: fp32 tensor}: the model's, and "mixer"
+
+
+def stored_settings(cfg):
+    """Return the settings that an artifact holds: all but where things are on this machine."""
+    return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
+
+
+def pack_artifact(weights, cfg, table, coarseness):
+    """Return an artifact's bytes; the same weights and settings give the same bytes.
+
+    UserError if a parameter is not finite, or beyond fp16 where it is stored as such.
+    """
+    index = []
+    payload = []
+    for name in sorted(weights, key=lambda name: (KINDS[role(name)], name)):
+        stored = encode_tensor(name, weights[name], coarseness)
+        if not all(bool(t.isfinite().all()) for t in (weights[name], *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
-        index.append([name, kind, list(values[name].shape)])
+        index.append([name, KINDS[role(name)], list(weights[name].shape)])
         payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
-    settings = {
-        n: getattr(cfg, n) for n, group in GROUPS.items() if group != "run" or n == "preset"
-    }
-    tokenizer = {"sha256": table.digest, **dataclasses.asdict(table)}
-    header = json.dumps(
-        {"settings": settings, "tensors": index, "tokenizer": tokenizer}, sort_keys=True
-    )
-    raw = struct.pack("<I", len(header)) + header.encode() + b"".join(payload)
+    tokenizer = {"sha256": table.digest, **asdict(table)}
+    contents = {"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}
+    header = json.dumps(contents, sort_keys=True).encode()
+    raw = struct.pack("<I", len(header)) + header + b"".join(payload)
     body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     digest = hashlib.sha256(body).digest()
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
 
 
 def read_artifact(path):
-    """(settings, TokenTable, {name: fp32 tensor}) of an artifact file; UserError if it is none or damaged."""
+    """Return the Artifact in a file; UserError if it is none or damaged."""
     data = read_file(path, "ARTIFACT_PATH: ", "; train first")
-    head, body = (
-        data[: ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0"),
-        data[ARTIFACT_HEAD.size :],
-    )
+    head = data[: ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0")
+    body = data[ARTIFACT_HEAD.size :]
     magic, version, length, digest = ARTIFACT_HEAD.unpack(head)
-    for fault, why in (
-        (magic != ARTIFACT_MAGIC, "is not an artifact of this program"),
-        (version != ARTIFACT_VERSION, f"has format version {version}, not {ARTIFACT_VERSION}"),
-        (
-            len(body) != length,
-            f"is cut or padded: {len(body):,} bytes of {length:,}; copy it again",
-        ),
-        (
-            hashlib.sha256(body).digest() != digest,
-            "is corrupt: its checksum differs; copy it again",
-        ),
-    ):
-        if fault:
-            raise UserError(f"artifact {path} {why}")
+    if magic != ARTIFACT_MAGIC:
+        raise UserError(f"artifact {path} is not an artifact of this program")
+    if version != ARTIFACT_VERSION:
+        raise UserError(f"artifact {path} has format version {version}, not {ARTIFACT_VERSION}")
+    if len(body) != length:
+        counts = f"{len(body):,} bytes of {length:,}"
+        raise UserError(f"artifact {path} is cut or padded: {counts}; copy it again")
+    if hashlib.sha256(body).digest() != digest:
+        raise UserError(f"artifact {path} is corrupt: its checksum differs; copy it again")
     raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
     header_end = 4 + struct.unpack_from("<I", raw)[0]
     header = json.loads(raw[4:header_end])
-    reader, weights = io.BytesIO(raw[header_end:]), {}
+    reader = io.BytesIO(raw[header_end:])
 
     def take(dtype, shape):
-        values = np.frombuffer(
-            reader.read(math.prod(shape) * np.dtype(dtype).itemsize), dtype=dtype
-        )
-        return torch.from_numpy(values.reshape(shape).copy())
+        data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
+        return torch.from_numpy(np.frombuffer(data, dtype=dtype).reshape(shape).copy())
 
+    weights = {}
     for name, kind, shape in header["tensors"]:
-        stored = (
-            (take("<f2", shape),) if kind == "fp16" else (take("i1", shape), take("<f2", shape[:1]))
-        )
-        weights[name] = decode_tensor(kind, stored)
-    t = header["tokenizer"]
-    return header["settings"], TokenTable(tuple(t["pieces"]), t["kinds"], t["bos_id"]), weights
+        layout = [("<f2", shape)] if kind == "fp16" else [("i1", shape), ("<f2", shape[:1])]
+        weights[name] = decode_tensor([take(*part) for part in layout])
+    tokenizer = header["tokenizer"]
+    table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
+    whole = hashlib.sha256(data).digest()
+    return Artifact(Path(path), len(data), whole, header["settings"], table, weights)
 
 
 def code_bytes():
-    """Bytes of this script, which count against the cap."""
+    """Return the bytes of this script, which count against the cap."""
     return len(Path(__file__).read_bytes())
 
 
-def fit_artifact(model, cfg, table, log):
-    """(artifact bytes, coarseness): the finest found that fits the cap, else the last tried, by a secant."""
+def fit_artifact(weights, cfg, table, log):
+    """Return the bytes of the finest artifact found that fits the cap, else of the last one tried.
+
+    A secant in coarseness: a level of a matrix costs about one bit less where it doubles.
+    """
     budget = cfg.size_limit_bytes - code_bytes()
-    slope_bytes = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2) / 8
-    coarseness, best = estimate_coarseness(model, budget), (b"", FINEST)
+    matrices = [w for name, w in weights.items() if role(name) == "matrix"]
+    bytes_a_bit = sum(w.numel() for w in matrices) / 8
+    coarseness = estimate_coarseness(weights, budget)
+    best = b""
     for _ in range(6):
-        data = pack_artifact(model, cfg, table, coarseness)
+        data = pack_artifact(weights, cfg, table, coarseness)
         log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
         fits = len(data) <= budget
-        best = (data, coarseness) if fits and len(data) > len(best[0]) else best
-        if coarseness == COARSEST or fits and (coarseness == FINEST or len(data) >= 0.998 * budget):
+        if fits and len(data) > len(best):
+            best = data
+        done = coarseness == FINEST or len(data) >= 0.998 * budget
+        if coarseness == COARSEST or (fits and done):
             break
-        shift = 2 ** ((len(data) - 0.999 * budget) / slope_bytes)
-        coarseness = min(max(coarseness * shift, FINEST), COARSEST)
-    return best if best[0] else (data, coarseness)
+        coarseness *= 2 ** ((len(data) - 0.999 * budget) / bytes_a_bit)
+        coarseness = min(max(coarseness, FINEST), COARSEST)
+    return best or data
 
 
-# ---- N-gram history ----------------------------------------------------------------------------------------
-# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last one, the
-# word so far) there are hash chains, as in LZ77: prev[i] is the last earlier position whose context has the
-# same hash. Walking from t - 1 yields what is before t and nothing later, so a whole block may be linked
-# before its first position is predicted; contexts are compared, so what is found is real. How the stream was
-# cut into blocks changes nothing. Bytes: 28 a token, with a quarter to spare, and 24 a hash value.
-CONTEXT_LENGTHS, CONTEXTS = (
-    (8, 5, 3, 2, 1, 8),
-    6,
-)  # in tokens; the last is the word's, up to its beginning
+# ---- N-gram history ------------------------------------------------------------------------------
+# Where the stream has been before. For each kind of context (the last 8, 5, 3, 2 tokens, the last
+# one, the word so far) there are hash chains, as in LZ77: prev[i] is the last earlier position
+# whose context has the same hash. Walking from t - 1 yields what is before t and nothing later, so
+# a whole block may be linked before its first position is predicted. Contexts are compared token by
+# token, so what is found is real. How the stream was cut into blocks changes nothing. Memory: 28
+# bytes a token, with a quarter to spare, and 24 a hash value.
+
+CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, up to its beginning
+CONTEXTS = len(CONTEXT_LENGTHS)
 
 
 class NgramHistory:
-    """The stream so far. `word_begins`, bool (V,): tokens that begin a word or part words; C: CONTEXTS. Where
-    `lanes` texts run side by side, the token before position t is at t - lanes."""
+    """The stream so far, and where each context ended before.
+
+    Protocol: extend(prefix) whenever tokens are known, then occurrences(ends) of linked positions.
+    Where `lanes` texts run side by side, the token before position t is at t - lanes.
+    """
 
     def __init__(self, cfg, word_begins, device, lanes=1):
-        self.recent, self.size, self.device, self.lanes = cfg.ngram_recent, 0, device, lanes
-        self.word_begins = torch.as_tensor(word_begins, device=device)
+        self.recent = cfg.ngram_recent
+        self.device = device
+        self.lanes = lanes
+        self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
-        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)
+        self.size = 0  # tokens so far
+        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)  # with room to grow
         self.prev = torch.zeros(CONTEXTS, 0, dtype=torch.int32, device=device)
-        self.heads = torch.full(
-            (CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32, device=device
-        )
+        slots = 1 << cfg.ngram_hash_bits
+        self.heads = torch.full((CONTEXTS, slots), -1, dtype=torch.int32, device=device)
 
     def contexts(self, ends):
-        """Tokens of the contexts that end at `ends` (C, n): int32 (C, n, 8), newest first, -1 beyond them."""
+        """Return the contexts that end at `ends` (C, n): int32 (C, n, 8), newest token first.
+
+        -1 beyond a context's length, its word's beginning or the stream's.
+        """
         back = torch.arange(max(CONTEXT_LENGTHS), device=self.device)
-        where = ends[..., None] - back * self.lanes
-        tokens = self.tokens[where.clamp(min=0)]
-        inside = (back < self.lengths[:, None, None]) & (where >= 0)
+        positions = ends[..., None] - back * self.lanes
+        tokens = self.tokens[positions.clamp(min=0)]
+        inside = (back < self.lengths[:, None, None]) & (positions >= 0)
         begins = self.word_begins[tokens[-1]].int()
         inside[-1] &= begins.cumsum(-1) - begins == 0
         return torch.where(inside, tokens, -1)
 
     def hashes(self, ends):
-        """The slot in `heads` of each context that ends at `ends` (C, n)."""
+        """Return the slot in `heads` of each context that ends at `ends` (C, n)."""
         h = torch.zeros_like(ends)
         for tokens in self.contexts(ends).long().unbind(-1):
             h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
@@ -1393,65 +1564,113 @@ class NgramHistory:
         return h & (self.heads.size(1) - 1)
 
     def extend(self, prefix):
-        """Link the tokens of `prefix` (the stream from its start, int64) that are not in the history yet."""
-        first, self.size = self.size, max(self.size, len(prefix))
+        """Link the tokens of `prefix`, the stream from its start, that are not linked yet."""
+        first = self.size
+        self.size = max(first, len(prefix))
         if first == self.size:
             return
         if self.size > len(self.tokens):
             room = self.size + self.size // 4 + 1024 - len(self.tokens)
-            self.tokens, self.prev = F.pad(self.tokens, (0, room)), F.pad(self.prev, (0, room))
+            self.tokens = F.pad(self.tokens, (0, room))
+            self.prev = F.pad(self.prev, (0, room))
         self.tokens[first : self.size] = prefix[first:].to(self.device)
+
+        # Sorted by slot, then position: a context's predecessor is its neighbour, or the slot's
+        # head.
         ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
-        ends, border = ends.gather(1, order), slot[:, 1:] != slot[:, :-1]
-        older = torch.where(
-            F.pad(border, (1, 0), value=True),
-            self.heads.gather(1, slot),
-            F.pad(ends[:, :-1], (1, 0)).int(),
-        )
-        self.prev.scatter_(1, ends, older)
-        kind, newest = F.pad(border, (0, 1), value=True).nonzero(as_tuple=True)
+        ends = ends.gather(1, order)
+        changes = slot[:, 1:] != slot[:, :-1]
+        is_first = F.pad(changes, (1, 0), value=True)
+        is_last = F.pad(changes, (0, 1), value=True)
+        neighbour = F.pad(ends[:, :-1], (1, 0)).int()
+        self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
+        kind, newest = is_last.nonzero(as_tuple=True)
         self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
 
-    def occurrences(self, at):
-        """Where contexts that end at `at` (R,) ended before, with a known successor: int64 (R, C, M), of the
-        last M = NGRAM_RECENT of the chain, newest first, the real ones; else -1."""
-        found, known, at = [], at - at % self.lanes, at.expand(CONTEXTS, -1)
+    def occurrences(self, ends):
+        """Return where the contexts that end at `ends` (R,) ended before: int64 (R, C, M).
+
+        Of the last M = NGRAM_RECENT links of each chain, newest first, those that hold the same
+        context and whose next token is known; -1 for the others.
+        """
+        known = ends - ends % self.lanes  # the first position of a row of lanes
+        at = ends.expand(CONTEXTS, -1)
         contexts = self.contexts(at)
+        found = []
         for _ in range(self.recent):
             at = torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1)
-            found.append(
-                torch.where((self.contexts(at) == contexts).all(-1) & (at < known), at, -1)
-            )
+            same = (self.contexts(at) == contexts).all(-1)
+            found.append(torch.where(same & (at < known), at, -1))
         return torch.stack(found, -1).transpose(0, 1)
 
 
-# ---- Mixers and commitment ---------------------------------------------------------------------------------
-# A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24 over the
-# vocabulary, so that "normalized" is an equality and a range coder can use the numbers that were scored.
-# The learned mixer re-weights the model's distribution p in the log domain. The tokens that followed a
-# position's contexts before are its candidates; a network of one hidden layer turns what speaks for each into
-# a boost b, and q = softmax(log p + b): p, where nothing speaks. The gradient of -log q[x] in b[v] is
-# q[v] - [v = x]: learning is two small products, once a block is scored; gradients add up as integers.
-TOTAL_BITS, TOTAL = 24, 1 << 24
-MIXER_HIDDEN, MIXER_FEATURES = 32, 4 * CONTEXTS + 3
+# ---- Mixers and commitment -----------------------------------------------------------------------
+# A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24
+# over the vocabulary, so that "normalized" is an equality and a range coder can use the numbers
+# that were scored. The learned mixer re-weights the model's distribution p in the log domain. The
+# tokens that followed a position's contexts before are its candidates; a network of one hidden
+# layer turns what speaks for each into a boost b, and q = softmax(log p + b): p, where nothing
+# speaks. The gradient of -log q[x] in b[v] is q[v] - [v = x]: learning is two small products, once
+# a block is scored; gradients add up as integers, the same on any number of ranks.
+
+TOTAL_BITS = 24
+TOTAL = 1 << TOTAL_BITS
+FIXED_POINT_SCALE = 2.0**36  # of gradients that are summed as int64
+MIXER_HIDDEN = 32
+MIXER_FEATURES = 4 * CONTEXTS + 3
 
 
 def commit(p):
-    """Probabilities (R, V), float64 -> frequencies int32 (R, V), each >= 1, each row summing to exactly 2^24.
-    Every token gets 1 plus the floor of its share of the rest; the likeliest, what the floors leave."""
-    V = p.size(-1)
-    freqs = (p / p.sum(-1, keepdim=True) * (TOTAL - V)).floor().long() + 1
-    freqs.scatter_add_(1, p.argmax(-1, keepdim=True), TOTAL - freqs.sum(-1, keepdim=True))
+    """Return frequencies int32 (R, V) of probabilities p (R, V), float64.
+
+    Each is at least 1 and each row sums to exactly 2^24: every token gets 1 plus the floor of its
+    share of the rest, and the most likely one also what the floors leave.
+    """
+    share = p / p.sum(-1, keepdim=True) * (TOTAL - p.size(-1))
+    freqs = share.floor().long() + 1
+    left = TOTAL - freqs.sum(-1, keepdim=True)
+    freqs.scatter_add_(1, p.argmax(-1, keepdim=True), left)
     return freqs.int()
 
 
-def mix_entropy(p, ends, following, cfg):
-    """(1 - alpha) p + alpha counts / total, alpha = base + range * sigmoid(2 (H - center)): PR 1033's rule on
-    all tokens. p (R, V), H its entropy, counts of the longest context (no word's) seen MIN_COUNT times."""
-    enough = (ends[:, :-1] >= 0).sum(2) >= cfg.min_count
-    longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, ends.size(2))
-    tokens, real = following.gather(1, longest)[:, 0], (ends.gather(1, longest)[:, 0] >= 0).double()
+class Evidence(NamedTuple):
+    """What speaks for the candidates of R positions, one candidate a context and occurrence.
+
+    features, by row, for each context 0..C-1 and then for the model:
+        0..C-1      log odds of the candidate's share of the context's occurrences
+        C..2C-1     inverse rank of its last occurrence there: 1, 1/2, ...
+        2C..3C-1    log2 of the distance to that occurrence, over 8
+        3C..4C-1    1 where the model itself sees that occurrence
+        4C          how far its log p lies below that of the model's favourite, over 4
+        4C+1        log p of the favourite, over 2
+        4C+2        1
+    """
+
+    tokens: Tensor  # int64 (R, J), J = C * M
+    distinct: Tensor  # bool (R, J): a token's first slot, the only one that counts
+    features: Tensor  # fp32 (R, F, J)
+
+
+class Batch(NamedTuple):
+    """R input rows that go through the model at once; row i predicts position i + lanes."""
+
+    index: int  # in its chunk: decides the rank
+    rows: Tensor  # (R,) positions of the rows
+    window_start: Tensor  # (R,) first row that each of them sees
+    committed: slice  # those of the R that are committed now; the others keep the shape
+
+
+def mix_entropy(p, matches, following, cfg):
+    """Return (1 - alpha) p + alpha counts / total (R, V): the rule of PR 1033, on all tokens.
+
+    alpha = base + range * sigmoid(2 (H - center)), H the entropy of p (R, V). The counts are of the
+    longest context, no word's, that was seen MIN_COUNT times; matches, following (R, C, M).
+    """
+    enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
+    longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, matches.size(2))
+    tokens = following.gather(1, longest)[:, 0]
+    real = (matches.gather(1, longest)[:, 0] >= 0).double()
     counts = torch.zeros_like(p).scatter_add_(1, tokens, real)
     entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
@@ -1459,141 +1678,203 @@ def mix_entropy(p, ends, following, cfg):
     return (1 - alpha) * p + alpha * counts / real.sum(1, keepdim=True).clamp(min=1)
 
 
-def gather_evidence(p, ends, following, at, window, lanes=1):
-    """What speaks for each candidate of R positions, whose contexts end at `at` (R,) and whose models see the
-    lane from `window` (R,) on. p (R, V) float64; ends, following (R, C, M): occurrences, tokens after them.
-    Returns tokens (R, J), J = C * M, distinct (R, J): each one's first slot, features (R, F, J) fp32: of each
-    context log odds of the share, inverse rank and log distance of the last occurrence, if the model sees it;
-    of the model log p's distance to the top, the top; and 1. Shapes are fixed, for equal rounding."""
-    tokens, real = following.flatten(1), ends >= 0
+def gather_evidence(p, matches, following, batch, lanes=1):
+    """Return the Evidence for R positions from what their contexts were followed by.
+
+    p (R, V) float64, the model's; matches, following (R, C, M): occurrences, and the tokens after
+    them. Shapes are fixed, for equal rounding.
+    """
+    tokens = following.flatten(1)
+    real = matches >= 0
     same = (
         (following[..., None] == tokens[:, None, None]) & real[..., None]
     ).byte()  # (R, C, M, J)
-    count, total, rank = same.sum(2), real.sum(2)[..., None], same.argmax(2)
-    distinct = same.flatten(1, 2).argmax(1) == torch.arange(tokens.size(1), device=tokens.device)
-    seen, last = count > 0, ends.gather(2, rank)
-    distance = at[:, None, None] - last
-    context = [
-        ((count + 0.4) / (total - count + 0.4)).log() * (total > 0),
-        seen / (1 + rank),
-        seen * (distance / lanes).clamp(min=1).log2() / 8,
-        seen & (last >= window[:, None, None]) & (distance % lanes == 0),
-    ]
-    logp = p.log().float()
-    top, mine = logp.amax(1, keepdim=True), logp.gather(1, tokens)
-    model = [(top - mine) / 4, top.expand_as(mine) / 2, torch.ones_like(mine)]
-    features = torch.cat([*(f.float() for f in context), torch.stack(model, 1)], 1)
-    return tokens, distinct & real.flatten(1), features
+    slots = torch.arange(tokens.size(1), device=tokens.device)
+    distinct = (same.flatten(1, 2).argmax(1) == slots) & real.flatten(1)
+
+    count = same.sum(2)  # (R, C, J)
+    total = real.sum(2)[..., None]
+    seen = count > 0
+    rank = same.argmax(2)
+    last = matches.gather(2, rank)
+    distance = batch.rows[:, None, None] - last
+    log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
+    log_distance = seen * (distance / lanes).clamp(min=1).log2() / 8
+    in_window = (last >= batch.window_start[:, None, None]) & (distance % lanes == 0)
+    by_context = [log_odds, seen / (1 + rank), log_distance, seen & in_window]
+
+    log_p = p.log().float()
+    top = log_p.amax(1, keepdim=True)
+    own = log_p.gather(1, tokens)
+    by_model = [(top - own) / 4, top.expand_as(own) / 2, torch.ones_like(own)]
+    features = torch.cat([*(f.float() for f in by_context), torch.stack(by_model, 1)], 1)
+    return Evidence(tokens, distinct, features)
+
+
+def new_mixer_weights():
+    """Return the learned mixer's weights before calibration, fp32 (hidden, F + 1)."""
+    weights = torch.zeros(MIXER_HIDDEN, MIXER_FEATURES + 1)
+    generator = torch.Generator().manual_seed(0)
+    weights[:, :-1].normal_(std=MIXER_FEATURES**-0.5, generator=generator)
+    return weights
 
 
 class LearnedMixer:
-    """The scorer network, its Adam state, and the evidence of the block that waits for update. `weights`
-    (H, F + 1): hidden layer, output in the last column. Calibration's rate falls from 10 MIXER_LR to 1."""
+    """The scorer network and its Adam state. Protocol, for each block: mix, remember, ..., learn.
 
-    def __init__(self, weights, cfg, rt, calibration_blocks=0):
-        self.cfg, self.rt, self.calibration_blocks = cfg, rt, calibration_blocks
-        self.weights, self.blocks, self.waiting = weights.clone(), 0, {}
+    `weights` (hidden, F + 1): the hidden layer, and the output weights in the last column. While it
+    is calibrated its rate falls from 10 MIXER_LR to MIXER_LR over plan.calibration_blocks.
+    """
+
+    def __init__(self, weights, cfg, rt, plan):
+        self.rt = rt
+        self.plan = plan
+        self.lr = cfg.mixer_lr
+        self.weights = weights.to(rt.device, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
+        self.blocks = 0  # learned from
+        self.remembered = {}  # {batch: [[*Evidence, q of its tokens, positions]]} for learn
 
-    def mix(self, p, tokens, distinct, features):
-        """q (R, V) float64: p with its candidates boosted."""
-        hidden = (self.weights[:, :-1] @ features).clamp(min=0)
-        boost = (self.weights[:, -1, None] * hidden).sum(1) * distinct
-        return torch.softmax(p.log().scatter_add(1, tokens, boost.double()), -1)
+    def mix(self, p, evidence):
+        """Return q (R, V) float64: p (R, V) with its candidates boosted."""
+        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
+        boost = (self.weights[:, -1, None] * hidden).sum(1) * evidence.distinct
+        return torch.softmax(p.log().scatter_add(1, evidence.tokens, boost.double()), -1)
 
-    def gradient(self, tokens, distinct, features, q, targets):
-        """d(sum over rows of -log q[target]) / d(weights), (H, F + 1) fp32; q (R, J), that of `tokens`."""
-        error = (q.float() - (tokens == targets[:, None]).float()) * distinct
-        hidden = (self.weights[:, :-1] @ features).clamp(min=0)
+    def remember(self, batch, evidence, q, positions):
+        """Keep what was said of the committed positions until their tokens are scored; q (R, V)."""
+        parts = (*evidence, q.gather(1, evidence.tokens), positions)
+        kept = [part[batch.committed].clone() for part in parts]
+        self.remembered.setdefault(batch.index, []).append(kept)
+
+    def gradient(self, evidence, q, targets):
+        """Return d(sum over rows of -log q[target]) / d(weights), fp32; q (R, J), of the tokens."""
+        hit = (evidence.tokens == targets[:, None]).float()
+        error = (q.float() - hit) * evidence.distinct
+        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
-        first = torch.einsum("rhj,rfj->hf", back, features)
-        return torch.cat([first, torch.einsum("rhj,rj->h", hidden, error)[:, None]], 1)
+        first = torch.einsum("rhj,rfj->hf", back, evidence.features)
+        output = torch.einsum("rhj,rj->h", hidden, error)
+        return torch.cat([first, output[:, None]], 1)
 
     def learn(self, tokens):
-        """One Adam step on the block that waits, now that its tokens are scored; the same on every rank."""
+        """Take one Adam step on the remembered block, now that the stream's `tokens` are scored."""
         total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
-        for parts in (
-            self.waiting.values()
-        ):  # a batch of windows each, in however many calls it was committed
-            *evidence, positions = map(torch.cat, zip(*parts))
-            gradient = self.gradient(*evidence, tokens[positions])
+        for parts in self.remembered.values():  # a batch each, however it was cut
+            *evidence, q, positions = map(torch.cat, zip(*parts))
+            gradient = self.gradient(Evidence(*evidence), q, tokens[positions])
             total += (gradient.double() * FIXED_POINT_SCALE).round().long()
-        mean = self.rt.sum_over_ranks(total).double() / (FIXED_POINT_SCALE * self.cfg.mixer_block)
-        left = (
-            max(0.0, 1 - self.blocks / self.calibration_blocks) if self.calibration_blocks else 0.0
-        )
-        self.optimizer.param_groups[0]["lr"] = self.cfg.mixer_lr * (1 + 9 * left)
-        self.weights.grad = mean.float()
+        scale = FIXED_POINT_SCALE * self.plan.block
+        self.weights.grad = (self.rt.sum_over_ranks(total).double() / scale).float()
+        left = 0.0
+        if self.plan.calibration_blocks:
+            left = max(0.0, 1 - self.blocks / self.plan.calibration_blocks)
+        self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
         self.optimizer.step()
-        self.blocks, self.waiting = self.blocks + 1, {}
+        self.blocks += 1
+        self.remembered = {}
 
 
-# ---- Test-time training ------------------------------------------------------------------------------------
-# After a chunk has been scored the model trains on it; the Polyak average of the weights scores the next. The
-# first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient is rounded to int64:
-# integers add up the same on any ranks. The schedule's length is the artifact's setting, not the text's.
-TTT_MICRO_BATCH_SEQUENCES, FIXED_POINT_SCALE = 2, 2.0**36
+class Mixture:
+    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution."""
+
+    def __init__(self, weights, cfg, table, rt, plan):
+        self.cfg = cfg
+        self.lanes = max(plan.lanes, 1)
+        self.history = NgramHistory(cfg, table.word_begins, rt.device, self.lanes)
+        self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
+
+    def mix(self, p, prefix, batch):
+        """Return q (R, V): p (R, V) re-weighted by what `prefix` says of the batch's contexts."""
+        self.history.extend(prefix)
+        rows = batch.rows[batch.committed]
+        matches = batch.rows.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
+        matches[batch.committed] = self.history.occurrences(rows)
+        following = self.history.tokens[
+            matches + self.lanes
+        ].long()  # any token, where there is none
+        if self.learner is None:
+            return mix_entropy(p, matches, following, self.cfg)
+        evidence = gather_evidence(p, matches, following, batch, self.lanes)
+        q = self.learner.mix(p, evidence)
+        self.learner.remember(batch, evidence, q, batch.rows + self.lanes)
+        return q
+
+    def learn(self, prefix):
+        """Let a learned rule take its step on the block that ends `prefix`."""
+        if self.learner:
+            self.history.extend(prefix)
+            self.learner.learn(self.history.tokens)
+
+
+# ---- Test-time training --------------------------------------------------------------------------
+# After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
+# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient
+# is rounded to int64: integers add up the same on any ranks. The schedule's length is the
+# artifact's setting, not the text's.
+
+TTT_MICRO_BATCH_SEQUENCES = 2
 
 
 class TestTimeTrainer:
-    """Adapts a copy of `model` to scored chunks; `model` itself becomes the Polyak average that scores."""
+    """Adapts a copy of `model` to scored chunks; `model` becomes the Polyak average that scores."""
 
     def __init__(self, model, cfg, table, rt):
-        self.cfg, self.table, self.rt, self.chunks = cfg, table, rt, 0
+        self.cfg = cfg
+        self.table = table
+        self.rt = rt
+        self.chunks = 0  # adapted to
         self.live = copy.deepcopy(model)
-        frozen = tuple(f"blocks.{i}." for i in range(cfg.ttt_freeze_blocks))
-        names = [
-            n
-            for n, p in model.named_parameters()
-            if p.ndim < 2
-            or n == "embed.tokens"
-            or n.startswith("blocks.")
-            and not n.startswith(frozen)
-        ]
-        self.params = [self.live.get_parameter(n) for n in names]
-        self.average = [model.get_parameter(n) for n in names]
-        for n, p in self.live.named_parameters():
-            p.requires_grad_(n in names)
+        names = [name for name, p in model.named_parameters() if self.adapts(name, p)]
+        self.params = [self.live.get_parameter(name) for name in names]
+        self.average = [model.get_parameter(name) for name in names]
+        for name, p in self.live.named_parameters():
+            p.requires_grad_(name in names)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
         self.forward = rt.compiled(self.live)
 
+    def adapts(self, name, p):
+        """Return whether TTT moves a parameter: vectors, token table, last blocks' matrices."""
+        if role(name) == "matrix":
+            return int(name.split(".")[1]) >= self.cfg.ttt_freeze_blocks
+        return p.ndim < 2 or name == "embed.tokens"
+
     def rate(self):
-        """The chunk's learning rate: cosine to 0 over the schedule, times 1 to 3 in its first 30 %."""
+        """Return the chunk's rate: cosine to 0, times 1 to 3 in the schedule's first 30 %."""
         done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
-        return (
-            self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * done)) * (1 + 2 * min(1.0, done / 0.3))
-        )
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
 
     def adapt_chunk(self, tokens):
-        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,): it begins with the last token before it."""
-        W, lr = self.cfg.eval_seq_len, self.rate()
+        """Train on a scored chunk, int64 (TTT_CHUNK_TOKENS + 1,), from the last token before it."""
+        lr = self.rate()
         self.chunks += 1
         if lr == 0:
             return
         weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
+        total_weight = max(1, int(weights.sum()))
         x, y, w = (
-            t.to(self.rt.device).view(-1, W).split(TTT_MICRO_BATCH_SEQUENCES)
+            t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
             for t in (tokens[:-1], tokens[1:], weights)
         )
         batches = list(zip(x, y, w))[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            self._step(batches, lr, total_weight=max(1, int(weights.sum())))
+            self._step(batches, lr, total_weight)
 
     def _step(self, batches, lr, total_weight):
-        """One AdamW step on the byte-weighted mean loss over all ranks' batches, then the Polyak average."""
-        flat = torch.zeros(
-            sum(p.numel() for p in self.params), dtype=torch.int64, device=self.rt.device
-        )
+        """Take one AdamW step on the byte-weighted mean loss over all ranks, then average."""
+        sizes = [p.numel() for p in self.params]
+        total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
         for x, y, w in batches:
-            nats = F.cross_entropy(self.forward(x)[0].flatten(0, 1), y.flatten(), reduction="none")
+            logits = self.forward(x)[0].flatten(0, 1)
+            nats = F.cross_entropy(logits, y.flatten(), reduction="none")
             grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-            flat += torch.cat(
-                [(g.flatten().double() * FIXED_POINT_SCALE).round().long() for g in grads]
-            )
-        self.rt.sum_over_ranks(flat)
-        exact = (flat.double() / (FIXED_POINT_SCALE * total_weight)).float()
-        for p, g in zip(self.params, exact.split([p.numel() for p in self.params])):
-            p.grad = g.view_as(p)
+            flat = [(g.flatten().double() * FIXED_POINT_SCALE).round().long() for g in grads]
+            total += torch.cat(flat)
+        self.rt.sum_over_ranks(total)
+        mean = (total.double() / (FIXED_POINT_SCALE * total_weight)).float()
+        for p, grad in zip(self.params, mean.split(sizes)):
+            p.grad = grad.view_as(p)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
@@ -1601,265 +1882,347 @@ class TestTimeTrainer:
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
 
 
-# ---- Predictor and scorer ----------------------------------------------------------------------------------
-# Positions are numbered as in the stream; position 0 is BOS, which a decoder knows. Input row i predicts
-# position i + 1. The first window scores all its W rows, each later one its last S (a tile), in two passes of
-# fixed shape: the known part, then the tile over its cached keys and values. Windows go into fixed batches,
-# the unknown is a dummy that no earlier row sees: the integers depend neither on ranks nor on what is known.
+# ---- Engines -------------------------------------------------------------------------------------
+# From rows to logits. Positions are numbered as in the stream; position 0 is BOS, which a decoder
+# knows; input row i predicts position i + 1. Five clocks run over them: a *window* of W rows, of
+# which the first scores all its rows and each later one its last S (a *tile*); a *batch* of windows
+# that go through the model at once; a *block* of positions after which the mixer learns; a *chunk*
+# after which TTT does. Blocks and batches divide chunks.
+
+
+class Plan(NamedTuple):
+    """One walk over a stream: what it reports, and its clocks, in positions."""
+
+    stages: tuple  # the neural one, then "mixer" if there is one
+    stride: int  # rows scored by each window after the first
+    batch: int  # windows in one forward pass
+    chunk: int
+    block: int  # from update to update
+    lanes: int = 0  # segments side by side; 0: the stream's plain order
+    calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
+
+
+def new_plan(cfg, *stages, lanes=0):
+    """Return the Plan of a walk that reports `stages` under these settings."""
+    alone = stages[0] in ("pre_quant", "round_trip")  # windows that do not overlap
+    learns = "mixer" in stages and cfg.mixer == "learned"
+    return Plan(
+        stages,
+        stride=cfg.eval_seq_len if alone else cfg.eval_stride,
+        batch=cfg.eval_batch_windows,
+        chunk=cfg.ttt_chunk_tokens,
+        block=cfg.mixer_block if learns else cfg.ttt_chunk_tokens,
+        lanes=lanes,
+    )
+
+
+def last_plan(cfg, lanes=0):
+    """Return the Plan of the last stage: the one that is reported, proved and coded with.
+
+    In lanes there is no TTT.
+    """
+    neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
+    mixer = () if cfg.mixer == "none" else ("mixer",)
+    return new_plan(cfg, neural, *mixer, lanes=lanes)
+
+
+def evaluation_plans(cfg):
+    """Return the Plans of the quantized model; stages of one neural distribution share one."""
+    sliding = [new_plan(cfg, "sliding")] if cfg.ttt_enabled else []
+    return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
+
+
+class Windows:
+    """Engine of every reported figure: sliding windows, in fixed batches of fixed shape.
+
+    A window is computed in two passes: its known rows, then the tile over their cached keys and
+    values, with dummies where the prefix has no token yet, which no earlier row sees. So the
+    integers depend neither on ranks nor on what is known.
+    """
+
+    def __init__(self, model, cfg, rt, plan):
+        self.forward = model if plan.calibration_blocks else rt.compiled(model)
+        self.window = cfg.eval_seq_len
+        self.rt = rt
+        self.plan = plan
+        self.cache = None  # (known tokens of the last batch, their keys and values), for a decoder
+
+    def forget(self):
+        """Drop what was computed with weights that have changed."""
+        self.cache = None
+
+    def batches(self, updated_to):
+        """Return the batches of the chunk of `updated_to`: each window's first scored row."""
+        chunk = self.plan.chunk
+        origin = (updated_to - 1) // chunk * chunk
+        starts = list(range(origin or self.window, origin + chunk, self.plan.stride))
+        size = self.plan.batch
+        later = [starts[i : i + size] for i in range(0, len(starts), size)]
+        return later if origin else [[0], *later]
+
+    def logits(self, prefix, updated_to, start, stop):
+        """Yield (Batch, logits (R, V)) for this rank's share of positions start..stop-1.
+
+        prefix: the tokens before stop - 1, int64.
+        """
+        for index, starts in enumerate(self.batches(updated_to)):
+            tile = self.plan.stride if starts[0] else self.window
+            first = max(start - 1, starts[0])
+            last = min(stop - 1, starts[-1] + tile)
+            if first < last and index % self.rt.world == self.rt.rank:
+                rows = starts[0] + torch.arange(len(starts) * tile, device=self.rt.device)
+                window_start = rows - (rows - starts[0]) % tile + tile - self.window
+                committed = slice(first - starts[0], last - starts[0])
+                yield Batch(index, rows, window_start, committed), self.tiles(prefix, starts, tile)
+
+    def tiles(self, prefix, starts, tile):
+        """Return the logits (len(starts) * tile, V) of the windows' last `tile` rows."""
+        size = self.plan.batch if starts[0] else 1
+        known = self.window - tile
+        filled = starts + [starts[-1]] * (size - len(starts))
+        positions = torch.tensor(filled)[:, None] + torch.arange(-known, tile)
+        there = positions < len(prefix)
+        tokens = torch.where(there, prefix[positions.clamp(max=len(prefix) - 1)], 0)
+        tokens = tokens.to(self.rt.device)
+        past = None
+        if known:
+            if not (self.cache and torch.equal(self.cache[0], tokens[:, :known])):
+                self.cache = tokens[:, :known], self.forward(tokens[:, :known])[1]
+            past = self.cache[1]
+            tokens = tokens[:, max(0, known - EMBED_CONTEXT) :]
+        return self.forward(tokens, past)[0][: len(starts)].flatten(0, 1)
+
+
+class Lanes:
+    """Engine of `compress`: L segments of a text side by side, position t in lane t % L.
+
+    One pass adds a row to every lane's cached keys and values, in coder and decoder alike, and
+    gives L tokens; in plain order a decoder repeats a tile for each.
+    """
+
+    def __init__(self, model, cfg, rt, plan):
+        self.forward = model.to(rt.dtype)  # not compiled: shapes grow row by row
+        self.window = cfg.eval_seq_len
+        self.rt = rt
+        self.plan = plan
+        self.past = None  # keys and values of the window's rows so far
+
+    def logits(self, prefix, updated_to, start, stop):
+        """Yield (Batch, logits (L, V)) for each row of the lanes; the last row may be cut."""
+        lanes = self.plan.lanes
+        stride = self.plan.stride
+        known_rows = self.window - stride
+        for first in range(start, stop, lanes):
+            row = first // lanes - 1
+            begin = 0  # of the window, as in the sliding stage
+            if row >= self.window:
+                begin = row - (row - self.window) % stride - known_rows
+            tokens = prefix[:first].view(-1, lanes).T[:, begin:].to(self.rt.device)
+            known = row - begin
+            if begin and known == known_rows > 0:  # the window has moved
+                self.past = self.forward(tokens[:, :-1])[1]
+            past = None
+            if known >= EMBED_CONTEXT:
+                past = self.past
+                tokens = tokens[:, -1 - EMBED_CONTEXT :]
+            logits, self.past = self.forward(tokens, past)
+            rows = torch.arange(first - lanes, first, device=self.rt.device)
+            committed = slice(0, min(lanes, stop - first))
+            yield Batch(0, rows, torch.full_like(rows, begin * lanes), committed), logits[:, -1]
+
+
+# ---- Predictor and scorer ------------------------------------------------------------------------
+# The one place where probabilities become commitments, and the one loop, `walk`, that scoring,
+# coding and decoding share. Bits are summed as integers, in units of 2^-30 bit, so that a sum does
+# not depend on who adds up what.
+
+BITS_SCALE = 2.0**30
+
+
 class OrderError(RuntimeError):
-    """predict, score and update were not called in the order that makes a score honest."""
+    """Report calls of predict, score and update in an order that would make a score dishonest."""
 
 
-# Frequencies for positions start..stop-1, as far as this rank computes them. Each piece: the batch's index in
-# the chunk, first position, last + 1, {stage: freqs int32 (R, V)}. A pass is one walk: stages, window stride.
-Commitment = collections.namedtuple("Commitment", "start stop pieces")
-EvalPass = collections.namedtuple("EvalPass", "stages stride")
+class Piece(NamedTuple):
+    """Frequencies {stage: int32 (stop - start, V)} of positions start..stop-1, from one batch."""
+
+    start: int
+    stop: int
+    freqs: dict
 
 
-def evaluation_passes(cfg):
-    """The passes over the quantized model. Stages that come from the same neural distribution share one."""
-    passes = [["round_trip"], ["sliding"], ["ttt"]][: 3 if cfg.ttt_enabled else 2]
-    passes[-1] += ["mixer"] if cfg.mixer != "none" else []
-    return [
-        EvalPass(tuple(stages), cfg.eval_seq_len if stages[0] == "round_trip" else cfg.eval_stride)
-        for stages in passes
-    ]
+class Commitment(NamedTuple):
+    """The frequencies of positions start..stop-1, as far as this rank computes them."""
+
+    start: int
+    stop: int
+    pieces: list
+
+    def table(self, stage):
+        """Return the frequencies (stop - start, V) of a lone rank."""
+        return torch.cat([piece.freqs[stage] for piece in self.pieces])
+
+    def chosen(self, stage, targets):
+        """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
+        freqs = torch.zeros_like(targets)
+        for piece in self.pieces:
+            part = slice(piece.start - self.start, piece.stop - self.start)
+            table = piece.freqs[stage]
+            ids = targets[part, None].to(table.device)
+            freqs[part] = table.gather(1, ids)[:, 0].to(freqs.device)
+        return freqs
 
 
 class Predictor:
-    """The one place where probabilities become commitments. predict -> score -> ... -> update, or OrderError.
-    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same arguments."""
+    """Commits, scores and learns, in this order: predict -> score -> ... -> update, or OrderError.
 
-    def __init__(self, model, cfg, table, rt, plan, lanes=1):
-        self.model, self.cfg, self.rt, self.plan, self.lanes = model, cfg, rt, plan, lanes
-        self.learned = lanes  # first position that update has not seen
-        self.committed = lanes  # first position without a commitment
+    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same
+    arguments; update is due when plan.block positions are scored.
+    """
+
+    def __init__(self, model, mixer_weights, cfg, table, rt, plan):
+        self.cfg = cfg
+        self.rt = rt
+        self.plan = plan
+        self.lanes = max(plan.lanes, 1)
+        self.committed_to = self.lanes  # first position without a commitment
+        self.updated_to = self.lanes  # first position that update has not seen
         self.pending = None  # the commitment that waits for its score
-        self.cache = (
-            None  # (known tokens of the last batch, their keys and values): what a decoder repeats
-        )
-        self.forward = rt.compiled(model)
+        self.engine = (Lanes if plan.lanes else Windows)(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
-        self.history = self.mixer = None
+        self.temperature = cfg.ttt_temperature if self.ttt else 1.0
+        self.mixture = None
         if "mixer" in plan.stages:
-            _, leading, boundary = table.byte_tables
-            self.history = NgramHistory(cfg, leading | boundary, rt.device, lanes)
-            if cfg.mixer == "learned":
-                self.mixer = LearnedMixer(model.mixer, cfg, rt)
-        self.block = (
-            cfg.mixer_block if self.mixer else cfg.ttt_chunk_tokens
-        )  # from update to update
+            self.mixture = Mixture(mixer_weights, cfg, table, rt, plan)
         self.mix_seconds = 0.0
-        self.own = torch.zeros(
-            cfg.verify_tokens, dtype=torch.int64, device=rt.device
-        )  # what verify proves
 
+    @property
+    def scored_to(self):
+        """First position that has not been scored."""
+        return self.pending.start if self.pending else self.committed_to
+
+    @property
+    def block_end(self):
+        """First position that cannot be predicted before the next update."""
+        return self.updated_to + self.plan.block
+
+    @torch.no_grad()
     def predict(self, prefix, start, stop):
-        """Commit positions start..stop-1 from `prefix`, int64 (stop - 1,): each from what is before it."""
-        in_order = (
-            self.committed == start < stop <= self.learned + self.block and len(prefix) == stop - 1
-        )
-        if self.pending is not None or not in_order:
+        """Return the Commitment of positions start..stop-1, each from what is before it.
+
+        prefix: all tokens before stop - 1, int64 (stop - 1,). UserError on all ranks if the model's
+        probabilities are not finite.
+        """
+        in_order = self.committed_to == start < stop <= self.block_end and len(prefix) == stop - 1
+        if self.pending or not in_order:
             raise OrderError(
-                f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next "
-                f"is {self.committed}, once all is scored; update {self.learned + self.block}"
+                f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
+                f"{self.committed_to}, once all is scored; update {self.block_end}"
             )
-        self.pending, self.committed = (
-            Commitment(start, stop, list(self._pieces(prefix, start, stop))),
-            stop,
-        )
+        pieces = []
+        broken = torch.zeros((), device=self.rt.device)
+        for batch, logits in self.engine.logits(prefix, self.updated_to, start, stop):
+            p = torch.softmax(logits.double() / self.temperature, -1)
+            broken += ~p.isfinite().all()
+            first, last = batch.rows[batch.committed][[0, -1]].tolist()
+            first += self.lanes
+            last += self.lanes + 1
+            freqs = {self.plan.stages[0]: commit(p)[batch.committed]}
+            if self.mixture:
+                start_s = self.rt.clock()
+                q = self.mixture.mix(p, prefix[: last - self.lanes], batch)
+                freqs["mixer"] = commit(q)[batch.committed]
+                self.mix_seconds += self.rt.clock() - start_s
+            pieces.append(Piece(first, last, freqs))
+        if self.rt.sum_over_ranks(broken):
+            raise UserError(
+                f"logits are not finite between tokens {start} and {stop}: "
+                "TTT_LR is too high, or the artifact's weights are useless"
+            )
+        self.pending = Commitment(start, stop, pieces)
+        self.committed_to = stop
         return self.pending
 
     def score(self, commitment, targets):
-        """{stage: bits} of targets, int64 (stop - start,), under a commitment: a code length."""
-        if (
-            not commitment
-            or commitment is not self.pending
-            or len(targets) != len(range(*commitment[:2]))
-        ):
+        """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
+        count = len(targets)
+        if commitment is not self.pending or count != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        bits = torch.zeros(len(self.plan.stages), len(self._batches()), dtype=torch.float64)
-        for index, first, last, freqs in commitment.pieces:
-            target = targets[first - commitment.start : last - commitment.start, None].to(
-                self.rt.device
-            )
-            for s, stage in enumerate(self.plan.stages):
-                freq = freqs[stage].gather(1, target).double() if freqs else torch.tensor(math.nan)
-                bits[s, index] += (TOTAL_BITS - freq.log2()).sum().item()
-            if freqs and first <= len(self.own):
-                self.own[first - 1 : last - 1] = freq[: len(self.own) - first + 1, 0]
-        bits = self.rt.sum_over_ranks(
-            bits.to(self.rt.device)
-        )  # one rank a batch: the sum adds zeros only
-        if bits.isnan().any():
-            raise UserError(
-                f"logits are not finite between tokens {commitment.start} and {commitment.stop}: "
-                "TTT_LR is too high, or the artifact's weights are useless"
-            )
-        return {stage: sum(row) for stage, row in zip(self.plan.stages, bits.tolist())}
+        lengths = torch.zeros(len(self.plan.stages), dtype=torch.int64, device=self.rt.device)
+        for i, stage in enumerate(self.plan.stages):
+            freqs = commitment.chosen(stage, targets)
+            bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
+            lengths[i] = (bits * BITS_SCALE).round().long().sum()
+        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(lengths).tolist()))
 
     def update(self, prefix):
-        """Learn from a scored block, the end of `prefix` (int64): the mixer from it, TTT from a chunk."""
-        whole = self.committed == self.learned + self.block == len(prefix)
-        if self.pending is not None or not whole:
+        """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
+        if self.pending or not self.committed_to == self.block_end == len(prefix):
             raise OrderError(
-                f"update takes scored blocks; {self.learned}..{len(prefix) - 1} is not one"
+                f"update takes scored blocks; {self.updated_to}..{len(prefix) - 1} is not one"
             )
-        self.learned, chunk = self.committed, self.cfg.ttt_chunk_tokens
-        if self.mixer:
-            self.history.extend(prefix)
-            self.mixer.learn(self.history.tokens)
-        if self.ttt and (self.learned - 1) % chunk == 0:
-            self.ttt.adapt_chunk(prefix[self.learned - 1 - chunk :])
-            self.cache = None
-
-    def _pieces(self, prefix, start, stop):
-        """The pieces of start..stop-1's commitment, one after the other."""
-        for index, starts in enumerate(self._batches()):
-            S = (
-                self.plan.stride if starts[0] else self.cfg.eval_seq_len
-            )  # the first one scores all rows
-            first, last = max(start, starts[0] + 1), min(stop, starts[-1] + 1 + S)
-            if first < last and index % self.rt.world == self.rt.rank:
-                rows = slice(first - starts[0] - 1, last - starts[0] - 1)
-                at = starts[0] + torch.arange(len(starts) * S, device=self.rt.device)
-                window = at - (at - starts[0]) % S + S - self.cfg.eval_seq_len
-                logits = self._logits(prefix, starts, S)
-                yield (
-                    index,
-                    first,
-                    last,
-                    self._commit(logits, prefix[: last - 1], at, window, index, rows),
-                )
-
-    def _batches(self):
-        """Batches of the chunk that `learned` is in: lists of each window's first scored row."""
-        W, S, chunk = self.cfg.eval_seq_len, self.plan.stride, self.cfg.ttt_chunk_tokens
-        origin, size = (self.learned - 1) // chunk * chunk, self.cfg.eval_batch_windows
-        starts = list(range(origin or W, origin + chunk, S))
-        return ([] if origin else [[0]]) + [
-            starts[i : i + size] for i in range(0, len(starts), size)
-        ]
-
-    @torch.no_grad()
-    def _logits(self, prefix, starts, rows):
-        """Logits of the last `rows` of each window, (R, V), with dummies where `prefix` has no token yet."""
-        W = self.cfg.eval_seq_len
-        size = 1 if starts[0] == 0 else self.cfg.eval_batch_windows
-        first = torch.tensor(starts + [starts[-1]] * (size - len(starts))) + rows - W
-        where = first[:, None] + torch.arange(W)
-        tokens = torch.where(where < len(prefix), prefix[where.clamp(max=len(prefix) - 1)], 0)
-        tokens, known = tokens.to(self.rt.device), W - rows
-        if known and not (self.cache and torch.equal(self.cache[0], tokens[:, :known])):
-            self.cache = tokens[:, :known], self.forward(tokens[:, :known])[1]
-        past = self.cache[1] if known else None
-        tile = tokens[:, max(0, known - EMBED_CONTEXT) :]
-        return self.forward(tile, past)[0][: len(starts)].flatten(0, 1)
-
-    @torch.no_grad()
-    def _commit(self, logits, prefix, at, window, index, rows):
-        """{stage: frequencies} of `rows` of a batch's logits (R, V). Contexts end at `at` (R,), models see
-        `prefix` from `window` (R,) on. All R are made, for equal rounding."""
-        temperature = self.cfg.ttt_temperature if self.ttt else 1.0
-        p = torch.softmax(logits.double() / temperature, -1)
-        if not p.isfinite().all():
-            return None  # score() says so, on all ranks
-        freqs = {self.plan.stages[0]: commit(p)[rows]}
-        if self.history:
-            start_s = self.rt.clock()
-            self.history.extend(prefix)
-            freqs["mixer"] = commit(self._mix(p, at, window, index, rows))[rows]
-            self.mix_seconds += self.rt.clock() - start_s
-        return freqs
-
-    def _mix(self, p, at, window, index, rows):
-        """The mixture (R, V) that a batch's p (R, V) becomes by what the history knows of its `rows`."""
-        ends = at.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
-        ends[rows] = self.history.occurrences(at[rows])
-        following = self.history.tokens[ends + self.lanes].long()  # where there is none, any token
-        if not self.mixer:
-            return mix_entropy(p, ends, following, self.cfg)
-        evidence = gather_evidence(p, ends, following, at, window, self.lanes)
-        q = self.mixer.mix(p, *evidence)
-        waiting = (*evidence, q.gather(1, evidence[0]), at + self.lanes)
-        self.mixer.waiting.setdefault(index, []).append([t[rows].clone() for t in waiting])
-        return q
+        self.updated_to = self.committed_to
+        if self.mixture:
+            self.mixture.learn(prefix)
+        if self.ttt and (self.updated_to - 1) % self.plan.chunk == 0:
+            self.ttt.adapt_chunk(prefix[self.updated_to - 1 - self.plan.chunk :])
+            self.engine.forget()
 
 
-class Lockstep(Predictor):
-    """Predicts L segments of a text side by side: position t is of lane t % L, its context ends at t - L. One
-    pass adds a row to every lane's cached keys and values, in coder and decoder alike, and gives L tokens;
-    in plain order a decoder repeats a tile for each. TTT and other ranks have no part in it."""
+class Step(NamedTuple):
+    """What walk shows of each step, before the targets are scored."""
 
-    def __init__(self, model, cfg, table, rt, plan, lanes):
-        super().__init__(model, cfg, table, rt, plan, lanes)
-        self.forward, self.past = model.to(rt.dtype), None  # shapes grow row by row: not compiled
-
-    def _batches(self):
-        return [None]
-
-    @torch.no_grad()
-    def _pieces(self, prefix, start, stop):
-        """Rows of L positions, the last one cut; start is a row's first position."""
-        W, S, L = self.cfg.eval_seq_len, self.plan.stride, self.lanes
-        for first in range(start, stop, L):
-            row, rows = first // L - 1, slice(0, min(L, stop - first))
-            begin = (
-                0 if row < W else row - (row - W) % S + S - W
-            )  # of the window, as in the sliding stage
-            tokens, known = prefix[:first].view(-1, L).T[:, begin:].to(self.rt.device), row - begin
-            if begin and known == W - S > 0:
-                self.past = self.forward(tokens[:, :-1])[1]
-            past = self.past if known >= EMBED_CONTEXT else None
-            logits, self.past = self.forward(
-                tokens[:, -1 - EMBED_CONTEXT :] if past else tokens, past
-            )
-            at = torch.arange(first - L, first, device=self.rt.device)
-            freqs = self._commit(
-                logits[:, -1], prefix[:first], at, torch.full_like(at, begin * L), 0, rows
-            )
-            yield 0, first, first + rows.stop, freqs
+    commitment: Commitment
+    targets: Tensor  # a view of the stream: a decoder, which has no tokens, writes them here
+    bits: dict  # {stage: bits of all that was scored before}
 
 
-def score_stream(predictor, tokens, log, limit_s=math.inf, visit=None, step=None):
-    """Score `tokens`, int64 (n,), in one walk, by blocks or `step` tokens; ({stage: bits}, how many).
-    `visit` is shown each commitment and its tokens before they are scored: a decoder's fills them in."""
-    plan, stream, n, first = (
-        predictor.plan,
-        torch.from_numpy(tokens),
-        len(tokens),
-        predictor.learned,
-    )
-    bits, stop, start_s = dict.fromkeys(plan.stages, 0.0), first, time.perf_counter()
-    said_s = start_s
-    while stop < n:
-        if limit_s < math.inf and predictor.rt.from_main(time.perf_counter() - start_s) > limit_s:
-            break
-        block_end = predictor.learned + predictor.block
-        start, stop = stop, min(stop + (step or predictor.block), block_end, n)
+def walk(predictor, stream, log=None, step=None):
+    """Yield the Steps of one pass over `stream`, int64 (n,), and return {stage: bits} at its end.
+
+    Score-first is the shape of this loop: commit, show, score, learn. Steps are `step` positions
+    long, or blocks. `log` is told of the progress every 15 seconds.
+    """
+    lengths = dict.fromkeys(predictor.plan.stages, 0)
+    bits = dict.fromkeys(predictor.plan.stages, 0.0)
+    first = stop = predictor.committed_to
+    start_s = logged_s = time.perf_counter()
+    while stop < len(stream):
+        start = stop
+        stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        if visit and all(freqs for *_, freqs in commitment.pieces):
-            visit(commitment, stream[start:stop])
-        for stage, block_bits in predictor.score(commitment, stream[start:stop]).items():
-            bits[stage] += block_bits
-        if stop == block_end < n:
+        yield Step(commitment, stream[start:stop], bits)
+        for stage, length in predictor.score(commitment, stream[start:stop]).items():
+            lengths[stage] += length
+            bits[stage] = lengths[stage] / BITS_SCALE
+        if stop == predictor.block_end < len(stream):
             predictor.update(stream[:stop])
-        if time.perf_counter() - said_s > 15:
-            said_s = time.perf_counter()
-            log(
-                f"{'+'.join(plan.stages)}: {progress_line(stop - first, n - first, start_s, 'tokens')}"
-            )
-    return bits, stop - first
+        if log and time.perf_counter() - logged_s > 15:
+            logged_s = time.perf_counter()
+            done = progress_line(stop - first, len(stream) - first, start_s, "tokens")
+            log(f"{'+'.join(predictor.plan.stages)}: {done}")
+    return bits
 
 
-def evaluate(predictor, tokens, total_bytes, log):
-    """Score `tokens`, int64 (n + 1,), in one walk; returns the plan's stages as results.json has them."""
-    start_s, first = predictor.rt.clock(), predictor.plan.stages[0]
-    bits, n = score_stream(predictor, tokens, log)
-    seconds = predictor.rt.clock() - start_s
-    added_s = {first: seconds - predictor.mix_seconds, "mixer": predictor.mix_seconds}
-    return [
+def evaluate(predictor, tokens, total_bytes, log, keep=0):
+    """Score `tokens`, int64 (n + 1,); return (stages as results.json has them, first frequencies).
+
+    The frequencies are those of the first `keep` targets under the last stage, int64.
+    """
+    rt = predictor.rt
+    start_s = rt.clock()
+    n = len(tokens) - 1
+    kept = torch.zeros(min(keep, n), dtype=torch.int64)
+    for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
+        first = commitment.start - 1
+        if first < len(kept):
+            freqs = commitment.chosen(predictor.plan.stages[-1], targets)
+            kept[first : first + len(freqs)] = freqs[: len(kept) - first]
+    seconds = rt.clock() - start_s
+    added_s = {predictor.plan.stages[0]: seconds - predictor.mix_seconds}
+    added_s["mixer"] = predictor.mix_seconds
+    stages = [
         {
             "name": stage,
             "val_loss": bits[stage] * math.log(2) / n,
@@ -1870,72 +2233,52 @@ def evaluate(predictor, tokens, total_bytes, log):
         }
         for stage in predictor.plan.stages
     ]
+    return stages, rt.sum_over_ranks(kept.to(rt.device)).cpu().numpy()
 
 
-def calibrate_mixer(model, cfg, table, rt, limit_s, log):
-    """Fit `model`'s mixer by scoring held-out text in half windows, if any, in 95 % of limit_s. Seconds."""
-    start_s, tokens = rt.clock(), load_held_out(cfg).astype(np.int64)
-    if not len(tokens):
-        return 0.0
-    S = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
-    cfg = dataclasses.replace(
-        cfg,
-        ttt_enabled=False,
-        eval_batch_windows=1,
-        mixer_block=S,
-        ttt_chunk_tokens=math.lcm(S, cfg.eval_seq_len),
-    )
-    predictor = Predictor(model, cfg, table, rt, EvalPass(("sliding", "mixer"), S))
-    predictor.forward, predictor.mixer.calibration_blocks = (
-        model,
-        len(tokens) // S,
-    )  # as it is, not compiled
-    bits, n = score_stream(
-        predictor, tokens, log, 0.95 * rt.from_main(limit_s - rt.clock() + start_s)
-    )
-    model.mixer.copy_(predictor.mixer.weights)
-    seconds = rt.clock() - start_s
-    log(
-        f"calibration: {n:,} of {len(tokens) - 1:,} held-out tokens in {seconds:.1f} s, bits a token: "
-        + ", ".join(f"{stage} {b / max(n, 1):.4f}" for stage, b in bits.items())
-    )
-    return seconds
+# ---- Range coder, code files, proof --------------------------------------------------------------
+# What was committed can be coded: encoder and decoder narrow one interval by the same integers. The
+# range stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back
+# into the bytes before. A code file, little-endian:
+#    8 bytes  magic "PGOLFTXT"           8 bytes  tokens n, after BOS
+#    4 bytes  format version             8 bytes  bytes of the text
+#    4 bytes  CRC-32 of all that follows 3 x 32   SHA-256 of artifact, settings (JSON) and text
+#    4 bytes  lanes L; 0: plain order    rest     code words
+# With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
+# a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
+# on.
 
-
-# ---- Range coder and code files ----------------------------------------------------------------------------
-# What was committed can be coded: encoder and decoder narrow one interval by the same integers. The range
-# stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back into the bytes
-# before. A code file, little-endian: magic (8 bytes), version (4), CRC-32 of the rest (4), lanes (4; 0: plain
-# order, as scored; `compress` cuts a file into lanes, which take turns), tokens after BOS (8), bytes of text
-# (8), SHA-256 of artifact, settings (JSON) and text (32 each), code words.
-MOST_LANES, CODE_MAGIC, CODE_VERSION, CODE_HEAD = (
-    16,
-    b"PGOLFTXT",
-    2,
-    struct.Struct("<8sIIIQQ32s32s32s"),
-)
+CODE_MAGIC = b"PGOLFTXT"
+CODE_VERSION = 2
+CODE_START = struct.Struct("<8sII")
+CODE_HEAD = struct.Struct("<IQQ32s32s32s")
+MOST_LANES = 16
 
 
 class RangeEncoder:
-    """Codes one symbol after the other into `out`; `low` and `range` are the interval, in 64 bits."""
+    """Codes one symbol after the other: `low` and `range` are the interval, in 64 bits."""
 
     def __init__(self):
-        self.low, self.range, self.out = 0, 1 << 64, bytearray()
+        self.low = 0
+        self.range = 1 << 64
+        self.out = bytearray()
 
     def encode(self, start, freq):
         """Narrow the interval to its part [start, start + freq) of 2^24."""
         unit = self.range >> TOTAL_BITS
-        self.low, self.range = self.low + start * unit, freq * unit
-        if self.low >> 64:
+        self.low += start * unit
+        self.range = freq * unit
+        if self.low >> 64:  # a carry: into the last byte that is not 255
             at = len(self.out.rstrip(b"\xff")) - 1
             self.out[at:] = bytes([self.out[at] + 1]) + bytes(len(self.out) - at - 1)
         while self.range < 1 << 48:
             self.out.append(self.low >> 56 & 255)
-            self.low, self.range = self.low << 8, self.range << 8
+            self.low <<= 8
+            self.range <<= 8
         self.low &= (1 << 64) - 1
 
     def finish(self):
-        """The code words, as bytes."""
+        """Return the code words, as bytes."""
         return bytes(self.out) + self.low.to_bytes(8, "big")
 
 
@@ -1943,369 +2286,332 @@ class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
 
     def __init__(self, words):
-        self.words, self.at, self.range = words, 8, 1 << 64
+        self.words = words
+        self.at = 8  # next byte to be read; beyond the end there are zeros
+        self.range = 1 << 64
         self.value = int.from_bytes(words[:8].ljust(8, b"\0"), "big")
 
     def decode(self, freqs):
-        """The next symbol; freqs (V,) are what the encoder had."""
-        unit, ends = self.range >> TOTAL_BITS, np.cumsum(freqs, dtype=np.int64)
+        """Return the next symbol; freqs (V,) are what the encoder had."""
+        unit = self.range >> TOTAL_BITS
+        ends = np.cumsum(freqs, dtype=np.int64)
         symbol = min(int(np.searchsorted(ends, self.value // unit, side="right")), len(freqs) - 1)
         freq = int(freqs[symbol])
-        self.range, start = freq * unit, int(ends[symbol]) - freq
-        self.value = min(self.value - start * unit, self.range - 1)  # foreign words stay in bounds
+        self.range = freq * unit
+        self.value -= (int(ends[symbol]) - freq) * unit
+        self.value = min(self.value, self.range - 1)  # foreign words stay in bounds
         while self.range < 1 << 48:
             byte = self.words[self.at] if self.at < len(self.words) else 0
-            self.value, self.range, self.at = self.value << 8 | byte, self.range << 8, self.at + 1
+            self.value = self.value << 8 | byte
+            self.range <<= 8
+            self.at += 1
         return symbol
 
 
-def coding_predictor(cfg, lanes):
-    """(Predictor of the last stage, Lockstep for `lanes` > 0; table, [digests of artifact, of settings])."""
-    rt, (_, table, weights) = start_runtime(cfg, {}), read_artifact(cfg.artifact)
+class CodeHead(NamedTuple):
+    """What a code file says of itself; pack and unpack are mirror images."""
+
+    lanes: int
+    tokens: int
+    text_bytes: int
+    artifact: bytes  # SHA-256 each
+    settings: bytes
+    text: bytes
+
+    def pack(self, words):
+        """Return the bytes of a code file of these code words."""
+        body = CODE_HEAD.pack(*self) + words
+        return CODE_START.pack(CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body
+
+    @classmethod
+    def unpack(cls, path, data):
+        """Return (CodeHead, code words) of a code file's bytes; UserError if they are none."""
+        start = data[: CODE_START.size].ljust(CODE_START.size, b"\0")
+        body = data[CODE_START.size :]
+        magic, version, checksum = CODE_START.unpack(start)
+        if (magic, version) != (CODE_MAGIC, CODE_VERSION):
+            raise UserError(f"{path} is no code file of this version")
+        if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
+            raise UserError(f"{path} is cut or altered")
+        return cls(*CODE_HEAD.unpack_from(body)), body[CODE_HEAD.size :]
+
+
+def settings_digest(cfg):
+    """Return the SHA-256 of all settings that shape the committed integers."""
+    shaping = {name: getattr(cfg, name) for name in sorted(GROUPS) if GROUPS[name] != RunSettings}
+    return hashlib.sha256(json.dumps(shaping).encode()).digest()
+
+
+def new_predictor(artifact, cfg, rt, plan):
+    """Return a Predictor of the artifact's weights, with kernels that repeat their results."""
     torch.use_deterministic_algorithms(rt.device.type == "cuda")
-    shaping = {name: getattr(cfg, name) for name, group in sorted(GROUPS.items()) if group != "run"}
-    identity = cfg.artifact.read_bytes(), json.dumps(shaping).encode()
-    plan = evaluation_passes(dataclasses.replace(cfg, ttt_enabled=cfg.ttt_enabled and not lanes))[
-        -1
-    ]
-    kind = Lockstep if lanes else Predictor
-    predictor = kind(new_model(cfg, rt, weights), cfg, table, rt, plan, max(lanes, 1))
-    return predictor, table, [hashlib.sha256(data).digest() for data in identity]
+    model = new_model(cfg, rt, artifact.weights)
+    return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
 
 def lane_order(n, lanes):
-    """Which of a text's n tokens are coded one after the other, int64 (n,): one of each lane in turn. Lanes
-    are segments of the text, the first n % lanes of them a token longer than the others."""
+    """Return which of a text's n tokens are coded one after the other: one of each lane in turn."""
     row, lane = np.divmod(np.arange(n), lanes)
     return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
 
 
-def write_code(path, tokens, cfg, log, lanes=0):
-    """Code tokens, int64 (n + 1,), BOS first, into a file; returns (bits committed to, frequencies (n,))."""
-    predictor, table, digests = coding_predictor(cfg, lanes)
-    coder, stage, text, coded = RangeEncoder(), predictor.plan.stages[-1], table.decode(tokens), []
+class Coded(NamedTuple):
+    """A text in code words."""
 
-    def encode(commitment, targets):
-        for _, first, last, freqs in commitment.pieces:
-            mine = targets[first - commitment.start : last - commitment.start, None].to(
-                freqs[stage].device
-            )
-            ends, own = (
-                f.gather(1, mine)[:, 0].tolist() for f in (freqs[stage].cumsum(1), freqs[stage])
-            )
+    data: bytes  # of the code file
+    bits: float  # predicted: the sum that the scorer would report
+    freqs: np.ndarray  # int64 (n,), of its tokens in the order in which they were coded
+
+
+class Decoded(NamedTuple):
+    """What code words stand for."""
+
+    tokens: np.ndarray  # int64 (n + 1,), BOS first
+    freqs: np.ndarray  # as in Coded
+    text: bytes | None  # None if it is not the text that was coded
+
+
+@dataclass
+class Codec:
+    """Texts to code files and back by an artifact's last stage: two mirror images."""
+
+    artifact: Artifact
+    cfg: Config
+    rt: Runtime
+    log: object
+
+    def encode(self, tokens, lanes=0):
+        """Return tokens, int64 (n + 1,), BOS first, as Coded."""
+        table = self.artifact.table
+        predictor = new_predictor(self.artifact, self.cfg, self.rt, last_plan(self.cfg, lanes))
+        stage = predictor.plan.stages[-1]
+        order = lane_order(len(tokens) - 1, predictor.lanes)
+        start = np.full(predictor.lanes, table.bos_id)
+        stream = torch.from_numpy(np.append(start, tokens[1:][order]))
+        coder = RangeEncoder()
+        coded = []
+        bits = dict.fromkeys(predictor.plan.stages, 0.0)  # of an empty text
+        for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
+            freqs = commitment.table(stage)
+            ids = targets[:, None].to(freqs.device)
+            ends = freqs.cumsum(1).gather(1, ids)[:, 0].tolist()
+            own = freqs.gather(1, ids)[:, 0].tolist()
             for end, freq in zip(ends, own):
                 coder.encode(end - freq, freq)
-            coded.extend(own)
+            coded += own
+        text = table.decode(tokens)
+        digests = self.artifact.digest, settings_digest(self.cfg), hashlib.sha256(text).digest()
+        head = CodeHead(lanes, len(order), len(text), *digests)
+        return Coded(head.pack(coder.finish()), bits[stage], np.array(coded, dtype=np.int64))
 
-    order = lane_order(len(tokens) - 1, predictor.lanes)
-    stream = np.append(np.full(predictor.lanes, table.bos_id), tokens[1:][order])
-    bits, _ = score_stream(predictor, stream, log, visit=encode)
-    digests += [hashlib.sha256(text).digest(), coder.finish()]
-    body = struct.pack("<IQQ", lanes, len(order), len(text)) + b"".join(digests)
-    write_atomically(path, struct.pack("<8sII", CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body)
-    return bits[stage], np.array(coded)
-
-
-def read_code(path, cfg, log):
-    """(tokens (n + 1,), frequencies (n,), text or None if it is another) of a code file; or UserError."""
-    data = read_file(path)
-    head = CODE_HEAD.unpack(data[: CODE_HEAD.size].ljust(CODE_HEAD.size, b"\0"))
-    magic, version, checksum, lanes, n, size, artifact, settings, text_digest = head
-    predictor, table, own = coding_predictor(cfg, lanes)
-    for fault, why in (
-        ((magic, version) != (CODE_MAGIC, CODE_VERSION), "is no code file of this version"),
-        (len(data) < CODE_HEAD.size or zlib.crc32(data[16:]) != checksum, "is cut or altered"),
-        (artifact != own[0], f"was not made with the artifact {cfg.artifact}"),
-        (settings != own[1], "was made with other settings"),
-        (lanes and predictor.block % lanes, f"has {lanes} lanes, which no block holds"),
-    ):
-        if fault:
-            raise UserError(f"{path} {why}")
-    decoder, coded, stage = RangeDecoder(data[CODE_HEAD.size :]), [], predictor.plan.stages[-1]
-
-    def decode(commitment, targets):
-        for i, freqs in enumerate(commitment.pieces[0][3][stage].cpu().numpy()):
-            targets[i] = decoder.decode(freqs)
-            coded.append(freqs[targets[i]])
-
-    stream = np.full(predictor.lanes + n, table.bos_id)
-    score_stream(predictor, stream, log, visit=decode, step=predictor.lanes)
-    tokens = np.full(n + 1, table.bos_id)
-    tokens[1:][lane_order(n, predictor.lanes)] = stream[predictor.lanes :]
-    text = table.decode(tokens)
-    whole = len(text) == size and hashlib.sha256(text).digest() == text_digest
-    return tokens, np.array(coded), text if whole else None
+    def decode(self, path):
+        """Return what a code file stands for; UserError if it is not of this artifact."""
+        head, words = CodeHead.unpack(path, read_file(path))
+        if head.artifact != self.artifact.digest:
+            raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
+        if head.settings != settings_digest(self.cfg):
+            raise UserError(f"{path} was made with other settings")
+        plan = last_plan(self.cfg, head.lanes)
+        if head.lanes and plan.block % head.lanes:
+            raise UserError(f"{path} has {head.lanes} lanes, which no block holds")
+        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
+        table = self.artifact.table
+        decoder = RangeDecoder(words)
+        coded = []
+        stream = torch.full((predictor.lanes + head.tokens,), table.bos_id)
+        for commitment, targets, _ in walk(predictor, stream, self.log, step=predictor.lanes):
+            for i, freqs in enumerate(commitment.table(plan.stages[-1]).cpu().numpy()):
+                symbol = decoder.decode(freqs)
+                targets[i] = symbol
+                coded.append(freqs[symbol])
+        tokens = np.full(head.tokens + 1, table.bos_id)
+        order = lane_order(head.tokens, predictor.lanes)
+        tokens[1:][order] = stream[predictor.lanes :].numpy()
+        text = table.decode(tokens)
+        same = len(text) == head.text_bytes and hashlib.sha256(text).digest() == head.text
+        return Decoded(tokens, np.array(coded, dtype=np.int64), text if same else None)
 
 
-def verify(cfg, tokens, report):
-    """Code VERIFY_TOKENS, let another process without the shards decode them; UserError where they differ."""
-    n, path, start_s = (
-        min(cfg.verify_tokens, len(tokens) - 1),
-        cfg.run_dir / "proof.code",
-        time.time(),
-    )
-    bits, freqs = write_code(path, tokens[: n + 1], cfg, report.log)
-    freqs, encode_s = (
-        getattr(report, "own", freqs)[:n],
-        time.time() - start_s,
-    )  # the run's own, if it scored
-    env = {
-        n: v for n, v in os.environ.items() if n.lower() not in GROUPS
-    } | dict(  # no settings but these
-        DEVICE=cfg.device,
-        ARTIFACT_PATH=str(cfg.artifact),
-        DATA_PATH=os.devnull,
-        TOKENIZER_PATH=os.devnull,
-    )
-    command = [sys.executable, __file__, "decompress", str(path), str(path.with_suffix(".npz"))]
-    with subprocess.Popen(
-        command, env=env, stdout=-1, stderr=subprocess.STDOUT, text=True
-    ) as decoder:
-        said = [report.log(line.rstrip()) or line for line in decoder.stdout]
-    if decoder.returncode:
-        raise UserError(
-            f"verify: the decoder gave up: {str([decoder.returncode, *said][-1]).strip()}"
-        )
-    decoded, decode_s = np.load(path.with_suffix(".npz")), time.time() - start_s - encode_s
-    for t in np.flatnonzero(
-        (decoded["tokens"][1:] != tokens[1 : n + 1]) | (decoded["freqs"] != freqs)
-    ):
+def verify(run, artifact, scored=None):
+    """Code VERIFY_TOKENS, let another process without shards decode them; UserError if they differ.
+
+    scored: the frequencies under which a run has just scored these tokens, if it has.
+    """
+    cfg = run.cfg
+    tokens = run.tokens[: cfg.verify_tokens + 1]
+    n = len(tokens) - 1
+    path = cfg.run_dir / "proof.code"
+    start_s = time.perf_counter()
+    coded = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
+    write_atomically(path, coded.data)
+    encode_s = time.perf_counter() - start_s
+
+    start_s = time.perf_counter()
+    decoded, complaint = decode_elsewhere(path, artifact, run)
+    decode_s = time.perf_counter() - start_s
+    freqs = coded.freqs if scored is None else scored
+    differs = (decoded["tokens"][1:] != tokens[1:]) | (decoded["freqs"] != freqs)
+    if differs.any():
+        t = int(differs.argmax())
         raise UserError(
             f"verify: position {t + 1}: expected token {tokens[t + 1]} of frequency {freqs[t]}, "
             f"decoded {decoded['tokens'][t + 1]} of {decoded['freqs'][t]}"
         )
-    size = path.stat().st_size - CODE_HEAD.size
-    report.results["proof"] = {
-        "tokens": n,
-        "predicted_bits": bits,
-        "bytes_on_disk": size,
-        "encode_seconds": encode_s,
-        "decode_seconds": decode_s,
-    }
-    report.save()
-    report.log(
-        f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; predicted: "
-        f"{bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode"
+    if complaint:
+        raise UserError(f"verify: the decoder gave up: {complaint}")
+    size = len(coded.data) - CODE_START.size - CODE_HEAD.size
+    run.report.record(
+        "proof",
+        {
+            "tokens": n,
+            "predicted_bits": coded.bits,
+            "bytes_on_disk": size,
+            "encode_seconds": encode_s,
+            "decode_seconds": decode_s,
+        },
+    )
+    run.report.log(
+        f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
+        f"predicted: {coded.bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
+        f"{n / decode_s:,.1f} to decode"
     )
 
 
-# ---- Texts to shards ---------------------------------------------------------------------------------------
-# `tokenize` turns text into official shards; so does the demo with the only English that every machine has,
-# the documentation inside Python and its packages. One document in 20, chosen by a checksum, is validation.
-SHARD_TOKENS, DEMO_TEXT_CHARS, TXT_DOCUMENT_CHARS = 50_000_000, 6_000_000, 4096
+def decode_elsewhere(path, artifact, run):
+    """Return ({"tokens", "freqs"}, complaint) of a second process that decodes a code file.
 
-
-def read_documents(path):
-    """A file's documents: JSON's "text" fields, or .txt cut at blank lines after TXT_DOCUMENT_CHARS."""
-    number, texts, is_txt = 0, [], path.endswith(".txt")
-    try:
-        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
-            if is_txt or line.strip():
-                texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
-                texts[-1].encode()  # a string, and no half of a surrogate pair
-    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
-        raise UserError(
-            f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
-            f'{{"text": "..."}} ({error})'
-        ) from error
-    cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
-    return re.findall(cut, "".join(texts)) if is_txt else texts
-
-
-def demo_documents():
-    """pydoc's topics, then the longer docstrings of each module of the standard library, numpy and torch."""
-    from pydoc_data import topics
-
-    documents = [text for _, text in sorted(topics.topics.items())]
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    for root in (Path(module.__file__).parent for module in (os, np, torch)):
-        for path in sorted(root.rglob("*.py")):
-            if sum(map(len, documents)) < DEMO_TEXT_CHARS and not skipped & set(
-                path.relative_to(root).parts
-            ):
-                found = re.findall(
-                    '"""(.*?)"""', path.read_text("utf-8", errors="ignore"), re.DOTALL
-                )
-                documents.append(
-                    "\n\n".join(inspect.cleandoc(text) for text in found if len(text) >= 80)
-                )
-    return list(filter(None, documents))
-
-
-def prepare_demo(cfg, log):
-    """Make the demo's shards in its cache, once."""
-    if Path(cfg.data_path) == Path(DEMO_CACHE) and not any(
-        Path(DEMO_CACHE).glob("fineweb_val_*.bin")
-    ):
-        log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(DEMO_CACHE, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), DEMO_CACHE, cfg, log)
-
-
-def train_tokenizer(documents, vocab_size, path):
-    """Train a SentencePiece BPE model with byte fallback and no normalization, and write it to `path`."""
-    import sentencepiece
-
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(
-                line for text in documents for line in text.splitlines() if line.strip()
-            ),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            minloglevel=2,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            num_threads=os.cpu_count(),
-            allow_whitespace_only_pieces=True,
-            input_sentence_size=200_000,
-            max_sentence_length=16_384,
-        )
-    except RuntimeError as error:
-        raise UserError(
-            f"VOCAB_SIZE={vocab_size}: raise or lower it for this text ({error})"
-        ) from error
-    write_atomically(path, model.getvalue())
-
-
-def write_shards(documents, out_dir, cfg, log):
-    """Tokenize a list of texts to out_dir/fineweb_{train,val}_*.bin; trains a tokenizer if there is none."""
-    if len(documents) < 2:
-        raise UserError(
-            "tokenize: two documents are the least, since validation text must not be trained on"
-        )
-    if any(Path(out_dir).glob("fineweb_*.bin*")):
-        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
-    held = np.array([zlib.crc32(d.encode()) % 20 == 0 for d in documents])
-    if held.all() or not held.any():
-        held = np.arange(len(documents)) == len(documents) - 1
-    if not Path(cfg.tokenizer_path).exists():
-        log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
-        train_tokenizer(
-            [d for d, h in zip(documents, held) if not h], cfg.vocab_size, cfg.tokenizer_path
-        )
-    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    tokens, start_s = {"train": [], "val": []}, time.perf_counter()
-    for first in range(0, len(documents), 2000):
-        batch = documents[first : first + 2000]
-        for ids, h in zip(sp.encode(batch, num_threads=os.cpu_count()), held[first:]):
-            tokens["val" if h else "train"].append(np.array([sp.bos_id(), *ids], dtype=np.uint16))
-        log(f"tokenize: {progress_line(first + len(batch), len(documents), start_s, 'documents')}")
-    for split, parts in tokens.items():
-        stream = np.concatenate(parts)
-        for number, piece in enumerate(
-            np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))
-        ):
-            write_atomically(
-                Path(out_dir) / f"fineweb_{split}_{number:06d}.bin", shard_bytes(piece)
-            )
-        log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
-    log(
-        f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}"
+    It gets the artifact, no shards, no tokenizer and no settings; what it prints goes into the log.
+    The complaint is empty if it has found the text complete; UserError if it decoded nothing.
+    """
+    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS}
+    env |= dict(
+        DEVICE=run.rt.device.type,
+        ARTIFACT_PATH=str(artifact.path),
+        DATA_PATH=os.devnull,
+        TOKENIZER_PATH=os.devnull,
     )
+    text_path = path.with_suffix(".txt")
+    arrays_path = path.with_suffix(".npz")
+    arrays_path.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "decompress", *map(str, (path, text_path, arrays_path))]
+    last_line = ""
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=env, **pipes) as decoder:
+        for line in decoder.stdout:
+            last_line = line.strip()
+            run.report.log(last_line)
+    complaint = decoder.returncode and (last_line or f"exit status {decoder.returncode}")
+    if not arrays_path.exists():
+        raise UserError(f"verify: the decoder gave up: {complaint}")
+    with np.load(arrays_path) as arrays:
+        return dict(arrays), complaint
 
 
-# ---- Report ------------------------------------------------------------------------------------------------
-# train.log is for people, results.json for programs. Seconds and bytes stand beside the competition's limits.
+# ---- Report --------------------------------------------------------------------------------------
+# train.log is for people, results.json for programs. Seconds and bytes stand beside the
+# competition's limits. `summarize` makes a submission of several results.
+
+
 class Report:
-    """What a run has shown so far; results.json is rewritten after every pass over the validation text."""
+    """What a run has shown so far; results.json is rewritten after every pass over the text."""
 
     def __init__(self, cfg, rt, command):
-        self.cfg, self.rt = cfg, rt
-        log_path = cfg.run_dir / f"{command}.log"
-        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")] if rt.rank == 0 else []
+        self.cfg = cfg
+        self.rt = rt
+        self.files = []
+        if rt.is_main:
+            log_path = cfg.run_dir / f"{command}.log"
+            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        environment = {
-            "python": sys.version.split()[0],
-            "torch": torch.__version__,
-            "device": rt.notes[0],
-            "world_size": rt.world,
-            "dtype": str(rt.dtype),
-            "source_sha256": source,
+        settings = dict(sorted(asdict(cfg).items()))
+        self.results = {
+            "run_id": cfg.run_dir.name,
+            "seed": cfg.seed,
+            "command": command,
+            "settings": settings,
+            "environment": {
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "device": rt.notes[0],
+                "world_size": rt.world,
+                "dtype": str(rt.dtype),
+                "source_sha256": source,
+            },
+            "train": None,
+            "artifact": None,
+            "stages": [],
+            "val_bpb": None,
         }
-        settings = dict(sorted(dataclasses.asdict(cfg).items()))
-        self.results = dict(
-            run_id=cfg.run_dir.name,
-            seed=cfg.seed,
-            command=command,
-            settings=settings,
-            environment=environment,
-            train=None,
-            artifact=None,
-            stages=[],
-            val_bpb=None,
-        )
-        self.log(
-            f"{command} {cfg.run_dir.name}, {time.strftime('%Y-%m-%d %H:%M:%S UTC', time.gmtime())}"
-        )
-        self.log(
-            "\n".join(
-                [
-                    f"python {environment['python']}, torch {torch.__version__}, source {source}",
-                    *rt.notes,
-                    *(f"  {n.upper()}={v}" for n, v in settings.items()),
-                ]
-            )
-        )
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        self.log(f"{command} {cfg.run_dir.name}, {when}")
+        self.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, source {source}")
+        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
+            self.log(line)
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
             print(line, file=file, flush=True)
 
-    def artifact(self, path, data):
-        """Record the artifact's bytes; UserError if code + weights are over the cap (the file stays)."""
-        code, limit, digest = (
-            code_bytes(),
-            self.cfg.size_limit_bytes,
-            hashlib.sha256(data).hexdigest(),
-        )
-        total = code + len(data)
-        self.results["artifact"] = {
-            "path": str(path),
-            "weights_bytes": len(data),
-            "code_bytes": code,
-            "total_bytes": total,
-            "limit_bytes": limit,
-            "sha256": digest,
-        }
+    def record(self, name, value):
+        """Set one key of results.json and write it."""
+        self.results[name] = value
+        text = json.dumps(self.results, indent=1) + "\n"
+        with self.rt.fail_together():
+            if self.rt.is_main:
+                write_atomically(self.cfg.run_dir / "results.json", text.encode())
+
+    def check_size(self, artifact):
+        """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
+        code = code_bytes()
+        limit = self.cfg.size_limit_bytes
+        total = code + artifact.size_bytes
+        differing = {n for n, v in artifact.settings.items() if getattr(self.cfg, n) != v}
+        overridden = sorted(n.upper() for n in differing - {"preset"})
         self.log(
-            f"artifact {path}: {len(data):,} B weights + {code:,} B code = {total:,} of {limit:,} B"
+            f"artifact {artifact.path}: {artifact.size_bytes:,} B weights + {code:,} B code "
+            f"= {total:,} of {limit:,} B"
+        )
+        if overridden:
+            names = ", ".join(overridden)
+            self.log(f"note: {names} are not the artifact's: its decoder would not get these bits")
+        sizes = {"weights_bytes": artifact.size_bytes, "code_bytes": code, "total_bytes": total}
+        self.record(
+            "artifact",
+            {
+                "path": str(artifact.path),
+                **sizes,
+                "limit_bytes": limit,
+                "sha256": artifact.digest.hex(),
+                "overridden": overridden,
+            },
         )
         if total > limit:
             raise UserError(
-                f"artifact {path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES={limit:,}: "
+                f"artifact {artifact.path} is {total - limit:,} bytes over "
+                f"SIZE_LIMIT_BYTES={limit:,}: "
                 "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again"
             )
 
-    def stages(self, stages):
+    def add_stages(self, stages):
         """Add scored stages, log their rows of the table, and write results.json."""
         if not self.results["stages"]:
             self.log(
-                f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}{'tokens':>12}{'seconds':>9}"
+                f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}"
+                f"{'tokens':>12}{'seconds':>9}"
             )
-        for s in stages:
-            delta = s["val_bpb"] - (self.results["val_bpb"] or s["val_bpb"])
-            self.results["stages"], self.results["val_bpb"] = (
-                [*self.results["stages"], s],
-                s["val_bpb"],
-            )
+        for stage in stages:
+            before = self.results["val_bpb"]
+            delta = stage["val_bpb"] - (before or stage["val_bpb"])
             self.log(
-                f"{s['name']:<12}{s['val_bpb']:>10.6f}{delta:>+11.6f}"
-                f"{s['val_loss']:>10.6f}{s['tokens']:>12,}{s['seconds']:>9.1f}"
+                f"{stage['name']:<12}{stage['val_bpb']:>10.6f}{delta:>+11.6f}"
+                f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
-        self.rt.on_main(self.save)
+            self.results["val_bpb"] = stage["val_bpb"]
+        self.record("stages", self.results["stages"] + stages)
 
-    def save(self):
-        """Write results.json."""
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.cfg.run_dir / "results.json", text.encode())
-
-    def finish(self):
-        """Log the budget ledger."""
+    def log_budget(self):
+        """Log seconds and bytes against the competition's limits."""
         stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
@@ -2315,270 +2621,329 @@ class Report:
                 f"quantize {train['quantize_seconds']:.1f} s"
             )
         evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
-        self.log(
-            f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)\n"
-            f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B"
-        )
+        self.log(f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)")
+        self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 
 def read_result(path):
-    """The parts of a finished run's results.json that a submission shows; UserError names what is amiss."""
+    """Return a finished run's results.json; UserError names the file and what is amiss with it."""
     try:
         run = json.loads(Path(path).read_text())
-        last, artifact, settings = run["stages"][-1], run["artifact"], run["settings"]
-        unfinished = last["name"] != evaluation_passes(Config(**settings))[-1].stages[-1]
-        over = artifact["total_bytes"] > min(artifact["limit_bytes"], Config.size_limit_bytes)
-        if unfinished or over or artifact.get("overridden"):
-            raise ValueError(
-                unfinished
-                and f"ends at {last['name']}"
-                or over
-                and "over cap"
-                or f"{', '.join(artifact['overridden'])} overridden"
-            )
-        return {
-            "seed": run["seed"],
-            "val_bpb": run["val_bpb"],
-            "preset": settings["preset"],
-            "val_loss": last["val_loss"],
+        artifact = run["artifact"]
+        last = run["stages"][-1]
+        cfg = Config(**run["settings"])
+        wanted = last_plan(cfg).stages[-1]
+        amiss = [
+            (last["name"] != wanted, f"it ends at {last['name']}, not at {wanted}"),
+            (artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000), "over the cap"),
+            (artifact["overridden"], f"{', '.join(artifact['overridden'])} overridden"),
+        ]
+        if faults := [why for fault, why in amiss if fault]:
+            raise ValueError(faults[0])
+        run["same"] = {
+            **stored_settings(cfg),
+            "seed": 0,
             "stage": last["name"],
             "val_tokens": last["tokens"],
+        }
+        run["row"] = {
+            "val_loss": last["val_loss"],
+            "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
-            "device": run["environment"]["device"],
-            "same": {
-                n: v
-                for n, v in settings.items()
-                if n == "preset" or GROUPS[n] != "run" and n != "seed"
-            },
         }
+        return run
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise UserError(
-            f"summarize: {path} is not a finished run's results.json ({error!r})"
-        ) from error
+        message = f"summarize: {path} is not a finished run's results.json ({error!r})"
+        raise UserError(message) from error
 
 
 def summarize(paths, out_path):
-    """Gather the results.json of several seeds into a submission.json; returns its contents."""
+    """Gather the results.json of several seeds into a submission.json; return its contents."""
     runs = [read_result(path) for path in paths]
-    compared = [{**r["same"], "stage": r["stage"], "val_tokens": r["val_tokens"]} for r in runs]
-    if odd := {n.upper() for c in compared for n, v in c.items() if v != compared[0].get(n)}:
+    first = runs[0]["same"]
+    if odd := {n.upper() for run in runs for n, v in run["same"].items() if v != first.get(n)}:
         raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd))}")
-    if len({r["seed"] for r in runs}) < len(runs):
+    seeds = {str(run["seed"]): run["row"] for run in runs}
+    if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
-    try:
-        kept = dict(json.loads(Path(out_path).read_text())) if Path(out_path).exists() else {}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
-        ) from error
+    kept = {}
+    if Path(out_path).exists():
+        try:
+            kept = dict(json.loads(Path(out_path).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            message = f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
+            raise UserError(message) from error
+    scores = [row["val_bpb"] for row in seeds.values()]
     summary = {
         **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: np.mean([r[n] for r in runs]) for n in ("val_loss", "val_bpb")},
-        **{n: max(r[n] for r in runs) for n in ("bytes_total", "bytes_code")},
-        "val_bpb_std": np.std([r["val_bpb"] for r in runs], ddof=1) if len(runs) > 1 else None,
-        **{n: runs[0][n] for n in ("preset", "device", "stage", "val_tokens")},
-        "seeds": {
-            str(r["seed"]): {n: r[n] for n in ("val_loss", "val_bpb", "bytes_total")} for r in runs
-        },
+        **{n: np.mean([row[n] for row in seeds.values()]) for n in ("val_loss", "val_bpb")},
+        **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
+        "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
+        **{n: first[n] for n in ("preset", "stage", "val_tokens")},
+        "device": runs[0]["environment"]["device"],
+        "seeds": seeds,
     }
-    summary |= {"warning": f"{len(runs)} seed(s); a submission needs 3"} if len(runs) < 3 else {}
+    if len(runs) < 3:
+        summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
     write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
-# ---- Commands ----------------------------------------------------------------------------------------------
-# All that can be checked is checked before long work starts: device, disk, tokenizer, validation text.
+# ---- Commands ------------------------------------------------------------------------------------
+# All that can be checked is checked before long work starts: device, disk, tokenizer, validation
+# text.
+
+
+@dataclass
+class Run:
+    """What a command on the validation text works with."""
+
+    cfg: Config
+    rt: Runtime
+    report: Report
+    table: TokenTable
+    tokens: np.ndarray  # the validation stream, int64 (n + 1,)
+    total_bytes: int  # of its text
+
+
 def open_run(cfg, environ, command, table=None):
-    """Start a run: (Runtime, Report, TokenTable, validation tokens, their bytes). `table`: the artifact's."""
+    """Return the Run of a command, everything checked; `table`: the artifact's, if there is one."""
     rt = start_runtime(cfg, environ)
+    folders = [cfg.run_dir]
     if table is None:
-        micro_batch_sequences(cfg, rt.world)
-    for folder in (cfg.run_dir, cfg.run_dir if table else cfg.artifact.parent):
-        rt.on_main(lambda: check_writable(folder, 2 * cfg.size_limit_bytes))
+        micro_batch_sequences(cfg, rt.world)  # or UsageError
+        folders.append(cfg.artifact.parent)
+    with rt.fail_together():
+        for folder in folders if rt.is_main else ():
+            check_writable(folder, 2 * cfg.size_limit_bytes)
     report = Report(cfg, rt, command)
-    rt.on_main(lambda: prepare_demo(cfg, report.log))
-    tokens, sp = load_validation(cfg), None
+    with rt.fail_together():
+        if rt.is_main:
+            prepare_demo(cfg, report.log)
+    tokens = load_validation(cfg)
+    decode = None
     if table is None or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-    total_bytes = audit_bytes(table, tokens, sp and sp.decode)
+        decode = sp.decode
+    total_bytes = audit_bytes(table, tokens, decode)
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
-    return rt, report, table, tokens, total_bytes
+    return Run(cfg, rt, report, table, tokens, total_bytes)
 
 
 def train_command(environ):
-    """Train, quantize, write the artifact, read it back, evaluate every stage, report."""
+    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove."""
     cfg = config_from_env(environ)
-    rt, report, table, tokens, total_bytes = open_run(cfg, environ, "train")
-    model = new_model(cfg, rt)
-    report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    budget, result = cfg.size_limit_bytes - code_bytes(), None
-    try:
-        result = train(model, cfg, rt, report.log, budget)
-        with quantized_weights(model, estimate_coarseness(model, budget)):
-            left_s = (
-                cfg.max_wallclock_seconds - result.seconds
-                if cfg.max_wallclock_seconds
-                else math.inf
-            )
-            result.calibration_seconds = calibrate_mixer(model, cfg, table, rt, left_s, report.log)
-    except (UserError, KeyboardInterrupt) as stop:
-        if result is None and not isinstance(stop, TrainingStopped):
-            raise  # before the first step there is nothing to keep
-        path, level = cfg.run_dir / "stopped.int6.lzma", estimate_coarseness(model, 0.9 * budget)
-        kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
+    run = open_run(cfg, environ, "train")
+    held_out = load_held_out(cfg)
+    model = new_model(cfg, run.rt)
+    run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    result = train(model, cfg, run.rt, run.report.log, len(held_out))
+    weights = {**model.state_dict(), "mixer": new_mixer_weights()}
+    if not result.stopped:
         try:
-            if rt.rank == 0:
-                write_atomically(path, pack_artifact(model, cfg, table, level))
+            limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
+            weights["mixer"], result.calibration_seconds = calibrate(
+                run, weights, held_out, limit_s
+            )
         except UserError as error:
-            kept = f"its weights are lost ({error})"
-        if not isinstance(stop, KeyboardInterrupt) and not isinstance(
-            stop.__context__, KeyboardInterrupt
-        ):
-            rt.from_main(0.0)  # torchrun kills the writer as soon as another rank leaves
-        raise TrainingStopped(f"{str(stop) or 'calibration was interrupted'}; {kept}") from None
-    start_s = time.perf_counter()
-    rt.on_main(
-        lambda: write_atomically(cfg.artifact, fit_artifact(model, cfg, table, report.log)[0])
-    )
-    report.results["train"] = {
-        **vars(result),
-        "quantize_seconds": time.perf_counter() - start_s,
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-    }
-    report.artifact(cfg.artifact, cfg.artifact.read_bytes())
-    plan = EvalPass(("pre_quant",), cfg.eval_seq_len)
-    report.stages(
-        evaluate(Predictor(model.eval(), cfg, table, rt, plan), tokens, total_bytes, report.log)
-    )
-    evaluate_artifact(cfg, rt, report, tokens, total_bytes)
+            result.stopped = str(error)
+        except KeyboardInterrupt:
+            result.stopped = "calibration was interrupted"
+            result.interrupted = True
+    if result.stopped:
+        keep_last_good(run, weights, result)
+    artifact = write_artifact(run, weights, result)
+    model.eval()
+    predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
+    stages, _ = evaluate(predictor, run.tokens, run.total_bytes, run.report.log)
+    run.report.add_stages(stages)
+    scored = evaluate_artifact(run, artifact)
     if cfg.verify_enabled:
-        rt.on_main(lambda: verify(dataclasses.replace(cfg, device=rt.device.type), tokens, report))
+        with run.rt.fail_together():
+            if run.rt.is_main:
+                verify(run, artifact, scored)
 
 
-def evaluate_artifact(cfg, rt, report, tokens, total_bytes):
-    """Score the artifact on disk, each pass with a model read afresh from it, and finish the report."""
-    torch.use_deterministic_algorithms(
-        rt.device.type == "cuda"
-    )  # a decoder must get these very integers
-    settings, table, weights = read_artifact(cfg.artifact)
-    other = [n.upper() for n, v in settings.items() if n != "preset" and getattr(cfg, n) != v]
-    report.results["artifact"]["overridden"] = other
-    if other:
-        report.log(
-            f"note: {', '.join(other)} are not the artifact's: its decoder would not get these bits"
-        )
-    for plan in evaluation_passes(cfg):
-        predictor = Predictor(new_model(cfg, rt, weights), cfg, table, rt, plan)
-        report.stages(evaluate(predictor, tokens, total_bytes, report.log))
-    report.own = (
-        rt.sum_over_ranks(predictor.own).cpu().numpy()
-    )  # the last stage's first frequencies
-    report.finish()
+def calibrate(run, weights, held_out, limit_s):
+    """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
+
+    The model is the quantized one, in half windows. It begins with the mixer in `weights` and
+    stops after 95 % of limit_s.
+    """
+    cfg = run.cfg
+    rt = run.rt
+    if not len(held_out):
+        return weights["mixer"], 0.0
+    start_s = rt.clock()
+    coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
+    model = new_model(cfg, rt, quantized(weights, coarseness))
+    stream = torch.from_numpy(held_out.astype(np.int64))
+    stride = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
+    plan = Plan(
+        ("sliding", "mixer"),
+        stride=stride,
+        batch=1,
+        chunk=math.lcm(stride, cfg.eval_seq_len),
+        block=stride,
+        calibration_blocks=len(stream) // stride,
+    )
+    predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
+    for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
+        if rt.from_main(rt.clock() - start_s) > 0.95 * limit_s:
+            break
+    seconds = rt.clock() - start_s
+    scored = predictor.scored_to - 1
+    per_token = ", ".join(f"{stage} {b / max(scored, 1):.4f}" for stage, b in bits.items())
+    run.report.log(
+        f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
+        f"bits a token: {per_token}"
+    )
+    return predictor.mixture.learner.weights, seconds
 
 
-def artifact_config(environ):
-    """(Config of the artifact at ARTIFACT_PATH, its table); settings of the eval group may be overridden."""
+def keep_last_good(run, weights, result):
+    """Write the weights of training that ended early and raise UserError, which says where."""
+    path = run.cfg.run_dir / "stopped.int6.lzma"
+    budget = 0.9 * (run.cfg.size_limit_bytes - code_bytes())
+    kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
+    try:
+        if run.rt.is_main:
+            coarseness = estimate_coarseness(weights, budget)
+            write_atomically(path, pack_artifact(weights, run.cfg, run.table, coarseness))
+    except UserError as error:
+        kept = f"its weights are lost ({error})"
+    if not result.interrupted:
+        run.rt.barrier()  # torchrun kills the writer as soon as another rank leaves
+    raise UserError(f"{result.stopped}; {kept}")
+
+
+def write_artifact(run, weights, result):
+    """Quantize to the cap, write the artifact and return it as read back from disk."""
+    start_s = time.perf_counter()
+    with run.rt.fail_together():
+        if run.rt.is_main:
+            data = fit_artifact(weights, run.cfg, run.table, run.report.log)
+            write_atomically(run.cfg.artifact, data)
+    quantize_s = time.perf_counter() - start_s
+    numbers = {n: v for n, v in asdict(result).items() if n not in ("stopped", "interrupted")}
+    rate = result.tokens / max(result.seconds, 1e-9)
+    numbers |= {"quantize_seconds": quantize_s, "tokens_per_second": rate}
+    run.report.record("train", numbers)
+    artifact = read_artifact(run.cfg.artifact)
+    run.report.check_size(artifact)
+    return artifact
+
+
+def evaluate_artifact(run, artifact):
+    """Score the artifact in every stage; return the last one's first VERIFY_TOKENS frequencies."""
+    scored = None
+    for plan in evaluation_plans(run.cfg):
+        predictor = new_predictor(artifact, run.cfg, run.rt, plan)
+        keep = run.cfg.verify_tokens
+        stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
+        run.report.add_stages(stages)
+    run.report.log_budget()
+    return scored
+
+
+def open_artifact(environ):
+    """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
     places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
     path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
-    settings, table, _ = read_artifact(path)
-    return dataclasses.replace(
-        config_from_env(environ, stored=settings), artifact_path=str(path)
-    ), table
+    artifact = read_artifact(path)
+    return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
 def eval_command(environ, command):
-    """`eval`: score the artifact at ARTIFACT_PATH in every stage; `verify`: prove its last stage's figure."""
-    cfg, table = artifact_config(environ)
-    if (
-        not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve()
-    ):  # keep the run's results
-        cfg = dataclasses.replace(cfg, run_id=f"{cfg.run_dir.name}_{command}")
-    rt, report, _, tokens, total_bytes = open_run(cfg, environ, command, table)
-    report.artifact(cfg.artifact, cfg.artifact.read_bytes())
-    if command == "verify":
-        return rt.on_main(
-            lambda: verify(dataclasses.replace(cfg, device=rt.device.type), tokens, report)
-        )
-    evaluate_artifact(cfg, rt, report, tokens, total_bytes)
+    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`)."""
+    artifact, cfg = open_artifact(environ)
+    if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():
+        run_id = f"{cfg.run_dir.name}_{command}"  # beside the run that trained
+        cfg = dataclasses.replace(cfg, run_id=run_id)
+    run = open_run(cfg, environ, command, artifact.table)
+    run.report.check_size(artifact)
+    if command == "eval":
+        evaluate_artifact(run, artifact)
+        return
+    with run.rt.fail_together():
+        if run.rt.is_main:
+            verify(run, artifact)
 
 
 def text_tokens(data, table, encode):
-    """Tokens, int64 (n + 1,), BOS first, that decode to exactly these bytes: words as SentencePiece `encode`s
-    them, if need be after a BOS, which prints nothing; white space and what would change, as byte pieces."""
-    byte_ids, dot = (
-        {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"},
-        len(encode(".")),
-    )
+    """Return tokens, int64 (n + 1,), BOS first, that decode to exactly these bytes.
+
+    Words are as SentencePiece's `encode` has them in running text, if need be after a BOS, which
+    prints nothing; white space, and words that it would change, are spelled in byte pieces.
+    """
+    byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
     if len(byte_ids) < 256:
         raise UserError(
             "compress: the artifact's tokenizer has no byte pieces; train one by `tokenize`"
         )
+    dot = len(encode("."))
+
+    def is_exact(ids, run):
+        if not ids or not table.texts[ids[-1]]:
+            return False  # what prints nothing at the end would swallow the next word's space
+        return table.decode(np.array([byte_ids[b"a"], *ids])) == b"a" + run
 
     @functools.cache
     def ids_of(run):
-        word, bos = run.decode("utf-8", "replace"), table.bos_id
-        tries = (
-            [encode("." + word)[dot:]] if word[0] == " " else [encode(word), [bos, *encode(word)]]
-        )
-        for ids in tries * (not run.isspace()):
-            if (
-                ids
-                and table.texts[ids[-1]]
-                and table.decode(np.array([byte_ids[b"a"], *ids])) == b"a" + run
-            ):
-                return ids
-        return [byte_ids[run[i : i + 1]] for i in range(len(run))]
+        word = run.decode("utf-8", "replace")
+        if run.isspace():
+            tries = []
+        elif word[0] == " ":
+            tries = [encode("." + word)[dot:]]
+        else:
+            tries = [encode(word), [table.bos_id, *encode(word)]]
+        spelled = [byte_ids[run[i : i + 1]] for i in range(len(run))]
+        return next((ids for ids in tries if is_exact(ids, run)), spelled)
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
     return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
 
 
+def show(line):
+    """Print a line of progress at once."""
+    print(line, flush=True)
+
+
 def compress_command(source, target, environ):
-    """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, segments of it side by side."""
-    (cfg, table), data = artifact_config(environ), read_file(source)
-    log, start_s = functools.partial(print, flush=True), time.perf_counter()
-    tokens = text_tokens(
-        data, table, load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)[1].encode
-    )
-    most = (
-        1 << max(1, len(tokens) // (2 * cfg.eval_seq_len)).bit_length() - 1
-    )  # two windows or more for each
-    bits, _ = write_code(target, tokens, cfg, log, math.gcd(cfg.mixer_block, MOST_LANES, most))
-    log(
-        f"{len(data):,} B -> {Path(target).stat().st_size:,} B: a header of {CODE_HEAD.size} B, the rest "
-        f"predicted as {bits / 8:,.1f} B; {len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
+    """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
+    artifact, cfg = open_artifact(environ)
+    data = read_file(source)
+    start_s = time.perf_counter()
+    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
+    tokens = text_tokens(data, artifact.table, sp.encode)
+    windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
+    largest_power = 1 << (windows.bit_length() - 1)
+    lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
+    coded = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
+    write_atomically(target, coded.data)
+    rate = len(tokens) / (time.perf_counter() - start_s)
+    show(
+        f"{len(data):,} B -> {len(coded.data):,} B: a header of "
+        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
+        f"{rate:,.0f} tokens/s"
     )
 
 
-def decompress_command(source, target, environ):
-    """Write what a code file stands for: the bytes, or, to a .npz, tokens and frequencies for `verify`."""
-    tokens, freqs, text = read_code(
-        source, artifact_config(environ)[0], functools.partial(print, flush=True)
-    )
-    if target.endswith(".npz"):
-        np.savez(target, tokens=tokens, freqs=freqs)
-    elif text is None:
+def decompress_command(source, target, environ, arrays_path=None):
+    """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
+    artifact, cfg = open_artifact(environ)
+    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
+    if arrays_path:
+        np.savez(arrays_path, tokens=decoded.tokens, freqs=decoded.freqs)
+    if decoded.text is None:
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    else:
-        write_atomically(target, text)
-
-
-def tokenize_command(out_dir, paths, environ):
-    """Tokenize files into shards in out_dir."""
-    cfg, log = config_from_env(environ), functools.partial(print, flush=True)
-    documents, start_s = [], time.perf_counter()
-    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
-        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
-    for number, path in enumerate(paths, 1):
-        documents += [d for d in read_documents(path) if d.strip()]
-        log(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
-    write_shards(documents, out_dir, cfg, log)
+    write_atomically(target, decoded.text)
 
 
 def dispatch(args, environ):
@@ -2590,16 +2955,16 @@ def dispatch(args, environ):
             eval_command(environ, command)
         case ["compress", source, target]:
             compress_command(source, target, environ)
-        case ["decompress", source, target]:
-            decompress_command(source, target, environ)
+        case ["decompress", source, target, *arrays] if len(arrays) < 2:
+            decompress_command(source, target, environ, *arrays)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", first, *more]:
             print(json.dumps(summarize([first, *more], "submission.json"), indent=1))
         case ["-h" | "--help" | "help"]:
             print(__doc__)
-            for f in dataclasses.fields(Config):
-                print(f"  {f.name.upper():<28} {f.metadata['doc']} (record: {f.default!r})")
+            for name, field in FIELDS.items():
+                print(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -2607,24 +2972,158 @@ def dispatch(args, environ):
 
 
 def main():
-    """Run the command line; returns the exit status. What a user can mend is one line on stderr."""
+    """Run the command line and return its exit status; what a user can mend is one line on stderr.
+
+    A rank of several leaves the process at once instead: in a collective, a rank that says goodbye
+    keeps the others waiting, and gloo's teardown can abort.
+    """
     status = 0
     try:
         dispatch(sys.argv[1:], os.environ)
     except (UserError, KeyboardInterrupt) as error:
-        status, message = (
-            getattr(error, "exit_status", 130),
-            str(error) or "interrupted; files are kept",
-        )
+        status = getattr(error, "exit_status", 130)
+        message = str(error) or "interrupted; files are kept"
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
         if not status:
             dist.barrier()
-        os._exit(
-            status
-        )  # no goodbye: a rank in a collective would keep it waiting, and gloo's can abort
+        os._exit(status)
     return status
+
+
+# ---- Texts to shards -----------------------------------------------------------------------------
+# `tokenize` turns text into official shards; so does the demo with the only English that every
+# machine has, the documentation inside Python and its packages. One document in 20, chosen by a
+# checksum, is validation text.
+
+SHARD_TOKENS = 50_000_000
+TXT_DOCUMENT_CHARS = 4096
+DEMO_TEXT_CHARS = 6_000_000
+
+
+def read_documents(path):
+    """Return a file's documents: "text" fields, or .txt cut at blank lines after 4,096 chars."""
+    number = 0
+    texts = []
+    is_txt = path.endswith(".txt")
+    try:
+        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):  # noqa: B007
+            if is_txt or line.strip():
+                texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
+                texts[-1].encode()  # it is a string, and has no half of a surrogate pair
+    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
+        raise UserError(
+            f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
+            f'{{"text": "..."}} ({error})'
+        ) from error
+    cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
+    return re.findall(cut, "".join(texts)) if is_txt else texts
+
+
+def demo_documents():
+    """Return pydoc's topics and the longer docstrings of the standard library, numpy and torch."""
+    from pydoc_data import topics
+
+    documents = [text for _, text in sorted(topics.topics.items())]
+    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
+    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+        for path in sorted(root.rglob("*.py")):
+            full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
+            if full or skipped & set(path.relative_to(root).parts):
+                continue
+            source = path.read_text("utf-8", errors="ignore")
+            found = re.findall('"""(.*?)"""', source, re.DOTALL)
+            long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
+            documents.append("\n\n".join(long))
+    return list(filter(None, documents))
+
+
+def prepare_demo(cfg, log):
+    """Make the demo's shards in its cache, once."""
+    cache = Path(DEMO_CACHE)
+    if Path(cfg.data_path) == cache and not any(cache.glob("fineweb_val_*.bin")):
+        log("demo: gathering English from the documentation on this machine")
+        shutil.rmtree(cache, ignore_errors=True)  # what an interrupted run has left
+        write_shards(demo_documents(), cache, cfg, log)
+
+
+def train_tokenizer(documents, vocab_size, path):
+    """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    lines = (line for text in documents for line in text.splitlines() if line.strip())
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines,
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            input_sentence_size=200_000,
+            max_sentence_length=16_384,
+            num_threads=os.cpu_count(),
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        message = f"VOCAB_SIZE={vocab_size}: raise or lower it for this text ({error})"
+        raise UserError(message) from error
+    write_atomically(path, model.getvalue())
+
+
+def write_shards(documents, out_dir, cfg, log):
+    """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none."""
+    if len(documents) < 2:
+        raise UserError(
+            "tokenize: two documents are the least, since validation text must not be trained on"
+        )
+    if any(Path(out_dir).glob("fineweb_*.bin*")):
+        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
+    held = np.array([zlib.crc32(text.encode()) % 20 == 0 for text in documents])
+    if held.all() or not held.any():
+        held = np.arange(len(documents)) == len(documents) - 1
+    if not Path(cfg.tokenizer_path).exists():
+        log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
+        training = [text for text, is_held in zip(documents, held) if not is_held]
+        train_tokenizer(training, cfg.vocab_size, cfg.tokenizer_path)
+    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
+    tokens = {"train": [], "val": []}
+    start_s = time.perf_counter()
+    for first in range(0, len(documents), 2000):
+        batch = documents[first : first + 2000]
+        encoded = sp.encode(batch, num_threads=os.cpu_count())
+        for ids, is_held in zip(encoded, held[first:]):
+            document = np.array([sp.bos_id(), *ids], dtype=np.uint16)
+            tokens["val" if is_held else "train"].append(document)
+        done = progress_line(first + len(batch), len(documents), start_s, "documents")
+        log(f"tokenize: {done}")
+    for split, parts in tokens.items():
+        stream = np.concatenate(parts)
+        pieces = np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))
+        for number, piece in enumerate(pieces):
+            path = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
+            write_atomically(path, shard_bytes(piece))
+        log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
+    log(
+        f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}"
+    )
+
+
+def tokenize_command(out_dir, paths, environ):
+    """Tokenize files into shards in out_dir."""
+    cfg = config_from_env(environ)
+    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
+        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
+    documents = []
+    start_s = time.perf_counter()
+    for number, path in enumerate(paths, 1):
+        documents += [text for text in read_documents(path) if text.strip()]
+        show(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
+    write_shards(documents, out_dir, cfg, show)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""Shared by all tests: a tiny model, a tiny tokenizer, a random stream, and a way to run code on gloo ranks."""
+"""Shared by all tests: a tiny model, tokenizer and stream, and a way to run code on gloo ranks."""
 
+import codecs
+import contextlib
+import functools
+import importlib
 import os
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "PASSIVE"
-)  # two ranks on two cores: threads that spin would starve each other
+# Two ranks on two cores: threads that spin would starve each other. torch reads it when imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
+import sentencepiece  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.multiprocessing as mp  # noqa: E402
+import zstandard  # noqa: E402
 
 import train_gpt  # noqa: E402
 
@@ -24,7 +31,10 @@ train_gpt.TestTimeTrainer.__test__ = False  # not a test, in spite of its name
 
 
 def tiny_config(**changes):
-    """A Config small enough for every test: W 32, S 8, chunks of 64, four layers of width 32, all mechanisms on."""
+    """A Config small enough for every test, with all mechanisms on.
+
+    W 32, S 8, chunks of 64, four layers of width 32.
+    """
     settings = dict(
         preset="bench",
         vocab_size=VOCAB,
@@ -71,7 +81,7 @@ def tiny_config(**changes):
 
 
 def tiny_table():
-    """A TokenTable of 64 pieces: unknown, BOS, EOS, three byte pieces, then words with and without a space."""
+    """A TokenTable of 64 pieces: unknown, BOS, EOS, three bytes, words with and without a space."""
     pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>", "<0xA9>"]
     pieces += [
         train_gpt.SPACE + w if i % 2 else w
@@ -102,14 +112,195 @@ def tiny_stream(n, seed=0):
 
 
 def warm_model(cfg, seed=0):
-    """A GPT with every parameter random (no zero output projections), so that nothing is hidden behind a zero."""
+    """A GPT with every parameter random, so that nothing is hidden behind a zero."""
     torch.manual_seed(seed)
     model = train_gpt.GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-        model.mixer.add_(torch.randn_like(model.mixer) * 0.1)
     return model.eval()
+
+
+def warm_weights(cfg, seed=0):
+    """What an artifact holds of a warm model: {name: tensor}, with a random mixer's weights."""
+    weights = warm_model(cfg, seed).state_dict()
+    mixer = train_gpt.new_mixer_weights()
+    return weights | {"mixer": mixer + torch.randn_like(mixer) * 0.1}
+
+
+def weights_of(model):
+    """A copy of the parameters, {name: tensor}."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    """Whether two dictionaries of tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def random_tokens(*shape, seed=0):
+    """Random int64 tokens."""
+    return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB, shape))
+
+
+def write_shards(folder, shards, compressed=(), split="train"):
+    """Write token arrays as shards 0, 1, ... of `folder`; those in `compressed` as .bin.zst."""
+    for number, tokens in enumerate(shards):
+        contents, ending = train_gpt.shard_bytes(tokens), ".bin"
+        if number in compressed:
+            contents, ending = zstandard.compress(contents), ".bin.zst"
+        (folder / f"fineweb_{split}_{number:06d}{ending}").write_bytes(contents)
+
+
+ODD_TEXTS = [
+    "  two leading spaces, two trailing  ",
+    "tabs\tand\r\nline ends\n\n\n",
+    "\ufeffa byte order mark",
+    "e\u0301 is not é",
+    "family: 👨‍👩‍👧‍👦, flags: 🇫🇷🇯🇵, skin: 👍🏽",
+    "a null \0 and controls \x01\x7f\x85\u2028 inside",
+    "\n",
+    "🙂",
+    "x",
+    " ",
+    "<s> </s> <unk> <0x41> are only text",
+    "𐍈𝔘𝕟𝕚 \U0010ffff \ue000 \ufffd \ufffe",
+    "Ünïcödé, καλημέρα κόσμε, Привет, мир! 你好\uff0c世界。こんにちは。",
+    "नमस्ते مرحبا שלום",
+]
+
+
+@pytest.fixture(scope="session")
+def texts():
+    """Documents: Python's language reference and poem, short ones of many scripts and oddities."""
+    from pydoc_data import topics
+
+    with contextlib.redirect_stdout(None):
+        poem = importlib.import_module("this").s
+    reference = [text for _, text in sorted(topics.topics.items())]
+    return [*reference[:30], codecs.decode(poem, "rot13"), *ODD_TEXTS]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory, texts):
+    """(path of a SentencePiece model of 400 pieces, its processor, its TokenTable)."""
+    path = tmp_path_factory.mktemp("tokenizer") / "small.model"
+    train_gpt.train_tokenizer(texts, 400, path)
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return path, sp, train_gpt.load_tokenizer(path, 400)[0]
+
+
+def refusal(action, *args, kind=train_gpt.UserError, **how):
+    """The one-line message with which action(*args) refuses; any other outcome fails."""
+    with pytest.raises(kind) as caught:
+        action(*args, **how)
+    assert caught.type is kind
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def quiet(line=""):
+    """A log that shows nothing."""
+
+
+def pytest_configure(config):
+    """Name the marker of tests that take more than about three seconds."""
+    config.addinivalue_line("markers", "slow: demo, two ranks, whole commands")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute on one thread: tiny matrices gain nothing from two, and ranks compute on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ---- Walks over a stream: windows of 16, strides of 4, chunks of 32 ------------------------------
+
+HERE = train_gpt.Runtime()
+TABLE = tiny_table()
+BEGINS = np.array(
+    [kind in "UCX" or piece[0] == train_gpt.SPACE for piece, kind in zip(TABLE.pieces, TABLE.kinds)]
+)
+WALK_CFG = tiny_config(
+    eval_seq_len=16, eval_stride=4, ttt_chunk_tokens=32, ttt_lr=3e-3, alpha_center=2.0
+)
+LEARNED_CFG = replace(WALK_CFG, mixer="learned", mixer_block=8, mixer_lr=0.01, ngram_recent=3)
+WALK_STREAM = tiny_stream(8 * WALK_CFG.ttt_chunk_tokens)
+
+
+@functools.cache
+def sharp_weights(cfg):
+    """warm_weights of sharp predictions; shared, so not to be changed."""
+    weights = warm_weights(cfg)
+    weights["embed.tokens"].mul_(4)
+    return weights
+
+
+def sharp_model(cfg):
+    """A model of sharp_weights, of one's own."""
+    return train_gpt.new_model(cfg, HERE, sharp_weights(cfg))
+
+
+def walker(cfg, plan, model=None):
+    """A predictor at a stream's start; all of one model have the same weights."""
+    model = model or sharp_model(cfg)
+    return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
+
+
+def frequencies(commitment):
+    """{stage: frequencies (stop - start, V)} of a lone rank, once they are proved complete."""
+    borders = [commitment.start, *(piece.stop for piece in commitment.pieces)]
+    assert [piece.start for piece in commitment.pieces] == borders[:-1]
+    assert borders[-1] == commitment.stop
+    tables = {stage: commitment.table(stage) for stage in commitment.pieces[0].freqs}
+    for freqs in tables.values():
+        assert freqs.dtype == torch.int32
+        assert freqs.shape == (commitment.stop - commitment.start, VOCAB)
+        assert freqs.min() >= 1
+        assert (freqs.long().sum(1) == 1 << 24).all()
+    return tables
+
+
+def advance(predictor, tokens, stop, step=None):
+    """{stage: frequencies} of the positions up to stop - 1, `step` at a time, or blocks.
+
+    As for a decoder: no call is given a token that it must not see.
+    """
+    stream = torch.from_numpy(tokens)
+    parts = []
+    while (start := predictor.committed_to) < stop:
+        if start == predictor.block_end:
+            predictor.update(stream[:start].clone())
+        end = min(start + (step or predictor.plan.chunk), predictor.block_end, stop)
+        commitment = predictor.predict(stream[: end - 1].clone(), start, end)
+        parts.append(frequencies(commitment))
+        predictor.score(commitment, stream[start:end])
+    return {stage: torch.cat([part[stage] for part in parts]) for stage in predictor.plan.stages}
+
+
+# ---- Streams that repeat themselves, for the n-gram history --------------------------------------
+
+WORD_BEGINS = np.isin(np.arange(8), (0, 6))  # of the eight tokens in most of these streams
+
+
+def few_words(n, vocab_size=8, seed=0):
+    """n tokens over a small vocabulary: some strings again and again, and runs of one token."""
+    random = np.random.default_rng(seed)
+    words = [random.integers(0, vocab_size, random.integers(1, 14)) for _ in range(9)]
+    words += [np.full(11, 3), np.full(5, 0), np.tile([1, 2], 6)]
+    return np.concatenate([words[i] for i in random.integers(0, len(words), n)])[:n]
+
+
+def new_history(order, recent, begins=WORD_BEGINS, bits=20):
+    """An empty history."""
+    cfg = tiny_config(ngram_order=order, ngram_recent=recent, min_count=1, ngram_hash_bits=bits)
+    return train_gpt.NgramHistory(cfg, begins, "cpu")
+
+
+# ---- Ranks ---------------------------------------------------------------------------------------
 
 
 def _rank_main(rank, world, folder, function, args):
@@ -124,11 +315,11 @@ def _rank_main(rank, world, folder, function, args):
         os._exit(0)  # the teardown of a gloo group can abort the process
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_ranks(tmp_path_factory):
-    """run_ranks(world, function, *args) -> [function(Runtime, *args) of each rank], each in a process of its own.
+    """run_ranks(world, function, *args) -> [function(Runtime, *args) of each rank], in processes.
 
-    `function` must be importable (top level of a test module); what it returns must be savable by torch.
+    `function` must be importable (top level of a test module) and return what torch can save.
     """
 
     def run(world, function, *args):
@@ -137,3 +328,154 @@ def run_ranks(tmp_path_factory):
         return [torch.load(folder / f"out{rank}.pt", weights_only=False) for rank in range(world)]
 
     return run
+
+
+# ---- Commands ------------------------------------------------------------------------------------
+
+
+def clean_environment():
+    """This process's environment without any setting of the program or of a process group."""
+    ours = {name.upper() for name in train_gpt.FIELDS} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
+def no_leftovers(folder):
+    """Whether no temporary file or probe is anywhere under folder."""
+    return not [p for p in folder.rglob("*") if ".tmp" in p.name or p.name == ".probe"]
+
+
+def error_line(result, status):
+    """The message of a command that failed with `status`: one line on stderr, after 'error: '."""
+    found, stderr = result
+    assert found == status
+    assert stderr.startswith("error: ")
+    assert stderr.endswith("\n")
+    assert stderr.count("\n") == 1
+    return stderr[7:-1]
+
+
+@pytest.fixture
+def command_line(tmp_path, monkeypatch, capfd):
+    """command_line(*args, **settings) -> (exit status, stderr) of a command, in this process.
+
+    It runs in tmp_path, on the CPU, and logs there; a setting None is left out. Afterwards nothing
+    half-written may be anywhere.
+    """
+    threads = torch.get_num_threads()
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args, **settings):
+        environ = clean_environment() | {"DEVICE": "cpu", "LOG_DIR": str(tmp_path / "logs")}
+        environ |= settings
+        given = {name: value for name, value in environ.items() if value is not None}
+        monkeypatch.setattr(os, "environ", given)
+        monkeypatch.setattr(sys, "argv", [train_gpt.__file__, *map(str, args)])
+        capfd.readouterr()
+        status = train_gpt.main()
+        return status, capfd.readouterr().err
+
+    yield run
+    torch.set_num_threads(threads)
+    assert no_leftovers(tmp_path)
+
+
+# ---- Code files ----------------------------------------------------------------------------------
+
+CODED_TOKENS = 3 * 64 + 20  # three updates of TTT and 26 of the mixer, then half a block
+CODED_STREAM = tiny_stream(CODED_TOKENS + 1)
+CODED_STREAM[50:52] = 4, 5  # two byte pieces of one letter
+CODED_STREAM[70] = 3  # a new line
+CODED_STREAM[120] = 1  # a second document
+CODER_SETTINGS = {
+    "learned": dict(mixer="learned"),
+    "entropy": dict(mixer="entropy"),
+    "none": dict(mixer="none"),
+    "learned, no ttt": dict(mixer="learned", ttt_enabled=False),
+    "none, no ttt": dict(mixer="none", ttt_enabled=False),
+}
+
+
+@pytest.fixture
+def one_core(monkeypatch):
+    """Let the program see one core, and restore its number of threads afterwards."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory):
+    """artifacts(name, seed=0) -> Config of one of CODER_SETTINGS whose warm artifact is on disk."""
+    folder = tmp_path_factory.mktemp("artifacts")
+
+    @functools.cache
+    def made(name, seed=0):
+        path = folder / f"{name}{seed}.lzma"
+        cfg = tiny_config(
+            **CODER_SETTINGS[name],
+            num_layers=2,
+            ve_layers="1",
+            xsa_last_n=1,
+            ttt_freeze_blocks=1,
+            mixer_lr=0.01,
+            device="cpu",
+            artifact_path=str(path),
+            run_id="run",
+        )
+        weights = warm_weights(cfg, seed)
+        weights["embed.tokens"] = weights["embed.tokens"] * 4  # sharp predictions
+        path.write_bytes(train_gpt.pack_artifact(weights, cfg, tiny_table(), train_gpt.FINEST))
+        return cfg
+
+    return made
+
+
+def codec(cfg):
+    """The Codec of the artifact at cfg.artifact under cfg."""
+    artifact = train_gpt.read_artifact(cfg.artifact)
+    return train_gpt.Codec(artifact, cfg, train_gpt.start_runtime(cfg, {}), quiet)
+
+
+@pytest.fixture(scope="session")
+def code_files(artifacts, tmp_path_factory):
+    """code_files(name, n) -> cfg, path, tokens, bits and freqs of CODED_STREAM's first n tokens."""
+    folder = tmp_path_factory.mktemp("coded")
+
+    @functools.cache
+    def made(name, n=CODED_TOKENS):
+        path = folder / f"{name}{n}.code"
+        cfg = artifacts(name)
+        tokens = CODED_STREAM[: n + 1]
+        coded = codec(cfg).encode(tokens)
+        path.write_bytes(coded.data)
+        return SimpleNamespace(
+            cfg=cfg, path=path, tokens=tokens, bits=coded.bits, freqs=coded.freqs
+        )
+
+    return made
+
+
+def last_stage_predictor(cfg):
+    """A Predictor of the last stage with the artifact's weights, made without the coder's help."""
+    artifact = train_gpt.read_artifact(cfg.artifact)
+    rt = train_gpt.start_runtime(cfg, {})
+    model = train_gpt.new_model(cfg, rt, artifact.weights)
+    plan = train_gpt.evaluation_plans(cfg)[-1]
+    return train_gpt.Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
+
+
+def bits_of(freqs):
+    """The sum of -log2(freq / 2^24)."""
+    return float((24 - np.log2(np.asarray(freqs, dtype=np.float64))).sum())
+
+
+def assert_size(words, bits):
+    """Code words take what was predicted, within 0.01 % and 16 bytes."""
+    assert abs(len(words) - bits / 8) <= 1e-4 * bits / 8 + 16
+
+
+def forget_the_text(path, target):
+    """Write the code file at path to target with another text's checksum, all else in order."""
+    head, words = train_gpt.CodeHead.unpack(path, path.read_bytes())
+    target.write_bytes(head._replace(text=bytes(32)).pack(words))

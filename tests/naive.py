@@ -1,0 +1,345 @@
+"""Plain second writings: slow, obvious, and sharing nothing with the script."""
+
+import cmath
+import copy
+import math
+from collections import Counter, defaultdict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+# ---- Model, in float64: one token, one head and one pair of dimensions after another -------------
+
+
+def naive_rms(x):
+    """Return x over its root mean square."""
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0**-23)
+
+
+def naive_buckets(tokens, buckets):
+    """Return the row of the bigram table for each token of a list, in Python's integers."""
+    return [
+        ((36313 * token) ^ (27191 * tokens[t - 1])) % (buckets - 1) if t else buckets - 1
+        for t, token in enumerate(tokens)
+    ]
+
+
+def naive_smear(rows, smear):
+    """Return each row mixed with the row before it; nothing is before the first."""
+    gate = 1 / (1 + np.exp(-smear))
+    before = [np.zeros_like(rows[0]), *rows[:-1]]
+    return np.stack([(1 - gate) * row + gate * last for row, last in zip(rows, before)])
+
+
+def naive_rotate(x, first, dims, base):
+    """Turn the pairs (j, j + dims/2) of each head of x (T, heads, d) by t * base^(-2j/dims).
+
+    t is the position of a row; the first row's is `first`.
+    """
+    out = x.copy()
+    for t, heads in enumerate(out, first):
+        for head in heads:
+            for j in range(dims // 2):
+                turn = cmath.exp(1j * t * base ** (-2 * j / dims))
+                z = complex(head[j], head[j + dims // 2]) * turn
+                head[j], head[j + dims // 2] = z.real, z.imag
+    return out
+
+
+def naive_attention(q, k, v):
+    """Return causal softmax attention of q (T, H, d) to k and v (T, G, d).
+
+    Query head h reads key and value head h // (H / G).
+    """
+    y = np.empty_like(q)
+    for t in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h // (q.shape[1] // k.shape[1])
+            score = np.array([q[t, h] @ k[s, g] / math.sqrt(q.shape[2]) for s in range(t + 1)])
+            p = np.exp(score - score.max())
+            y[t, h] = sum(p[s] * v[s, g] for s in range(t + 1)) / p.sum()
+    return y
+
+
+def naive_exclude_self(y, v):
+    """Return each head's output without its part along the position's own value."""
+    out = y.copy()
+    for t in range(y.shape[0]):
+        for h in range(y.shape[1]):
+            own = v[t, h // (y.shape[1] // v.shape[1])]
+            own = own / np.linalg.norm(own)
+            out[t, h] -= (y[t, h] @ own) * own
+    return out
+
+
+def naive_mlp(x, w_in, w_out):
+    """Return LeakyReLU of slope 0.5, squared, between two matrices."""
+    hidden = x @ w_in.T
+    return np.where(hidden > 0, hidden, 0.5 * hidden) ** 2 @ w_out.T
+
+
+def naive_base(cfg):
+    """Return the rotary base: 10,000, NTK-scaled for training sequences beyond 1,024."""
+    scale = max(1, cfg.train_seq_len / 1024)
+    return 10_000.0 * scale ** (cfg.rope_dims / (cfg.rope_dims - 2))
+
+
+def naive_block(w, cfg, i, x, x0, extra_v):
+    """Return layer i's (output, own value projection (T, G, d))."""
+    T, d = len(x), cfg.model_dim // cfg.num_heads
+    p = {n.removeprefix(f"blocks.{i}."): value for n, value in w.items()}
+    x = p["mix_x"] * x + p["mix_x0"] * x0
+    h = naive_rms(x) / math.sqrt(i + 1)
+    q, k, own_v = ((h @ p[n].T).reshape(T, -1, d) for n in "qkv")
+    q, k = (naive_rotate(naive_rms(z), 0, cfg.rope_dims, naive_base(cfg)) for z in (q, k))
+    v = own_v + extra_v
+    y = naive_attention(q * p["q_gain"][:, None], k, v)
+    if i >= cfg.num_layers - cfg.xsa_last_n:
+        y = naive_exclude_self(y, v)
+    x = x + p["attn_scale"] * (y.reshape(T, -1) @ p["attn_out"].T)
+    h = naive_rms(x) / math.sqrt(i + 1)
+    return x + p["mlp_scale"] * naive_mlp(h, p["mlp_in"], p["mlp_out"]), own_v
+
+
+def naive_embedding(w, tokens):
+    """Return token table + projected bigram table, normed, smeared."""
+    buckets = naive_buckets(tokens, len(w["embed.bigrams"]))
+    rows = [
+        w["embed.tokens"][token]
+        + w["embed.bigram_scale"] * (w["embed.bigram_proj"] @ w["embed.bigrams"][b])
+        for token, b in zip(tokens, buckets)
+    ]
+    return naive_smear(naive_rms(np.stack(rows)), w["embed.smear"])
+
+
+def naive_logits(model, cfg, tokens):
+    """Return the logits (T, V) of one list of tokens."""
+    w = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+    heads = len(tokens), cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
+    x = x0 = naive_embedding(w, tokens)
+    half, pushed, v0 = cfg.num_layers // 2, [], 0
+    value_layers = [int(i) for i in cfg.ve_layers.split(",") if i]
+    for i in range(cfg.num_layers):
+        if half <= i < 2 * half:
+            x = x + w["skip_weights"][i - half] * pushed.pop()
+        extra_v = np.zeros(heads)
+        if i in value_layers:
+            scale = w["ve_scale"] * w["ve_layer_scales"][value_layers.index(i)]
+            extra_v = extra_v + scale * (w["ve_table"][tokens] @ w["ve_proj"].T).reshape(heads)
+        if i and cfg.vrl_enabled:
+            extra_v = extra_v + w["vrl_scales"][i - 1] * v0
+        x, own_v = naive_block(w, cfg, i, x, x0, extra_v)
+        v0 = own_v if i == 0 else v0
+        if i < half:
+            pushed.append(x)
+    return cfg.logit_softcap * np.tanh(naive_rms(x) @ w["embed.tokens"].T / cfg.logit_softcap)
+
+
+# ---- Complementary objective ---------------------------------------------------------------------
+
+
+def naive_weights(pairs, x, y, alpha):
+    """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)) from a Counter of the pairs."""
+    total = Counter()
+    for (first, _), count in pairs.items():
+        total[first] += count
+    return torch.tensor(
+        [
+            [max(0.1, 1 - alpha * pairs[a, b] / (total[a] + 1)) for a, b in zip(*row)]
+            for row in zip(x.tolist(), y.tolist())
+        ]
+    )
+
+
+# ---- N-gram history ------------------------------------------------------------------------------
+
+CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last is the word's, up to its beginning
+
+
+def naive_context(tokens, end, kind, order, begins):
+    """Return the context that ends at `end`, newest token first: a tuple.
+
+    It ends where the stream does and, for kind 5, with the token that begins the word.
+    """
+    context = []
+    for token in tokens[: end + 1][::-1][: min(CONTEXT_LENGTHS[kind], order - 1)]:
+        context.append(token)
+        if kind == 5 and begins[token]:
+            break
+    return tuple(context)
+
+
+def naive_occurrences(tokens, order, recent, begins, slots=None):
+    """Return six lists for each position: where its contexts ended before, newest first.
+
+    With `slots`, {(kind, end): slot}, only the last `recent` ends of a slot are looked at; those of
+    another context are -1.
+    """
+    before = [defaultdict(list) for _ in range(6)]
+    rows = [[[]] * 6]
+    for end in range(len(tokens) - 1):
+        rows.append([])
+        for kind, seen in enumerate(before):
+            context = naive_context(tokens, end, kind, order, begins)
+            key = slots[kind, end] if slots else context
+            rows[-1].append([e if c == context else -1 for e, c in seen[key][::-1][:recent]])
+            seen[key].append((end, context))
+    return rows
+
+
+def padded(rows, recent):
+    """Return lists of occurrences as an array (n, 6, recent), with -1 where there are none."""
+    return np.array([[ends + [-1] * (recent - len(ends)) for ends in row] for row in rows])
+
+
+def naive_counts(tokens, vocab_size, cfg, begins):
+    """Return (counts (n, V), context length used (n,)) of the entropy rule.
+
+    The context is the longest, not the word's, that has MIN_COUNT occurrences; both are 0 without.
+    """
+    counts = np.zeros((len(tokens), vocab_size), dtype=np.int64)
+    used = np.zeros(len(tokens), dtype=np.int64)
+    rows = naive_occurrences(tokens, cfg.ngram_order, cfg.ngram_recent, begins)
+    for position, row in enumerate(rows):
+        for length, ends in zip(CONTEXT_LENGTHS[:-1], row):
+            if len(ends) >= cfg.min_count:
+                used[position] = min(length, cfg.ngram_order - 1)
+                for end in ends:
+                    counts[position, tokens[end + 1]] += 1
+                break
+    return counts, used
+
+
+# ---- Mixers and commitment -----------------------------------------------------------------------
+
+
+def naive_mix(p, counts, base, span, center):
+    """Return the entropy rule's mixture of one row, in Python's floats; p itself without counts."""
+    entropy = -sum(x * math.log(x) for x in p if x)
+    alpha = base + span / (1 + math.exp(-2 * (entropy - center))) if sum(counts) else 0.0
+    return [(1 - alpha) * x + alpha * c / max(sum(counts), 1) for x, c in zip(p, counts)]
+
+
+def naive_evidence(log_p, row, tokens, t, window_start):
+    """Return {candidate: its 27 features} of position t.
+
+    row: its six lists of occurrences, newest first, -1 where one is another context's.
+    """
+    candidates = {}
+    top = max(log_p)
+    for token in {tokens[end + 1] for ends in row for end in ends if end >= 0}:
+        odds, ranks, distances, flags = [], [], [], []
+        for ends in row:
+            same_context = [end for end in ends if end >= 0]
+            hits = [end for end in same_context if tokens[end + 1] == token]
+            misses = len(same_context) - len(hits)
+            odds.append(math.log((len(hits) + 0.4) / (misses + 0.4)) if same_context else 0)
+            ranks.append(1 / (1 + ends.index(hits[0])) if hits else 0)
+            distances.append(math.log2(t - 1 - hits[0]) / 8 if hits else 0)
+            flags.append(float(bool(hits) and hits[0] >= window_start))
+        by_model = [(top - log_p[token]) / 4, top / 2, 1]
+        candidates[token] = [*odds, *ranks, *distances, *flags, *by_model]
+    return candidates
+
+
+def naive_log_q(p, candidates, weights):
+    """Return log q (V,) of one position: log p (V,) boosted at its candidates and normalized."""
+    boost = torch.zeros(len(p), dtype=torch.float64)
+    if candidates:
+        features = torch.tensor(list(candidates.values()), dtype=torch.float64)
+        hidden = torch.relu(features @ weights[:, :-1].T)
+        boost = boost.index_add(0, torch.tensor(list(candidates)), hidden @ weights[:, -1])
+    return torch.log_softmax(p.log() + boost, 0)
+
+
+def naive_learn(positions, targets, weights, optimizer):
+    """Take a step of torch's Adam on the mean code length of [(p, candidates)], by autograd."""
+    optimizer.zero_grad()
+    lengths = [-naive_log_q(*place, weights)[target] for place, target in zip(positions, targets)]
+    mean = sum(lengths) / len(targets) + 0 * weights.sum()  # there may be no evidence at all
+    mean.backward()
+    optimizer.step()
+
+
+# ---- Test-time training --------------------------------------------------------------------------
+
+
+def naive_bytes(table, before, token):
+    """Return the bytes of a token after another one, from its piece alone."""
+    piece, kind = table.pieces[token], table.kinds[token]
+    if kind == "N" and piece[0] == "\u2581":
+        return len(piece) - (table.kinds[before] in "UCX")
+    return {"N": len(piece), "B": 1}.get(kind, 0)
+
+
+def naive_adapts(name):
+    """Return whether TTT with two frozen blocks of four trains a parameter.
+
+    It does: vectors, the token table, the later blocks' matrices.
+    """
+    vectors = ("q_gain", "mix_x", "mix_x0", "attn_scale", "mlp_scale", "smear", "ve_scale")
+    if name.endswith((*vectors, "scales", "bigram_scale")):
+        return True
+    return name == "embed.tokens" or name.startswith(("blocks.2", "blocks.3"))
+
+
+def naive_rate(chunk, cfg):
+    """Return TTT's rate for chunk 0, 1, ...: a cosine, times 1 to 3 over its first 30 %."""
+    done = min(chunk / cfg.ttt_schedule_chunks, 1)
+    return cfg.ttt_lr * (0.5 + 0.5 * math.cos(math.pi * done)) * min(3, 1 + 2 * done / 0.3)
+
+
+def naive_byte_weights(table, tokens):
+    """Return the bytes of tokens[1:], int64."""
+    pairs = zip(tokens[:-1].tolist(), tokens[1:].tolist())
+    return torch.tensor([naive_bytes(table, *pair) for pair in pairs])
+
+
+def naive_chunk_loss(model, cfg, tokens, weights):
+    """Return the mean nats of tokens[1:], by these weights; sequences do not see each other."""
+    logits = model(tokens[:-1].view(-1, cfg.eval_seq_len))[0].flatten(0, 1)
+    nats = F.cross_entropy(logits, tokens[1:], reduction="none")
+    return (weights * nats).sum() / weights.sum()
+
+
+def naive_ttt(model, cfg, table, chunks, weighted=True):
+    """Return the (live, average) weights after all chunks, by autograd and torch's AdamW."""
+    live = copy.deepcopy(model)
+    average = {name: p.detach().clone() for name, p in live.named_parameters()}
+    params = [p for name, p in live.named_parameters() if naive_adapts(name)]
+    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    decay = cfg.polyak_decay
+    for number, tokens in enumerate(chunks):
+        optimizer.param_groups[0]["lr"] = naive_rate(number, cfg)
+        weights = naive_byte_weights(table, tokens)
+        if not weighted:
+            weights = torch.ones_like(weights)
+        for _ in range(cfg.ttt_epochs):
+            optimizer.zero_grad()
+            naive_chunk_loss(live, cfg, tokens, weights).backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+            for name, p in live.named_parameters():
+                average[name] = decay * average[name] + (1 - decay) * p.detach()
+    return {name: p.detach() for name, p in live.named_parameters()}, average
+
+
+# ---- Engines -------------------------------------------------------------------------------------
+
+
+def naive_window_start(t, window, stride):
+    """Return the first row of the one window that scores position t."""
+    return 0 if t <= window else ((t - 1 - window) // stride + 1) * stride
+
+
+def naive_probabilities(model, tokens, window, stride):
+    """Return p (n, V) of tokens[1:], each by a forward pass over its window, cut off before it."""
+    stream = torch.from_numpy(tokens)
+    rows = []
+    for t in range(1, len(tokens)):
+        begin = naive_window_start(t, window, stride)
+        with torch.no_grad():
+            logits = model(stream[None, begin:t])[0][0, -1]
+        rows.append(torch.softmax(logits.double(), -1))
+    return torch.stack(rows).numpy()

@@ -1,0 +1,440 @@
+"""Quantizer, artifact, fit to the size limit, and files that are whole or not there."""
+
+import builtins
+import errno
+import functools
+import hashlib
+import json
+import lzma
+import os
+import pickle
+import re
+import shutil
+import struct
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    VOCAB,
+    quiet,
+    refusal,
+    same,
+    tiny_config,
+    tiny_table,
+    unpacked,
+    warm_model,
+    warm_weights,
+)
+
+import train_gpt
+from train_gpt import (
+    COARSEST,
+    FINEST,
+    GROUPS,
+    INT6_MAX,
+    INT8_MAX,
+    RunSettings,
+    Runtime,
+    UserError,
+    check_writable,
+    decode_tensor,
+    encode_tensor,
+    pack_artifact,
+    quantize,
+    write_atomically,
+)
+
+# ---- Quantizer -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [INT6_MAX, INT8_MAX])
+@pytest.mark.parametrize("clip", [1.0, 0.3])
+def test_quantizer_error_is_half_a_level(limit, clip):
+    """Up to row_max the error is scale / 2 and what fp16 costs the scale; beyond, the end level."""
+    torch.manual_seed(limit)
+    size = 10.0 ** torch.linspace(-9, 5, 57)
+    w = torch.randn(57, 40) * size[:, None]
+    w[3] = 0
+    row_max = clip * w.abs().amax(1)
+    levels, scale = quantize(w, limit, row_max)
+    assert levels.dtype == torch.int8
+    assert scale.dtype == torch.float16
+    assert levels.abs().max() == limit
+
+    exact, rounded = row_max.double() / limit, scale.double()
+    most = torch.maximum(exact * 2.0**-11, torch.tensor(2.0**-24))
+    assert ((rounded - exact).abs() <= most * 1.0001).all()
+
+    error = (w.double() - decode_tensor((levels, scale)).double()).abs()
+    bound = rounded / 2 + limit * (exact - rounded).clamp(min=0) + 1e-6 * row_max
+    inside = w.abs() <= row_max[:, None]
+    assert inside.float().mean() > 0.2
+    assert (error <= bound[:, None])[inside].all()
+
+    outside = w.abs().double() >= limit * rounded[:, None]
+    assert outside.sum() > (w.numel() // 4 if clip < 1 else 9)
+    assert (levels.int() == limit * w.sign().int())[outside].all()
+
+
+def test_row_of_zeros_has_levels_of_zero_and_a_scale():
+    """Nothing is divided by zero where a row is all zeros."""
+    levels, scale = quantize(torch.zeros(1, 40), INT6_MAX, torch.zeros(1))
+    assert not levels.any()
+    assert scale > 0
+
+
+def test_row_beyond_fp16_saturates():
+    """A row too large for a fp16 scale saturates at finite values of the right sign."""
+    w = torch.tensor([[1e9, -1e9, 0.0, 3e38]])
+    levels, scale = quantize(w, 31, w.abs().amax(1))
+    assert scale.isfinite().all()
+    assert levels.tolist() == [[31, -31, 0, 31]]
+
+
+def test_each_tensor_has_its_kind():
+    """Block matrices are int6, embedding tables int8, and all else fp16."""
+    kinds = {"int6": set(), "int8": set(), "fp16": set()}
+    for name in warm_weights(tiny_config()):
+        kinds[train_gpt.KINDS[train_gpt.role(name)]].add(name)
+    matrices = ("q", "k", "v", "attn_out", "mlp_in", "mlp_out")
+    assert kinds["int6"] == {f"blocks.{i}.{m}" for i in range(4) for m in matrices}
+    assert kinds["int8"] == {"embed.tokens", "embed.bigrams", "ve_table"}
+    rest = {"embed.bigram_proj", "ve_proj", "skip_weights", "blocks.0.mix_x", "mixer"}
+    assert kinds["fp16"] > rest
+
+
+@pytest.mark.parametrize("name", ["embed.tokens", "embed.bigrams", "ve_table"])
+def test_int8_reaches_the_maximum_of_a_row(name):
+    """A table's top level stands at the largest value of its row."""
+    w = warm_weights(tiny_config())[name]
+    levels, scale = encode_tensor(name, w, 5.0)
+    assert levels.abs().max() == 127
+    top = w.abs().amax(1) / 127
+    torch.testing.assert_close(scale.float(), top, atol=2.0**-24, rtol=2.0**-10)
+
+
+@pytest.mark.parametrize("leaf", ["q", "k", "v", "attn_out", "mlp_in", "mlp_out"])
+def test_int6_reaches_coarseness_deviations(leaf):
+    """A matrix's top level stands at COARSENESS times the root mean square of its row."""
+    name = f"blocks.1.{leaf}"
+    w = warm_weights(tiny_config())[name]
+    levels, scale = encode_tensor(name, w, 5.0)
+    assert levels.abs().max() <= 31
+    top = 5 * w.square().mean(1).sqrt() / 31
+    torch.testing.assert_close(scale.float(), top, atol=2.0**-24, rtol=2.0**-10)
+
+
+@pytest.mark.parametrize("name", ["ve_proj", "skip_weights", "blocks.0.mix_x", "mixer"])
+def test_fp16_is_the_rounded_tensor(name):
+    """Projections and vectors are stored as their fp16 values."""
+    w = warm_weights(tiny_config())[name]
+    (stored,) = encode_tensor(name, w, 5.0)
+    assert torch.equal(stored, w.half())
+
+
+# ---- Container -----------------------------------------------------------------------------------
+
+SHAPES = [
+    dict(),
+    dict(num_layers=2, ve_layers="", vrl_enabled=False, xsa_last_n=0, ttt_freeze_blocks=0),
+    dict(num_layers=2, ve_layers="0", xsa_last_n=1, ttt_freeze_blocks=1),
+]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_artifact_gives_back_what_was_packed(tmp_path, changes):
+    """Settings, tokenizer and the dequantized weights come back from the file, with its digest."""
+    cfg = tiny_config(seed=7, ttt_lr=0.00321, data_path=str(tmp_path), **changes)
+    weights, path = warm_weights(cfg), tmp_path / "a.int6.lzma"
+    data = pack_artifact(weights, cfg, tiny_table(), 6.0)
+    path.write_bytes(data)
+    artifact = train_gpt.read_artifact(path)
+    assert (artifact.path, artifact.size_bytes) == (path, len(data))
+    assert artifact.digest == hashlib.sha256(data).digest()
+    stored = {n for n, group in GROUPS.items() if group is not RunSettings} | {"preset"}
+    assert artifact.settings == {n: v for n, v in asdict(cfg).items() if n in stored}
+    assert artifact.table == tiny_table()
+    assert artifact.table.digest == tiny_table().digest
+    expected = {n: decode_tensor(encode_tensor(n, w, 6.0)) for n, w in weights.items()}
+    assert same(artifact.weights, expected)
+
+
+def test_same_weights_give_the_same_bytes():
+    """Nothing in an artifact depends on when, where or in which order it was made."""
+    cfg = tiny_config()
+    data = pack_artifact(warm_weights(cfg), cfg, tiny_table(), 6.0)
+    turned = dict(reversed(warm_weights(cfg).items()))
+    assert pack_artifact(turned, cfg, tiny_table(), 6.0) == data
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_model_is_built_from_an_artifact(changes):
+    """A new model of an artifact's weights has them to the last bit."""
+    cfg = tiny_config(**changes)
+    artifact = unpacked(pack_artifact(warm_weights(cfg), cfg, tiny_table(), 6.0))
+    model = train_gpt.new_model(cfg, Runtime(), artifact.weights)
+    del artifact.weights["mixer"]
+    assert same(model.state_dict(), artifact.weights)
+
+
+def test_quantized_is_what_an_artifact_gives_back():
+    """The weights that training shows its calibration are those of the file, not the exact ones."""
+    cfg = tiny_config()
+    weights = warm_weights(cfg)
+    quantized = train_gpt.quantized(weights, 12.0)
+    assert same(quantized, unpacked(pack_artifact(weights, cfg, tiny_table(), 12.0)).weights)
+    for name, w in weights.items():
+        assert not torch.equal(quantized[name], w), name
+
+
+def test_artifact_is_what_its_description_says():
+    """A reader written from the description finds digest, header and each tensor at its place."""
+    cfg = tiny_config()
+    weights = warm_weights(cfg)
+    data = pack_artifact(weights, cfg, tiny_table(), 6.0)
+    magic, version, length, digest = struct.unpack("<8sIQ32s", data[:52])
+    body = data[52:]
+    assert (magic, version, length) == (b"PGOLFART", 1, len(body))
+    assert digest == hashlib.sha256(body).digest()
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26, "lc": 0, "lp": 0, "pb": 0}]
+    raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=filters)
+    at = 4 + struct.unpack("<I", raw[:4])[0]
+    header = json.loads(raw[4:at])
+    assert set(header["tokenizer"]["pieces"]) == set(tiny_table().pieces)
+    assert {name for name, _, _ in header["tensors"]} == weights.keys()
+    for name, kind, shape in header["tensors"]:
+        assert list(weights[name].shape) == shape
+        for stored in encode_tensor(name, weights[name], 6.0):
+            array = stored.numpy()
+            assert raw[at : at + array.nbytes] == array.tobytes(), (name, kind)
+            at += array.nbytes
+    assert at == len(raw)
+
+
+@pytest.fixture(scope="module")
+def packed():
+    """The bytes of a tiny artifact."""
+    cfg = tiny_config()
+    return pack_artifact(warm_weights(cfg), cfg, tiny_table(), 8.0)
+
+
+def test_every_damage_to_an_artifact_is_told(packed):
+    """A flipped bit, a cut, padding, another magic or version: a UserError names the file."""
+    head = train_gpt.ARTIFACT_HEAD.size
+    places = [*range(head + 20), *range(head + 20, len(packed), 997), len(packed) - 1]
+    damaged = [packed[:i] + bytes([packed[i] ^ 1 << i % 8]) + packed[i + 1 :] for i in places]
+    cuts = [*range(head + 10), *range(head + 10, len(packed), 4001), len(packed) - 1]
+    damaged += [packed[:n] for n in cuts]
+    damaged += [packed + b"\0", b"\0" + packed, packed + packed, packed[1:]]
+    damaged += [b"PGOLFARX" + packed[8:], b"PK\3\4", json.dumps({"vocab_size": 64}).encode()]
+    versions = (0, 2, 2**32 - 1)
+    damaged += [packed[:8] + struct.pack("<I", version) + packed[12:] for version in versions]
+    assert len(damaged) > 150
+    for data in damaged:
+        assert "where.lzma" in refusal(unpacked, data, "where.lzma")
+
+
+def test_other_format_version_is_told(packed):
+    """An artifact of a later format is refused with its version."""
+    assert "version 2" in refusal(unpacked, packed[:8] + b"\2\0\0\0" + packed[12:])
+
+
+@pytest.mark.parametrize("name", ["none.lzma", ""])
+def test_unreadable_artifact_is_named_with_its_setting(tmp_path, name):
+    """A missing file and a folder are named, with ARTIFACT_PATH."""
+    path = tmp_path / name
+    message = refusal(train_gpt.read_artifact, path)
+    assert re.match(f"ARTIFACT_PATH: .*{re.escape(str(path))}", message)
+
+
+def test_reading_an_artifact_executes_nothing(packed, monkeypatch):
+    """No pickle, no torch.load, no numpy.load, no eval: a stranger's artifact is data."""
+
+    def forbidden(*args, **how):
+        raise AssertionError("an artifact was executed")
+
+    for module, names in (
+        (pickle, ("load", "loads", "Unpickler", "_Unpickler")),
+        (torch, ("load",)),
+        (np, ("load",)),
+        (builtins, ("eval", "exec")),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, forbidden)
+    artifact = unpacked(packed)
+    monkeypatch.undo()
+    assert artifact.settings["vocab_size"] == VOCAB
+
+
+@pytest.mark.parametrize("name", ["blocks.1.q", "embed.tokens", "ve_proj", "blocks.0.mix_x"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_parameter_that_is_not_finite_is_not_packed(name, value):
+    """NaN or infinity in a tensor of any kind refuses and names the parameter."""
+    cfg = tiny_config()
+    weights = warm_weights(cfg)
+    weights[name].view(-1)[3] = value
+    assert name in refusal(pack_artifact, weights, cfg, tiny_table(), 8.0)
+
+
+def test_vector_beyond_fp16_is_not_packed():
+    """What fp16 cannot hold is not silently made infinite."""
+    cfg = tiny_config()
+    weights = warm_weights(cfg)
+    weights["blocks.2.mlp_scale"][0] = 1e5
+    assert "blocks.2.mlp_scale" in refusal(pack_artifact, weights, cfg, tiny_table(), 8.0)
+
+
+# ---- Fit to SIZE_LIMIT_BYTES ---------------------------------------------------------------------
+
+CODE_BYTES = 1000
+
+
+@pytest.fixture
+def small_code(monkeypatch):
+    """Let the script count 1,000 bytes, so that tiny artifacts have tiny caps."""
+    monkeypatch.setattr(train_gpt, "code_bytes", lambda: CODE_BYTES)
+
+
+def wide_config(**changes):
+    """A Config of 150 thousand block weights."""
+    return tiny_config(model_dim=64, **changes)
+
+
+@functools.cache
+def sized(shape):
+    """(weights of wide_config, their bytes at the finest, at the coarsest); `shape` of rows."""
+    cfg = wide_config()
+    model = warm_model(cfg, seed=1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.1)
+            if shape == "heavy":
+                p.mul_(torch.randn_like(p).exp())
+    weights = model.state_dict() | {"mixer": train_gpt.new_mixer_weights()}
+    ends = [len(pack_artifact(weights, cfg, tiny_table(), c)) for c in (FINEST, COARSEST)]
+    return weights, *ends
+
+
+@pytest.mark.parametrize("shape", ["gaussian", "heavy"])
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.98])
+def test_artifact_fills_its_cap(small_code, monkeypatch, shape, share):
+    """Between coarsest and finest, code and artifact take 99 to 100 % of SIZE_LIMIT_BYTES."""
+    weights, finest, coarsest = sized(shape)
+    limit = int(CODE_BYTES + coarsest + share * (finest - coarsest))
+    cfg = wide_config(size_limit_bytes=limit)
+    tried = {}
+
+    def pack(*args):
+        data = pack_artifact(*args)
+        tried[data] = args[-1]
+        return data
+
+    monkeypatch.setattr(train_gpt, "pack_artifact", pack)
+    data = train_gpt.fit_artifact(weights, cfg, tiny_table(), quiet)
+    assert CODE_BYTES + len(data) <= limit
+    assert CODE_BYTES + len(data) > 0.99 * limit
+    assert FINEST < tried[data] < COARSEST
+    assert data == pack_artifact(weights, cfg, tiny_table(), tried[data])
+
+
+def test_ample_room_takes_the_finest(small_code):
+    """Precision beyond FINEST buys nothing, so the rest of the cap stays empty."""
+    weights, finest, _ = sized("gaussian")
+    cfg = wide_config(size_limit_bytes=2 * finest)
+    data = train_gpt.fit_artifact(weights, cfg, tiny_table(), quiet)
+    assert len(data) == finest
+    assert same(unpacked(data).weights, train_gpt.quantized(weights, FINEST))
+
+
+@pytest.mark.parametrize("room", [-500, 20_000])
+def test_no_room_takes_the_coarsest_and_says_by_how_much(tmp_path, small_code, room):
+    """The smallest artifact is refused with its excess and what to lower; the file stays."""
+    weights, _, coarsest = sized("heavy")
+    limit = CODE_BYTES + room
+    cfg = wide_config(size_limit_bytes=limit, log_dir=str(tmp_path), run_id="r")
+    data = train_gpt.fit_artifact(weights, cfg, tiny_table(), quiet)
+    assert data == pack_artifact(weights, cfg, tiny_table(), COARSEST)
+    write_atomically(cfg.artifact, data)
+    report = train_gpt.Report(cfg, Runtime(notes=("cpu",)), "train")
+    message = refusal(report.check_size, train_gpt.read_artifact(cfg.artifact))
+    assert f" {coarsest - room:,} bytes over SIZE_LIMIT_BYTES={limit:,}" in message
+    for name in ("model.int6.lzma", "MODEL_DIM", "NUM_LAYERS"):
+        assert name in message
+    assert train_gpt.read_artifact(cfg.artifact).settings["model_dim"] == 64
+
+
+@pytest.mark.parametrize("budget", [120_000, 150_000])
+def test_estimate_is_good_for_gaussian_rows(budget):
+    """At four bits a weight and more, the estimate gives the bytes that were asked for, +- 5 %."""
+    torch.manual_seed(0)
+    weights = {"blocks.0.q": torch.randn(512, 512)}
+    coarseness = train_gpt.estimate_coarseness(weights, budget)
+    data = pack_artifact(weights, tiny_config(), tiny_table(), coarseness)
+    assert len(data) == pytest.approx(budget, rel=0.05)
+
+
+@pytest.mark.parametrize("budget, coarseness", [(-500, COARSEST), (0, COARSEST), (10**9, FINEST)])
+def test_estimate_stays_between_finest_and_coarsest(budget, coarseness):
+    """A budget that cannot be met or need not be met gives an end of the range."""
+    weights, _, _ = sized("gaussian")
+    assert train_gpt.estimate_coarseness(weights, budget) == coarseness
+
+
+# ---- Writing -------------------------------------------------------------------------------------
+
+
+def test_write_makes_folders_and_replaces(tmp_path):
+    """The last contents are there, in folders that are made, and nothing else."""
+    path = tmp_path / "a" / "b" / "file"
+    for data in (b"first", b"second and longer", b""):
+        write_atomically(path, data)
+        assert path.read_bytes() == data
+    assert os.listdir(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    "error, kind",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), UserError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_failing_write_leaves_the_old_file(tmp_path, monkeypatch, function, error, kind):
+    """Disk full or Ctrl-C before the rename: old contents stay and no temporary does."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(*args):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        with pytest.raises(kind) as caught:
+            write_atomically(path, b"new")
+    if kind is UserError:
+        assert re.search(f"{re.escape(str(path))}.*No space left", str(caught.value))
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_log_folder_under_a_file_is_refused(tmp_path):
+    """A folder that cannot be made is named before any work is done."""
+    (tmp_path / "file").write_bytes(b"")
+    assert str(tmp_path / "file") in refusal(check_writable, tmp_path / "file" / "run", 1)
+
+
+def test_good_log_folder_keeps_no_trace(tmp_path):
+    """The folder is made, and the probe is gone."""
+    check_writable(tmp_path / "run", 1)
+    assert os.listdir(tmp_path / "run") == []
+
+
+def test_full_disk_is_found_at_once(tmp_path, monkeypatch):
+    """Too little room is told with what there is and what is needed."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=999))
+    message = refusal(check_writable, tmp_path / "run", 1000)
+    assert re.match("LOG_DIR: .*999 bytes free.*1,000", message)

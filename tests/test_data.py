@@ -1,0 +1,449 @@
+"""Shards, the streams that are made of them, and the texts that shards are made of."""
+
+import json
+import os
+import struct
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import zstandard
+from conftest import ODD_TEXTS, VOCAB, refusal, tiny_config, tiny_stream, write_shards
+
+import train_gpt
+from train_gpt import Runtime, TrainStream, UsageError, load_held_out, read_shard, shard_bytes
+
+GOOD_SHARD = shard_bytes(np.arange(VOCAB, dtype=np.uint16))
+
+
+# ---- Shards --------------------------------------------------------------------------------------
+
+
+def test_shard_has_the_official_layout():
+    """A header of 1,024 bytes with magic, version and count; then the tokens, two bytes each."""
+    tokens = np.random.default_rng(0).integers(0, 65_536, 3001).astype(np.uint16)
+    data = shard_bytes(tokens)
+    assert len(data) == 1024 + 2 * 3001
+    assert struct.unpack("<3i", data[:12]) == (20240520, 1, 3001)
+    assert not any(data[12:1024])
+    assert struct.unpack("<3001H", data[1024:]) == tuple(tokens.tolist())
+
+
+@pytest.mark.parametrize("ending", [".bin", ".bin.zst"])
+def test_shard_comes_back_from_its_file(tmp_path, ending):
+    """Every token, plain or compressed."""
+    tokens = np.random.default_rng(0).integers(0, 65_536, 3001).astype(np.uint16)
+    path = tmp_path / f"x{ending}"
+    data = shard_bytes(tokens)
+    path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
+    assert np.array_equal(read_shard(path, 65_536), tokens)
+
+
+def with_header(place, value):
+    """Return GOOD_SHARD with another number in its header."""
+    return GOOD_SHARD[: 4 * place] + struct.pack("<i", value) + GOOD_SHARD[4 * place + 4 :]
+
+
+BAD_SHARDS = {
+    "foreign magic": with_header(0, 20240521),
+    "version 2": with_header(1, 2),
+    "no header": GOOD_SHARD[1024:],
+    "one token short": GOOD_SHARD[:-2],
+    "header only": GOOD_SHARD[:1024],
+    "cut header": GOOD_SHARD[:500],
+    "odd byte": GOOD_SHARD + b"\0",
+    "padded": GOOD_SHARD + b"\0\0",
+    "nothing": b"",
+    "no tokens": with_header(2, 0)[:1024],
+    "negative count": with_header(2, -VOCAB),
+    "wrong count": with_header(2, VOCAB + 1),
+    "unknown id": shard_bytes([1, 2, VOCAB, 3]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SHARDS)
+@pytest.mark.parametrize("ending", [".bin", ".bin.zst"])
+def test_bad_shard_is_refused(tmp_path, fault, ending):
+    """Whatever is wrong with it, plain or compressed, the file is named."""
+    path = tmp_path / f"fineweb_val_000000{ending}"
+    data = BAD_SHARDS[fault]
+    path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
+    assert str(path) in refusal(read_shard, path, VOCAB)
+
+
+def test_foreign_token_is_refused_with_the_vocabulary(tmp_path):
+    """The setting that may be wrong is named."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(BAD_SHARDS["unknown id"])
+    assert f"VOCAB_SIZE={VOCAB}" in refusal(read_shard, path, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda z: z[:-1],
+        lambda z: z[:-6],
+        lambda z: z[:20],
+        lambda z: b"",
+        lambda z: b"nonsense",
+        lambda z: z + b"junk",
+        lambda z: z[:60] + bytes([z[60] ^ 255]) + z[61:],
+    ],
+    ids=["checksum cut", "end cut", "half", "empty", "foreign", "padded", "damaged"],
+)
+def test_corrupt_compression_is_refused(tmp_path, damage):
+    """A compressed shard that is cut, foreign, padded or damaged is named."""
+    path = tmp_path / "fineweb_train_000000.bin.zst"
+    compressed = zstandard.ZstdCompressor(write_checksum=True).compress(GOOD_SHARD)
+    path.write_bytes(damage(compressed))
+    assert str(path) in refusal(read_shard, path, VOCAB)
+
+
+def test_missing_shard_is_named(tmp_path):
+    """A shard that is gone, as a plain file or a compressed one."""
+    assert "gone.bin" in refusal(read_shard, tmp_path / "gone.bin", VOCAB)
+    assert "gone.bin.zst" in refusal(read_shard, tmp_path / "gone.bin.zst", VOCAB)
+
+
+@pytest.mark.parametrize("name", ["", "none", "with [brackets]*"])
+def test_folder_without_shards_is_told_with_a_way_out(tmp_path, name):
+    """The setting, the folder, the preset that needs none; training shards are no validation."""
+    (tmp_path / "fineweb_train_000000.bin").write_bytes(GOOD_SHARD)
+    folder = tmp_path / name
+    message = refusal(train_gpt.list_shards, tiny_config(data_path=str(folder)), "val")
+    assert message.startswith("DATA_PATH")
+    assert str(folder) in message
+    assert "PRESET=demo" in message
+
+
+def test_shards_are_listed_in_order(tmp_path):
+    """Sorted by name; a plain file wins over its compressed twin; other names are left alone."""
+    folder = tmp_path / "a[b]"
+    folder.mkdir()
+    for name in (
+        "val_000002.bin",
+        "val_000000.bin.zst",
+        "val_000001.bin",
+        "val_000001.bin.zst",
+        "val_000003.bin.tmp7",
+        "val_000004.bin.bak",
+        "train_000000.bin",
+    ):
+        (folder / f"fineweb_{name}").write_bytes(b"")
+    listed = train_gpt.list_shards(tiny_config(data_path=str(folder)), "val")
+    names = [os.path.basename(path) for path in listed]
+    endings = ["000000.bin.zst", "000001.bin", "000002.bin"]
+    assert names == [f"fineweb_val_{ending}" for ending in endings]
+
+
+# ---- Validation and training streams -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wanted, length",
+    [(0, 151), (32, 33), (49, 50), (50, 51), (109, 110), (149, 150), (150, 151), (9999, 151)],
+)
+def test_validation_is_all_shards_up_to_val_tokens(tmp_path, wanted, length):
+    """VAL_TOKENS=n gives n + 1 tokens from the start, over shard edges; 0 gives all."""
+    parts = [tiny_stream(50, 1), tiny_stream(61, 2), tiny_stream(40, 3)]
+    write_shards(tmp_path, parts, split="val")
+    tokens = train_gpt.load_validation(tiny_config(data_path=str(tmp_path), val_tokens=wanted))
+    assert tokens.dtype == np.int64
+    assert len(tokens) == length
+    assert np.array_equal(tokens, np.concatenate(parts)[:length])
+
+
+def test_validation_shorter_than_a_window_is_refused(tmp_path):
+    """The number there is and the settings that can be changed."""
+    write_shards(tmp_path, [tiny_stream(50)], split="val")
+    cfg = tiny_config(data_path=str(tmp_path), val_tokens=31)
+    message = refusal(train_gpt.load_validation, cfg)
+    assert "32 tokens" in message
+    assert "VAL_TOKENS" in message
+    assert "EVAL_SEQ_LEN=32" in message
+
+
+def test_training_stream_is_sequential_and_cyclic(tmp_path):
+    """Shards follow one another in order, a compressed one too, and start over at the end."""
+    shards = [tiny_stream(50, 1), tiny_stream(31, 2), tiny_stream(40, 3)]
+    write_shards(tmp_path, shards, compressed={1})
+    (tmp_path / "fineweb_train_000002.bin.zst").write_bytes(b"a twin that nobody reads")
+    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    endless = np.concatenate(shards * 4)
+    for start in range(0, 400, 16):
+        np.testing.assert_array_equal(stream.take(16), endless[start : start + 17])
+    assert stream.epochs == 3
+
+
+def test_step_may_be_longer_than_all_text(tmp_path):
+    """It reads the text several times over."""
+    write_shards(tmp_path, [np.arange(10)])
+    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    assert stream.take(24).tolist() == [i % 10 for i in range(25)]
+    assert stream.take(3).tolist() == [i % 10 for i in range(24, 28)]
+
+
+@pytest.mark.parametrize("world, size", [(1, 4), (2, 3), (4, 3)])
+def test_ranks_share_a_step(world, size):
+    """Their sequences, in order, are the step's; targets are moved by one; sizes have a cap."""
+    cfg = tiny_config(train_batch_tokens=12 * 32, micro_batch_tokens=5 * 32)
+    tokens = np.arange(12 * 32 + 1)
+    shares = [train_gpt.micro_batches(tokens, cfg, Runtime(rank, world)) for rank in range(world)]
+    batches = [batch for share in shares for batch in share]
+    x, y = (torch.cat(side) for side in zip(*batches))
+    assert torch.equal(x, torch.arange(12 * 32).view(12, 32))
+    assert torch.equal(y, x + 1)
+    assert {len(batch[0]) for batch in batches} == {size}
+
+
+@pytest.mark.parametrize("world", [3, 8])
+def test_ranks_that_cannot_share_a_step_evenly_are_refused(world):
+    """Four sequences for three or eight ranks: the setting to change is named."""
+    action = train_gpt.micro_batch_sequences
+    message = refusal(action, tiny_config(), world, kind=UsageError)
+    assert message.startswith("TRAIN_BATCH_TOKENS=128")
+
+
+# ---- Text that is held out for the mixer's calibration -------------------------------------------
+
+
+def held_out_config(folder, shards, **changes):
+    """Return a Config that holds out 400 predictions; write shards of these sizes to `folder`."""
+    write_shards(folder, [tiny_stream(size, seed) for seed, size in enumerate(shards)])
+    settings = dict(data_path=str(folder), mixer="learned", mixer_calibration_tokens=400)
+    return tiny_config(**settings | changes)
+
+
+def test_held_out_text_is_the_end_of_the_last_shard(tmp_path):
+    """400 predictions need 401 tokens."""
+    held_out = load_held_out(held_out_config(tmp_path, (500, 1200)))
+    assert held_out.dtype == np.uint16
+    np.testing.assert_array_equal(held_out, tiny_stream(1200, 1)[-401:])
+
+
+@pytest.mark.parametrize("shards", [(500, 1200), (1200,)])
+def test_held_out_text_is_never_trained_on(tmp_path, shards):
+    """The stream leaves it out each time round, however much is taken at once."""
+    cfg = held_out_config(tmp_path, shards)
+    texts = [tiny_stream(size, seed) for seed, size in enumerate(shards)]
+    once = np.concatenate([*texts[:-1], texts[-1][:-401]])
+    for count in (1, 7, len(once), 2 * len(once) + 3):
+        stream = TrainStream(cfg, len(load_held_out(cfg)))
+        taken = []
+        while len(taken) < 3 * len(once):
+            taken.extend(stream.take(count)[:-1])
+        np.testing.assert_array_equal(taken, np.resize(once, len(taken)))
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(mixer="entropy"), dict(mixer="none"), dict(mixer_calibration_tokens=0)]
+)
+def test_nothing_is_held_out_for_nothing(tmp_path, changes):
+    """Without a learned mixer, or with no calibration, all text trains."""
+    cfg = held_out_config(tmp_path, (300, 90), **changes)
+    held_out = load_held_out(cfg)
+    assert len(held_out) == 0
+    once = np.concatenate([tiny_stream(300, 0), tiny_stream(90, 1)])
+    tokens = TrainStream(cfg, len(held_out)).take(2 * 390)
+    np.testing.assert_array_equal(tokens[:780], np.tile(once, 2))
+
+
+def test_half_of_the_last_shard_may_be_held_out(tmp_path):
+    """The other half trains."""
+    cfg = held_out_config(tmp_path, (900, 802))
+    assert len(load_held_out(cfg)) == 401
+    assert len(TrainStream(cfg, 401).take(1300)) == 1301
+
+
+def test_more_than_half_of_the_last_shard_is_refused(tmp_path):
+    """One token less in the shard, and the setting is named."""
+    message = refusal(load_held_out, held_out_config(tmp_path, (900, 801)))
+    assert message == "MIXER_CALIBRATION_TOKENS=400: over half of the last shard; lower it"
+
+
+# ---- Texts to shards -----------------------------------------------------------------------------
+
+
+def tokenize(folder, *files, vocab_size=400, tokenizer_path=None):
+    """Run `tokenize` into folder/shards; return the variables of the environment it ran in."""
+    path = tokenizer_path or folder / "new.model"
+    environ = dict(VOCAB_SIZE=str(vocab_size), TOKENIZER_PATH=str(path))
+    train_gpt.dispatch(["tokenize", str(folder / "shards"), *map(str, files)], environ)
+    return environ
+
+
+def jsonl(texts):
+    """Return documents as lines of JSON, escaped in every second one, with a blank line between."""
+    lines = [
+        json.dumps(dict(id=number, text=text), ensure_ascii=number % 2 == 0)
+        for number, text in enumerate(texts)
+    ]
+    return "\n\n".join(lines).encode()
+
+
+def decoded(folder, split, table):
+    """Return the documents in all shards of a split; the first token must be a BOS."""
+    names = sorted((folder / "shards").glob(f"fineweb_{split}_*"))
+    tokens = np.concatenate([read_shard(name, len(table.pieces)) for name in names])
+    assert tokens[0] == table.bos_id
+    parts = np.split(tokens, np.flatnonzero(tokens == table.bos_id)[1:])
+    return [table.decode(part).decode() for part in parts]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, texts):
+    """A folder with files of all three kinds and their shards.
+
+    Its documents for training and for validation, as the checksums of their text want it, the table
+    of the tokenizer that was trained, and the last line that `tokenize` has shown.
+    """
+    folder = tmp_path_factory.mktemp("corpus")
+    plain = texts[:12] + ODD_TEXTS
+    many = texts[12:20]
+    prose = "\n\n".join(texts[20:31]) + "\r\n\r\nend without a line end"
+    (folder / "a.jsonl").write_bytes(jsonl(plain))
+    frames = [zstandard.compress(jsonl(half) + b"\n") for half in (many[:3], many[3:])]
+    (folder / "b.jsonl.zst").write_bytes(b"".join(frames))
+    (folder / "c.txt").write_bytes(prose.encode())
+    shown = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt, "SHARD_TOKENS", 20_001)  # several shards
+        patch.setattr(train_gpt, "show", shown.append)
+        tokenize(folder, folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c.txt")
+    cut = train_gpt.read_documents(str(folder / "c.txt"))
+    split = {True: [], False: []}
+    for document in [text for text in plain + many if text.strip()] + cut:
+        split[zlib.crc32(document.encode()) % 20 == 0].append(document)
+    table = train_gpt.load_tokenizer(folder / "new.model", 400)[0]
+    return SimpleNamespace(
+        folder=folder, train=split[False], val=split[True], table=table, last_line=shown[-1]
+    )
+
+
+def test_plain_text_is_cut_into_documents_without_loss(corpus):
+    """The documents of a .txt file, put together, are the file."""
+    path = corpus.folder / "c.txt"
+    documents = train_gpt.read_documents(str(path))
+    assert len(documents) > 5
+    assert "".join(documents).encode() == path.read_bytes()
+
+
+def test_tokenize_loses_nothing(corpus):
+    """Documents of all three kinds of file come back letter for letter, in their order."""
+    assert decoded(corpus.folder, "train", corpus.table) == corpus.train
+    assert decoded(corpus.folder, "val", corpus.table) == corpus.val
+
+
+def test_tokenize_holds_out_about_one_document_in_twenty(corpus):
+    """There is validation text, and far more to train on."""
+    assert 0 < len(corpus.val) < len(corpus.train) / 4
+
+
+def test_tokenize_writes_shards_of_a_limited_size(corpus):
+    """A long split takes several files."""
+    assert len(list((corpus.folder / "shards").iterdir())) > 4
+
+
+def test_tokenize_ends_with_the_settings_to_use(corpus):
+    """A run with the settings of the last line finds the validation text, with all of its bytes."""
+    settings = dict(word.split("=") for word in corpus.last_line.split() if "=" in word)
+    assert settings == {
+        "DATA_PATH": str(corpus.folder / "shards"),
+        "TOKENIZER_PATH": str(corpus.folder / "new.model"),
+        "VOCAB_SIZE": "400",
+    }
+    environ = settings | {"PRESET": "bench", "VAL_TOKENS": "0", "EVAL_SEQ_LEN": "64"}
+    tokens = train_gpt.load_validation(train_gpt.config_from_env(environ))
+    total_bytes = sum(len(text.encode()) for text in corpus.val)
+    assert train_gpt.audit_bytes(corpus.table, tokens) == total_bytes
+
+
+def test_tokenize_takes_a_tokenizer_that_exists(tmp_path, texts, tokenizer):
+    """The model is used and left alone."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:5]))
+    path, _, table = tokenizer
+    before = path.read_bytes()
+    tokenize(tmp_path, tmp_path / "a.jsonl", tokenizer_path=path)
+    train, val = (decoded(tmp_path, split, table) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts[:5])
+    assert path.read_bytes() == before
+
+
+def test_tokenize_refuses_a_tokenizer_of_another_size(tmp_path, texts, tokenizer):
+    """Both sizes and the file are named, and nothing is written."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:5]))
+    path = tokenizer[0]
+    message = refusal(tokenize, tmp_path, tmp_path / "a.jsonl", vocab_size=500, tokenizer_path=path)
+    assert "VOCAB_SIZE=500" in message
+    assert "400 pieces" in message
+    assert str(path) in message
+    assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("size, way_out", [(4000, "lower"), (260, "raise")])
+def test_tokenize_refuses_a_vocabulary_that_does_not_fit_the_text(tmp_path, size, way_out):
+    """Too large or too small: the setting is named with the way to go, and no model is written."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["one", "two"]))
+    message = refusal(tokenize, tmp_path, tmp_path / "a.jsonl", vocab_size=size)
+    assert f"VOCAB_SIZE={size}" in message
+    assert way_out in message
+    assert not (tmp_path / "new.model").exists()
+
+
+def test_tokenize_refuses_a_single_document(tmp_path):
+    """There would be no text to validate on, or none to train on."""
+    (tmp_path / "b.txt").write_text("a single document")
+    assert "two documents" in refusal(tokenize, tmp_path, tmp_path / "b.txt")
+
+
+def test_tokenize_refuses_a_folder_with_other_shards(tmp_path, texts):
+    """Two texts would be mixed up."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "fineweb_train_000007.bin").write_bytes(GOOD_SHARD)
+    (tmp_path / "c.jsonl").write_bytes(jsonl(texts[:5]))
+    assert str(tmp_path / "shards") in refusal(tokenize, tmp_path, tmp_path / "c.jsonl")
+
+
+GOOD_LINES = jsonl(["one", "two"]) + b"\n"  # three lines
+MALFORMED = {
+    "no JSON": ("a.jsonl", GOOD_LINES + b"{broken\n", "line 4"),
+    "no text": ("a.jsonl", GOOD_LINES + b'{"body": "x"}\n', "line 4"),
+    "text is a number": ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "line 2"),
+    "a list": ("a.jsonl", b'["text"]\n', "line 1"),
+    "null": ("a.jsonl", b"null", "line 1"),
+    "no UTF-8": ("a.jsonl", GOOD_LINES + b'{"text": "caf\xe9"}\n', "line 4"),
+    "half a surrogate": ("a.jsonl", GOOD_LINES + b'{"text": "\\ud800"}\n', "line 4"),
+    "txt, no UTF-8": ("a.txt", b"one\ntwo\ncaf\xe9\n", "line 3"),
+    "zst, no JSON": ("a.jsonl.zst", zstandard.compress(GOOD_LINES + b"{broken\n"), "line 4"),
+    "no zst": ("a.jsonl.zst", GOOD_LINES, "cannot read"),
+    "cut zst": ("a.jsonl.zst", zstandard.compress(GOOD_LINES)[:-4], "cannot read"),
+    "missing": ("a.jsonl", None, "cannot read"),
+    "folder": ("a.txt", "folder", "cannot read"),
+}
+
+
+@pytest.mark.parametrize("fault", MALFORMED)
+def test_malformed_text_is_refused(tmp_path, fault):
+    """The file is named, with the line where there is one, and nothing is written."""
+    name, contents, where = MALFORMED[fault]
+    path = tmp_path / name
+    good = tmp_path / "good.jsonl"
+    good.write_bytes(GOOD_LINES)
+    if contents == "folder":
+        path.mkdir()
+    elif contents is not None:
+        path.write_bytes(contents)
+    message = refusal(tokenize, tmp_path, good, path)
+    assert str(path) in message
+    assert where in message
+    assert not (tmp_path / "shards").exists()
+    assert not (tmp_path / "new.model").exists()
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.zst", "a.bin"])
+def test_unknown_kind_of_text_is_bad_usage(tmp_path, name):
+    """It is found by its ending, before anything is read."""
+    files = (tmp_path / "missing.txt", tmp_path / name)
+    assert name in refusal(tokenize, tmp_path, *files, kind=UsageError)

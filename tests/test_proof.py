@@ -1,0 +1,423 @@
+"""Proof: what a run reports is decoded by another process, and whoever looked ahead is caught."""
+
+import contextlib
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CODED_STREAM,
+    TABLE,
+    assert_size,
+    bits_of,
+    codec,
+    forget_the_text,
+    last_stage_predictor,
+    quiet,
+    refusal,
+)
+
+import train_gpt
+from train_gpt import CODE_HEAD, CODE_START, Mixture, Predictor, Windows, verify
+
+CPU_COUNT = os.cpu_count
+HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+
+pytestmark = pytest.mark.usefixtures("one_core")
+
+
+@pytest.fixture
+def real_process(monkeypatch, one_core):
+    """For a decoder that is a process of its own: this one has as many threads as that one."""
+    monkeypatch.setattr(os, "cpu_count", CPU_COUNT)
+
+
+@pytest.fixture
+def proving(tmp_path):
+    """proving(cfg, tokens, **changes) -> (Run, Artifact) for verify; it logs in tmp_path."""
+
+    def made(cfg, tokens=CODED_STREAM, **changes):
+        cfg = replace(cfg, log_dir=str(tmp_path / "logs"), **changes)
+        cfg.run_dir.mkdir(parents=True, exist_ok=True)
+        artifact = train_gpt.read_artifact(cfg.artifact)
+        rt = train_gpt.start_runtime(cfg, {})
+        report = train_gpt.Report(cfg, rt, "verify")
+        return train_gpt.Run(cfg, rt, report, TABLE, tokens, len(TABLE.decode(tokens))), artifact
+
+    return made
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """here(before, after) -> [(command, environment)] of decoders, which then run in this process.
+
+    before(command) and after(command) are called around each of them.
+    """
+
+    def run(before=lambda command: None, after=lambda command: None):
+        calls = []
+
+        class Decoder(contextlib.nullcontext):
+            def __init__(self, command, env, **how):
+                super().__init__(self)
+                calls.append((command, env))
+                before(command)
+                output = io.StringIO()
+                with (
+                    monkeypatch.context() as patch,
+                    contextlib.redirect_stderr(output),
+                    contextlib.redirect_stdout(output),
+                ):
+                    patch.setattr(os, "environ", env)
+                    patch.setattr(sys, "argv", command[1:])
+                    self.returncode = train_gpt.main()
+                after(command)
+                self.stdout = output.getvalue().splitlines(keepends=True)
+
+        replace_popen(monkeypatch, Decoder)
+        return calls
+
+    return run
+
+
+def replace_popen(monkeypatch, popen):
+    """Let the program start other processes by `popen`."""
+    stand_in = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+    monkeypatch.setattr(train_gpt, "subprocess", stand_in)
+
+
+def assert_nothing_proved(run):
+    """Neither the report nor a file says that anything was proved."""
+    assert "proof" not in run.report.results
+    assert not (run.cfg.run_dir / "results.json").exists()
+
+
+def numbers_of(error):
+    """All whole numbers in an error."""
+    return [int(number) for number in re.findall(r"\d+", error)]
+
+
+# ---- What a proof says ---------------------------------------------------------------------------
+
+
+def test_proof_has_tokens_bits_and_bytes(code_files, proving, here):
+    """results.json has them, and the log a line."""
+    file = code_files("entropy", 40)
+    here()
+    run, artifact = proving(file.cfg, verify_tokens=30)
+    verify(run, artifact)
+    proof = json.loads((run.cfg.run_dir / "results.json").read_text())["proof"]
+    assert proof == run.report.results["proof"]
+    assert proof["tokens"] == 30
+    assert proof["predicted_bits"] == pytest.approx(bits_of(file.freqs[:30]), abs=30 / 2**31)
+    (path,) = run.cfg.run_dir.glob("*.code")
+    assert proof["bytes_on_disk"] == path.stat().st_size - HEAD_BYTES
+    assert proof["encode_seconds"] > 0
+    assert proof["decode_seconds"] > 0
+    lines = (run.cfg.run_dir / "verify.log").read_text().splitlines()
+    assert [line for line in lines if line.startswith("proof: ") and "30 tokens" in line]
+
+
+def test_proof_is_of_no_more_tokens_than_there_are(code_files, proving, here):
+    """VERIFY_TOKENS may be more than the stream has."""
+    file = code_files("entropy", 40)
+    here()
+    run, artifact = proving(file.cfg, file.tokens, verify_tokens=1000)
+    verify(run, artifact)
+    assert run.report.results["proof"]["tokens"] == 40
+    assert run.report.results["proof"]["predicted_bits"] == file.bits
+
+
+def test_decoder_gets_no_shards_and_no_settings(code_files, proving, here, monkeypatch):
+    """It is this script, with nothing but the artifact and the code file."""
+    file = code_files("none, no ttt", 40)
+    calls = here()
+    monkeypatch.setenv("TTT_TEMPERATURE", "0.5")  # of no interest: the artifact has its own
+    verify(*proving(file.cfg, verify_tokens=30))
+    ((command, env),) = calls
+    assert command[:2] == [sys.executable, train_gpt.__file__]
+    assert env["DATA_PATH"] == os.devnull
+    assert env["TOKENIZER_PATH"] == os.devnull
+    assert env["ARTIFACT_PATH"] == file.cfg.artifact_path
+    assert "TTT_TEMPERATURE" not in env
+    assert env["PATH"] == os.environ["PATH"]
+
+
+def test_evaluate_keeps_the_first_frequencies_of_its_last_stage(code_files):
+    """What verify compares is what was scored, for as many tokens as it will ask for."""
+    file = code_files("entropy", 40)
+    predictor = last_stage_predictor(file.cfg)
+    _, kept = train_gpt.evaluate(predictor, file.tokens, 1, quiet, keep=25)
+    assert kept.tolist() == file.freqs[:25].tolist()
+
+
+def test_proof_of_the_frequencies_that_were_scored(code_files, proving, here):
+    """A run's own frequencies are compared."""
+    file = code_files("entropy", 40)
+    here()
+    run, artifact = proving(file.cfg, verify_tokens=30)
+    verify(run, artifact, file.freqs[:30])
+    assert run.report.results["proof"]["tokens"] == 30
+
+
+def test_scored_frequency_that_differs_is_refused(code_files, proving, here):
+    """One unit apart, and the proof fails at that position."""
+    file = code_files("entropy", 40)
+    here()
+    scored = file.freqs[:30].copy()
+    scored[7] += 1
+    run, artifact = proving(file.cfg, verify_tokens=30)
+    assert "position 8:" in refusal(verify, run, artifact, scored)
+    assert_nothing_proved(run)
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "what, by, at", [("tokens", 1, 0), ("tokens", 1, 17), ("freqs", 1, 17), ("freqs", -1, 29)]
+)
+def test_first_difference_is_named(what, by, at, code_files, proving, here):
+    """The error has its position, both tokens and both frequencies."""
+    file = code_files("none, no ttt", 40)
+
+    def alter(command):
+        decoded = dict(np.load(command[-1]))
+        decoded[what][[at + (what == "tokens"), -1]] += by  # the last one as well, for "first"
+        np.savez(command[-1], **decoded)
+
+    here(after=alter)
+    run, artifact = proving(file.cfg, verify_tokens=30)
+    numbers = numbers_of(refusal(verify, run, artifact))
+    token, freq = CODED_STREAM[at + 1], file.freqs[at]
+    other = (token + by, freq) if what == "tokens" else (token, freq + by)
+    assert numbers == [at + 1, token, freq, *other]
+    assert_nothing_proved(run)
+
+
+def test_complaint_of_the_decoder_is_told(code_files, proving, here):
+    """A decoder that gives up says why, and nothing is reported as proved."""
+    here(before=lambda command: Path(command[3]).write_bytes(b"PGOLFTXT"))
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    assert "proof.code" in refusal(verify, run, artifact)
+    assert_nothing_proved(run)
+
+
+def test_decoder_that_misses_the_text_is_refused(code_files, proving, here):
+    """Equal tokens and frequencies are no proof if the decoder fails on the text's checksum."""
+    here(before=lambda command: forget_the_text(Path(command[3]), Path(command[3])))
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    message = refusal(verify, run, artifact)
+    assert "another text" in message
+    assert (run.cfg.run_dir / "proof.npz").exists()
+    assert_nothing_proved(run)
+
+
+def test_arrays_of_an_earlier_proof_do_not_count(code_files, proving, here):
+    """A decoder that writes nothing is not taken for the one before it."""
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    here()
+    verify(run, artifact)
+    here(before=lambda command: Path(command[3]).write_bytes(b"PGOLFTXT"))
+    assert "gave up" in refusal(verify, run, artifact)
+
+
+def test_decoder_that_dies_without_a_word_is_told_by_its_status(code_files, proving, monkeypatch):
+    """Its status is all that can be told."""
+
+    class Dead(contextlib.nullcontext):
+        returncode = -9
+        stdout = ()
+
+        def __init__(self, *args, **how):
+            super().__init__(self)
+
+    replace_popen(monkeypatch, Dead)
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    assert "gave up: exit status -9" in refusal(verify, run, artifact)
+    assert_nothing_proved(run)
+
+
+def test_settings_that_the_artifact_has_not_cannot_be_proved(code_files, proving, here):
+    """The decoder has no settings but the artifact's: a run with others is not proved."""
+    here()
+    changes = dict(verify_tokens=30, ttt_temperature=0.9, mixer="entropy")
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, **changes)
+    assert "other settings" in refusal(verify, run, artifact)
+    assert_nothing_proved(run)
+
+
+# ---- Cheats: each patches a class of the script, here or in a copy of it -------------------------
+
+
+def peek():
+    """Raise what is predicted by 2 nats, looking behind the end of the prefix that was given."""
+    original = Windows.logits
+
+    def logits_after_a_look(self, prefix, *where):
+        stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
+        for batch, logits in original(self, prefix, *where):
+            target = stream[(batch.rows + 1).clamp(max=len(stream) - 1), None]
+            yield batch, logits.scatter_add(1, target, torch.full_like(logits[:, :1], 2.0))
+
+    Windows.logits = logits_after_a_look
+
+
+def open_gate():
+    """Choose between two causal distributions by the token to come."""
+    original = Mixture.mix
+
+    def the_better_one(self, p, prefix, batch):
+        q = original(self, p, prefix, batch)
+        stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
+        target = stream[(batch.rows + 1).clamp(max=len(stream) - 1), None]
+        return torch.where(q.gather(1, target) > p.gather(1, target), q, p)
+
+    Mixture.mix = the_better_one
+
+
+def update_first():
+    """Let the mixer learn from a block, and only then commit the block."""
+    original = Predictor.predict
+
+    def predict_what_was_learned(self, prefix, start, stop):
+        learner = self.mixture.learner
+        before = learner.weights.clone()
+        learner.optimizer.state.clear()  # no momentum from the blocks before
+        for _ in range(4):
+            original(self, prefix, start, stop)
+            self.mixture.learn(torch.as_strided(prefix, (stop,), (1,)))
+            self.pending = None
+            self.committed_to = start
+        commitment = original(self, prefix, start, stop)
+        learner.weights.copy_(before)
+        return commitment
+
+    Predictor.predict = predict_what_was_learned
+
+
+@pytest.fixture
+def honest_again(monkeypatch):
+    """honest_again() undoes every cheat; so does the end of the test."""
+    methods = [(Windows, "logits"), (Mixture, "mix"), (Predictor, "predict")]
+    originals = [(cls, name, getattr(cls, name)) for cls, name in methods]
+    for original in originals:
+        monkeypatch.setattr(*original)  # to be restored
+
+    def undo():
+        for original in originals:
+            setattr(*original)
+
+    return undo
+
+
+def refuted(cheat, cfg, proving):
+    """(position, frequencies of cheat and of the honest) where verify refutes a cheat that pays."""
+    run, artifact = proving(cfg, verify_tokens=70)
+    honest = codec(cfg).encode(CODED_STREAM[:71])
+    cheat()
+    cheated = codec(cfg).encode(CODED_STREAM[:71])
+    assert cheated.bits < honest.bits  # it pays
+    position, *found = numbers_of(refusal(verify, run, artifact))
+    assert len(found) == 4
+    assert found[:2] == [CODED_STREAM[position], cheated.freqs[position - 1]]
+    assert found[2:] != found[:2]
+    assert_nothing_proved(run)
+    return position, cheated.freqs, honest.freqs
+
+
+@pytest.mark.slow
+def test_peek_is_refuted_by_a_genuine_decoder(artifacts, proving, honest_again, real_process):
+    """A process that runs the script decodes something else where the cheat first looked."""
+    position, cheated, honest = refuted(peek, artifacts("learned"), proving)
+    assert position <= 1 + np.flatnonzero(cheated != honest)[0]
+
+
+def test_update_before_score_is_refuted(artifacts, proving, honest_again, here):
+    """A decoder cannot learn from a block that it has not decoded."""
+    here(before=lambda command: honest_again())
+    position, cheated, honest = refuted(update_first, artifacts("learned"), proving)
+    assert position <= 1 + np.flatnonzero(cheated != honest)[0]
+
+
+@pytest.mark.slow
+def test_open_gate_is_refuted_by_a_decoder_of_its_kind(
+    artifacts, proving, honest_again, real_process, tmp_path, monkeypatch
+):
+    """Even a copy of the script that cheats alike cannot decode: it has no token to look at."""
+    source = Path(train_gpt.__file__).read_text(encoding="utf-8")
+    ending = "\nif __name__ =="
+    cheat = f"\n{inspect.getsource(open_gate)}\nopen_gate()\n\n"
+    copy = tmp_path / "train_gpt.py"
+    copy.write_text(source.replace(ending, cheat + ending), encoding="utf-8")
+    monkeypatch.setattr(train_gpt, "__file__", str(copy))
+    refuted(open_gate, artifacts("learned"), proving)
+
+
+# ---- The commands, with a real process -----------------------------------------------------------
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A folder of validation shards of CODED_STREAM."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    data = train_gpt.shard_bytes(CODED_STREAM)
+    (folder / "fineweb_val_000000.bin").write_bytes(data)
+    return folder
+
+
+@pytest.mark.slow
+def test_verify_decodes_after_the_shards_are_gone(
+    command_line, artifacts, shards, tmp_path, monkeypatch, real_process
+):
+    """Then artifact and code file alone give the text."""
+    environments = []
+    start = subprocess.Popen
+
+    def without_shards(*args, env, **how):
+        shutil.rmtree(shards)
+        environments.append(env)
+        return start(*args, env=env, **how)
+
+    replace_popen(monkeypatch, without_shards)
+    cfg = artifacts("learned")
+    settings = dict(
+        ARTIFACT_PATH=cfg.artifact_path,
+        DATA_PATH=str(shards),
+        TOKENIZER_PATH=str(tmp_path / "none"),
+        RUN_ID="proof",
+        VERIFY_TOKENS="70",
+        SIZE_LIMIT_BYTES="1000000",
+    )
+    assert command_line("verify", **settings) == (0, "")
+    (env,) = environments
+    assert env["DATA_PATH"] == os.devnull
+    assert env["TOKENIZER_PATH"] == os.devnull
+    assert not shards.exists()
+    folder = tmp_path / "logs" / "proof"
+    proof = json.loads((folder / "results.json").read_text())["proof"]
+    (code,) = tmp_path.rglob("*.code")
+    size = code.stat().st_size - HEAD_BYTES
+    assert proof["tokens"] == 70
+    assert proof["bytes_on_disk"] == size
+    assert_size(bytes(size), proof["predicted_bits"])
+    stages, _ = train_gpt.evaluate(last_stage_predictor(cfg), CODED_STREAM[:71], 1, quiet)
+    assert proof["predicted_bits"] == stages[-1]["val_bpb"]
+    assert 0 < proof["encode_seconds"] < float("inf")
+    assert 0 < proof["decode_seconds"] < float("inf")
+    assert "proof: " in (folder / "verify.log").read_text()
+    target = tmp_path / "text"
+    assert command_line("decompress", code, target, ARTIFACT_PATH=cfg.artifact_path) == (0, "")
+    assert target.read_bytes() == TABLE.decode(CODED_STREAM[:71])

@@ -1,0 +1,269 @@
+"""results.json of a run, and the submission that is made of several."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from conftest import refusal, tiny_config
+
+import train_gpt
+from train_gpt import Runtime, summarize
+
+# ---- Results of one run --------------------------------------------------------------------------
+
+
+def new_report(folder):
+    """Return the Report of a run that has just begun, in folder/run."""
+    cfg = tiny_config(log_dir=str(folder), run_id="run")
+    cfg.run_dir.mkdir()
+    return train_gpt.Report(cfg, Runtime(notes=("cpu tiny",)), "train")
+
+
+def stage(name, val_bpb):
+    """Return a stage as `evaluate` gives it."""
+    return dict(name=name, val_loss=2 * val_bpb, val_bpb=val_bpb, tokens=1000, seconds=1.5)
+
+
+def results_of(report):
+    """Return what is in the run's results.json."""
+    return json.loads((report.cfg.run_dir / "results.json").read_text())
+
+
+def test_log_begins_with_every_setting(tmp_path):
+    """The log file can be read without the command line."""
+    report = new_report(tmp_path)
+    lines = (report.cfg.run_dir / "train.log").read_text().splitlines()
+    settings = [line for line in lines if line.startswith("  ")]
+    assert settings == [f"  {n.upper()}={getattr(report.cfg, n)}" for n in sorted(train_gpt.FIELDS)]
+    assert "cpu tiny" in lines
+
+
+def test_log_is_shown_and_written_alike(tmp_path, capsys):
+    """What stands in the file was on the screen."""
+    report = new_report(tmp_path)
+    report.log("a line")
+    shown = capsys.readouterr().out
+    assert shown.endswith("a line\n")
+    assert (report.cfg.run_dir / "train.log").read_text() == shown
+
+
+def test_recorded_value_is_on_disk_at_once(tmp_path):
+    """A run that dies later has left it."""
+    report = new_report(tmp_path)
+    report.record("train", dict(steps=3))
+    assert results_of(report)["train"] == dict(steps=3)
+
+
+def test_stages_accumulate_in_order(tmp_path):
+    """The last one's figure is the run's."""
+    report = new_report(tmp_path)
+    report.add_stages([stage("pre_quant", 1.5)])
+    report.add_stages([stage("sliding", 1.25), stage("mixer", 1.0)])
+    results = results_of(report)
+    assert results["stages"] == [
+        stage("pre_quant", 1.5),
+        stage("sliding", 1.25),
+        stage("mixer", 1.0),
+    ]
+    assert results["val_bpb"] == 1.0
+
+
+def test_table_of_stages_has_one_head_and_deltas(tmp_path, capsys):
+    """Each row says what the stage has gained over the one before."""
+    report = new_report(tmp_path)
+    capsys.readouterr()
+    report.add_stages([stage("pre_quant", 1.5)])
+    report.add_stages([stage("sliding", 1.25), stage("mixer", 1.5)])
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert rows == [
+        ["stage", "val_bpb", "delta"],
+        ["pre_quant", "1.500000", "+0.000000"],
+        ["sliding", "1.250000", "-0.250000"],
+        ["mixer", "1.500000", "+0.250000"],
+    ]
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
+    """Rank 1 keeps the same results in memory, in silence."""
+    monkeypatch.setattr(Runtime, "sum_over_ranks", lambda self, tensor: tensor)
+    cfg = tiny_config(log_dir=str(tmp_path), run_id="run")
+    report = train_gpt.Report(cfg, Runtime(1, 2, notes=("cpu",)), "train")
+    report.add_stages([stage("pre_quant", 1.5)])
+    assert report.results["val_bpb"] == 1.5
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- Results of several seeds --------------------------------------------------------------------
+
+
+def write_results(folder, seed, val_bpb, **changes):
+    """Return the path of a results.json like that of a run of `seed`, written to `folder`."""
+    settings = dict(
+        preset=changes.get("preset", "record"),
+        mixer=changes.get("mixer", "entropy"),
+        ttt_lr=changes.get("ttt_lr", 1e-4),
+        log_dir=f"logs{seed}",
+        seed=seed,
+    )
+    artifact = dict(
+        total_bytes=15_000_000 + seed,
+        code_bytes=90_000,
+        limit_bytes=changes.get("limit", 16_000_000),
+        overridden=changes.get("overridden", []),
+    )
+    last = stage(changes.get("stage", "mixer"), val_bpb)
+    run = dict(
+        seed=seed,
+        val_bpb=val_bpb,
+        settings=settings,
+        artifact=artifact,
+        environment=dict(device="cuda"),
+        stages=[stage("pre_quant", 9.0), {**last, "tokens": changes.get("tokens", 1000)}],
+    )
+    path = folder / f"results{len(list(folder.iterdir()))}.json"
+    path.write_text(json.dumps(run))
+    return str(path)
+
+
+BPB = {1337: 1.10, 42: 1.13, 2024: 1.12}
+
+
+@pytest.fixture
+def summary(tmp_path):
+    """The summary of three seeds, over a submission.json with what its author wrote."""
+    out = tmp_path / "submission.json"
+    author = dict(author="Ann", github_id="ann", name="A run", blurb="How.")
+    out.write_text(json.dumps(author | dict(val_bpb=9, junk=1)))
+    return summarize([write_results(tmp_path, s, b) for s, b in BPB.items()], str(out))
+
+
+def test_summary_is_what_is_written(summary, tmp_path):
+    """submission.json has what the command shows."""
+    assert json.loads((tmp_path / "submission.json").read_text()) == summary
+
+
+def test_summary_has_means_and_deviation(summary):
+    """The deviation is the sample's, not the population's."""
+    assert summary["val_bpb"] == pytest.approx(3.35 / 3)
+    assert summary["val_loss"] == pytest.approx(2 * 3.35 / 3)
+    assert summary["val_bpb_std"] == pytest.approx(statistics.stdev(BPB.values()))
+    assert summary["val_bpb_std"] == pytest.approx(0.0152753, rel=1e-5)
+
+
+def test_summary_has_the_largest_sizes(summary):
+    """Every seed must fit the cap."""
+    assert summary["bytes_total"] == 15_002_024
+    assert summary["bytes_code"] == 90_000
+
+
+def test_summary_has_each_seed(summary):
+    """Its score and its bytes."""
+    assert summary["seeds"].keys() == {"1337", "42", "2024"}
+    for seed, val_bpb in BPB.items():
+        row = summary["seeds"][str(seed)]
+        assert row["val_bpb"] == val_bpb
+        assert row["val_loss"] == 2 * val_bpb
+        assert row["bytes_total"] == 15_000_000 + seed
+
+
+def test_summary_says_what_was_measured(summary):
+    """Preset, stage, text, device and day."""
+    assert summary["preset"] == "record"
+    assert summary["stage"] == "mixer"
+    assert summary["val_tokens"] == 1000
+    assert summary["device"] == "cuda"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
+
+
+def test_summary_keeps_what_the_author_wrote(summary):
+    """And nothing else of the file that was there."""
+    words = [summary[name] for name in ("author", "github_id", "name", "blurb")]
+    assert words == ["Ann", "ann", "A run", "How."]
+    assert "junk" not in summary
+
+
+def test_three_seeds_need_no_warning(summary):
+    """They are what a submission asks for."""
+    assert "warning" not in summary
+
+
+@pytest.mark.parametrize("seeds, deviation", [(1, None), (2, pytest.approx(0.5**0.5))])
+def test_fewer_than_three_seeds_are_marked(tmp_path, seeds, deviation):
+    """A warning says how many it takes; one seed has no deviation."""
+    paths = [write_results(tmp_path, seed, 1.1 + seed) for seed in range(seeds)]
+    summary = summarize(paths, str(tmp_path / "submission.json"))
+    assert "3" in summary["warning"]
+    assert summary["val_bpb_std"] == deviation
+
+
+def test_new_submission_has_room_for_the_author(tmp_path):
+    """Without a file before, the author's fields are there, empty."""
+    summary = summarize([write_results(tmp_path, 1, 1.1)], str(tmp_path / "submission.json"))
+    assert [summary[name] for name in ("author", "github_id", "name", "blurb")] == [""] * 4
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(preset="bench"), "differ in PRESET"),
+        (dict(stage="ttt", mixer="none"), "MIXER, STAGE"),
+        (dict(tokens=999), "differ in VAL_TOKENS"),
+        (dict(seed=1), "same seed"),
+        (dict(stage="ttt"), "ends at ttt"),
+        (dict(limit=14_000_000), "over the cap"),
+        (dict(ttt_lr=2e-4), "differ in TTT_LR"),
+        (dict(overridden=["TTT_LR"]), "TTT_LR overridden"),
+    ],
+)
+def test_results_that_cannot_be_averaged_are_refused(tmp_path, change, words):
+    """Unlike runs, one seed twice, a run cut short or over the cap; nothing is written."""
+    good = write_results(tmp_path, 1, 1.1)
+    other = write_results(tmp_path, **dict(seed=2, val_bpb=1.2) | change)
+    assert words in refusal(summarize, [good, other], str(tmp_path / "submission.json"))
+    assert not (tmp_path / "submission.json").exists()
+
+
+UNFINISHED = (
+    b'{"seed": 1, "val_bpb": 1, "stages": [], "artifact": {}, "settings": {}, "environment": {}}'
+)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [None, b"", b"{", b"\xff\xfe", b"[]", b"{}", b'"text"', b"null", b"lower", UNFINISHED],
+)
+def test_file_that_is_no_result_is_refused(tmp_path, contents):
+    """A missing, foreign, empty or unfinished results.json is named, also beside a good one."""
+    good = write_results(tmp_path, 1, 1.1)
+    bad = tmp_path / "bad.json"
+    if contents is not None:
+        bad.write_bytes(contents)
+    assert str(bad) in refusal(summarize, [good, str(bad)], str(tmp_path / "submission.json"))
+
+
+@pytest.mark.parametrize("name", ["seed", "settings", "artifact", "environment", "stages"])
+def test_result_without_a_part_is_refused(tmp_path, name):
+    """A file that lacks what a submission shows is named."""
+    path = Path(write_results(tmp_path, 1, 1.1))
+    run = json.loads(path.read_text())
+    del run[name]
+    path.write_text(json.dumps(run))
+    assert str(path) in refusal(summarize, [str(path)], str(tmp_path / "submission.json"))
+
+
+def test_result_with_impossible_settings_is_refused(tmp_path):
+    """The file is named, not only the setting."""
+    path = write_results(tmp_path, 1, 1.1, mixer="magic")
+    assert path in refusal(summarize, [path], str(tmp_path / "submission.json"))
+
+
+@pytest.mark.parametrize("contents", [b"", b"{broken", b"[1]", b"\xff"])
+def test_broken_submission_is_not_overwritten(tmp_path, contents):
+    """The author's file, if it is no JSON object, is named in an error and left as it is."""
+    out = tmp_path / "submission.json"
+    out.write_bytes(contents)
+    assert str(out) in refusal(summarize, [write_results(tmp_path, 1, 1.1)], str(out))
+    assert out.read_bytes() == contents
