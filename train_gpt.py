@@ -807,7 +807,7 @@ def list_shards(cfg, split):
         expected = f"fineweb_{split}_{number:06d}.bin"
         if name != expected:
             raise UserError(
-                f"DATA_PATH: {folder} has {name} where {expected} (or .zst) is expected: shards "
+                f"DATA_PATH: {folder} has {name} where {expected} is expected (.zst aside): shards "
                 "are numbered without gaps, and nothing beside them may look like one"
             )
     paths = (folder / name for name in found)
@@ -2740,13 +2740,14 @@ def read_result(path):
             **run["environment"],
         }
         run["row"] = {
+            "seed": run["seed"],
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
         }
         return run
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         message = f"summarize: {path} is not a finished run's results.json ({error!r})"
         raise UserError(message) from error
 
@@ -3226,9 +3227,9 @@ def token_shards(texts, sp):
     for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
         for ids in sp.encode(batch, num_threads=os.cpu_count()):
             tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
-        if len(tokens) >= 2 * SHARD_TOKENS:
-            yield np.frombuffer(tokens, dtype="<u2")
-            tokens = bytearray()
+            if len(tokens) >= 2 * SHARD_TOKENS:
+                yield np.frombuffer(tokens, dtype="<u2")
+                tokens = bytearray()
     if tokens:
         yield np.frombuffer(tokens, dtype="<u2")
 
