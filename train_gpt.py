@@ -9,7 +9,8 @@
     train_gpt.py compress IN OUT       any file to code words, with the artifact
     train_gpt.py decompress IN OUT     and back, byte for byte
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
-    train_gpt.py summarize JSON...     results of several seeds to submission.json
+    train_gpt.py summarize JSON...     results of several seeds to submission.json; `--mixed` before
+                                       them: of several scripts, devices or training texts
 
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
@@ -31,6 +32,7 @@ Shapes: B batch, T rows, W window, S stride, D width, H query heads, G key and v
 width, V vocabulary, R positions, C contexts, M occurrences a context, J candidates, F features.
 """
 
+import codecs
 import contextlib
 import copy
 import dataclasses
@@ -39,6 +41,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -578,7 +581,8 @@ def check_writable(folder, need_bytes):
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space
 # counts only where a decoder prints one: not after a boundary (BOS, control, unknown). Every
-# document's count is compared with its text.
+# document's count is compared with its text. A wrong tokenizer passes that test (its text is
+# another, but counted well), so shards name theirs, or show it by what encoding gives back.
 
 SPACE = "\u2581"
 
@@ -638,7 +642,8 @@ class TokenTable:
 def load_tokenizer(path, vocab_size, table=None):
     """Return (TokenTable, processor) of a SentencePiece model.
 
-    UserError if it is none, does not fit VOCAB_SIZE, or is not the tokenizer of `table`.
+    UserError if it is none, does not fit VOCAB_SIZE, spells a space in three byte pieces, or is not
+    the tokenizer of `table`.
     """
     import sentencepiece
 
@@ -653,17 +658,22 @@ def load_tokenizer(path, vocab_size, table=None):
     ids = range(vocab_size)
     kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
     found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
+    if SPACE not in found.pieces:
+        raise UserError(
+            f"TOKENIZER_PATH={path}: no piece for a lone space, which would count as 3 bytes: "
+            "train one with U+2581 in its vocabulary, as `tokenize` does"
+        )
     if table and table.digest != found.digest:
         raise UserError(f"TOKENIZER_PATH={path}: the artifact has another tokenizer")
     return found, sp
 
 
-def audit_bytes(table, tokens, decode=None):
+def audit_bytes(table, tokens, decode=None, digest=None):
     """Return the bytes of tokens[1:] after comparing each document's count with its text.
 
-    The text is SentencePiece's where `decode` is given, else the table's own. UserError where they
-    differ, where a text is not UTF-8 (a last document may be cut inside a character), or where the
-    stream does not begin with BOS.
+    The text is SentencePiece's where `decode` is given, else the table's own; `digest`, a hashlib
+    object, is updated with it. UserError where they differ, where a text is not UTF-8 (a last
+    document may be cut inside a character), or where the stream does not begin with BOS.
     """
     counts = table.count_bytes(tokens)
     starts = np.flatnonzero(tokens == table.bos_id)
@@ -690,79 +700,159 @@ def audit_bytes(table, tokens, decode=None):
             raise UserError(
                 f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
             )
+        if digest:
+            digest.update(text)
     return int(counts.sum())
 
 
 # ---- Data ----------------------------------------------------------------------------------------
 # Official shards: 256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens;
-# inside zstandard if named .zst. Training reads them in sorted order, cyclically, and alike on any
-# number of ranks. The end of the last shard is never trained on: the mixer is calibrated on it.
+# inside zstandard if named .zst. Ours have, after the count, the SHA-256 of their tokenizer's table
+# and a CRC-32 of tokens and header. Training reads shards in order, cyclically, and alike on any
+# number of ranks. The end of the last one is never trained on: the mixer is calibrated on it.
+#
+# A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
+# again: documents come back whole from the tokenizer that made them, and go astray within their
+# first words with any other.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
 SHARD_HEADER_BYTES = 1024
+SAMPLE_TOKENS = 32_768
+CHUNK_BYTES = 1 << 16
 
 
-def read_bytes(path):
-    """Return a file's contents, decompressed if its name ends in .zst; EOFError for a cut frame."""
-    data = Path(path).read_bytes()
-    if not str(path).endswith(".zst"):
-        return data
-    import zstandard
+def read_chunks(path):
+    """Yield a file's contents in parts, decompressed if its name ends in .zst.
 
-    parts = []
-    while data:
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        parts.append(frame.decompress(data))
-        if not frame.eof:
-            raise EOFError("its end is missing")
-        data = frame.unused_data
-    return b"".join(parts)
-
-
-def read_shard(path, vocab_size):
-    """Return one shard's tokens, uint16 (n,).
-
-    UserError for a file that is foreign, truncated or has tokens outside of the vocabulary.
+    EOFError for a cut frame; windows may be as long as the format has them.
     """
+    frame = None
+    with open(path, "rb") as file:
+        for data in iter(lambda: file.read(CHUNK_BYTES), b""):
+            while data and str(path).endswith(".zst"):
+                import zstandard
+
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                yield frame.decompress(data)
+                data = frame.unused_data
+                if frame.eof:
+                    frame = None
+            yield data
+    if frame:
+        raise EOFError("its end is missing")
+
+
+def read_shard(path, vocab_size, most=1 << 40):
+    """Return one shard's tokens, at most the first `most`, uint16 (n,).
+
+    UserError for a file that is foreign, truncated, damaged or has tokens outside of the
+    vocabulary; what lies behind `most` is not looked at.
+    """
+    wanted = SHARD_HEADER_BYTES + 2 * most
+    data = bytearray()
     try:
-        data = read_bytes(path)
+        for chunk in read_chunks(path):
+            data += chunk
+            if len(data) > wanted:
+                break
+    except ImportError:
+        raise
     except Exception as error:  # zstandard raises a class of its own
         raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
-    head = np.frombuffer(data[:12].ljust(12, b"\0"), dtype="<i4")
-    magic, version, count = head.tolist()
+    magic, version, count = struct.unpack("<iii", data[:12].ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
             f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`"
         )
-    if len(data) != SHARD_HEADER_BYTES + 2 * count or not count:
+    size = SHARD_HEADER_BYTES + 2 * count
+    if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, dtype="<u2", offset=SHARD_HEADER_BYTES)
+    tokens = np.frombuffer(data, dtype="<u2", count=min(count, most), offset=SHARD_HEADER_BYTES)
+    if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+        raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
     return tokens
 
 
-def shard_bytes(tokens):
-    """Return the contents of a shard of uint16 tokens (n,): the inverse of read_shard."""
-    head = struct.pack("<iii", SHARD_MAGIC, SHARD_VERSION, len(tokens))
-    return head.ljust(SHARD_HEADER_BYTES, b"\0") + np.asarray(tokens, dtype="<u2").tobytes()
+def shard_bytes(tokens, tokenizer=bytes(32)):
+    """Return a shard of uint16 tokens (n,): the inverse of read_shard.
+
+    `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
+    """
+    body = np.asarray(tokens, dtype="<u2").tobytes()
+    crc = any(tokenizer) and zlib.crc32(tokenizer + body)
+    head = struct.pack("<iii32sI", SHARD_MAGIC, SHARD_VERSION, len(tokens), tokenizer, crc)
+    return head.ljust(SHARD_HEADER_BYTES, b"\0") + body
 
 
 def list_shards(cfg, split):
-    """Return the sorted shard files of `split` (train, val); a file wins over its .zst twin."""
-    found = sorted(map(str, Path(cfg.data_path).glob(f"fineweb_{split}_*.bin*")))
-    files = [
-        f for f in found if f.endswith(".bin") or (f[:-4] not in found and f[-8:] == ".bin.zst")
-    ]
-    if not files:
+    """Return the shard files of `split` (train, val) in order; a file wins over its .zst twin.
+
+    UserError for none, a gap in their numbers, or another file that looks like a shard.
+    """
+    folder = Path(cfg.data_path)
+    candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
+    names = (path.name for path in folder.glob("*"))
+    found = sorted({name.removesuffix(".zst") for name in names if candidate.match(name)})
+    if not found:
         raise UserError(
-            f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {cfg.data_path}: get FineWeb's "
+            f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
             "(see README), make some with `tokenize`, or run PRESET=demo, which needs none"
         )
-    return files
+    for number, name in enumerate(found):
+        expected = f"fineweb_{split}_{number:06d}.bin"
+        if name != expected:
+            raise UserError(
+                f"DATA_PATH: {folder} has {name} where {expected} is expected (.zst aside): shards "
+                "are numbered without gaps, and nothing beside them may look like one"
+            )
+    paths = (folder / name for name in found)
+    return [str(path) if path.exists() else f"{path}.zst" for path in paths]
+
+
+def share_returned(sp, tokens):
+    """Return the share of tokens, uint16 (n,), that their text gives back when encoded again.
+
+    Of each document what comes before its first difference counts; 1.0 where no document begins.
+    """
+    returned = wanted = 1
+    for document in np.split(tokens, np.flatnonzero(tokens == sp.bos_id()))[1:]:
+        ids = document[1:].tolist()
+        returned += len(os.path.commonprefix([ids, sp.encode(sp.decode(ids))]))  # noqa: RUF071
+        wanted += len(ids)
+    return returned / wanted
+
+
+def check_shards(paths, table, sp):
+    """Return {SHA-256 of a shard's header and first tokens: its name}.
+
+    UserError for two that are alike, and for another tokenizer than `table`'s, by what a shard says
+    or by the evidence of the processor `sp`; None: without a word of its own it is trusted.
+    """
+    known = {}
+    for path in paths:
+        tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
+        head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
+        name = Path(path).name
+        twin = known.setdefault(hashlib.sha256(head + tokens.tobytes()).hexdigest(), name)
+        if twin != name:
+            raise UserError(f"DATA_PATH: {path} is a copy of {twin}: remove one of them")
+        maker = head[12:44]
+        share = 1.0
+        if any(maker):
+            share = float(maker.hex() == table.digest)
+        elif sp:
+            share = share_returned(sp, tokens)
+        if share < 0.9:
+            raise UserError(
+                f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or the "
+                f"artifact has ({share:.1%} of its tokens come back): set what belongs together"
+            )
+    return known
 
 
 def load_validation(cfg):
@@ -2648,28 +2738,39 @@ def read_result(path):
             "seed": 0,
             "stage": last["name"],
             "val_tokens": last["tokens"],
+            "validation": run["validation"],
+            "shards": run["shards"],
+            **run["environment"],
         }
-        run["seed"] = str(run["seed"])
-        run["device"] = run["environment"]["device"]
         run["row"] = {
+            "seed": run["seed"],
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
         }
         return run
-    except (OSError, UserError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
         message = f"summarize: {path} is not a finished run's results.json ({error!r})"
         raise UserError(message) from error
 
 
-def summarize(paths, out_path):
-    """Gather the results.json of several seeds into a submission.json; return its contents."""
+def summarize(paths, out_path, mixed=False):
+    """Gather the results.json of several seeds into a submission.json; return its contents.
+
+    `mixed`: their environments (script, device, versions) and training shards may differ.
+    """
     runs = [read_result(path) for path in paths]
     first = runs[0]["same"]
-    if odd := {n.upper() for run in runs for n, v in run["same"].items() if v != first.get(n)}:
-        raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd))}")
-    seeds = {run["seed"]: run["row"] for run in runs}
+    odd = {n for run in runs for n, v in run["same"].items() if v != first.get(n)}
+    if mixed:
+        odd -= {"shards", *runs[0]["environment"]}
+    if odd:
+        raise UserError(
+            f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}; `summarize --mixed` "
+            "allows it of shards and environment"
+        )
+    seeds = {str(run["seed"]): run["row"] for run in runs}
     if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     kept = {}
@@ -2687,7 +2788,7 @@ def summarize(paths, out_path):
         **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
         "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
-        "device": runs[0]["device"],
+        "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
         "seeds": seeds,
     }
     if len(runs) < 3:
@@ -2728,11 +2829,15 @@ def open_run(cfg, environ, command, table=None):
         if rt.is_main:
             prepare_demo(cfg, report.log)
     tokens = load_validation(cfg)
-    decode = None
+    shards = list_shards(cfg, "val") + ([] if table else list_shards(cfg, "train"))
+    sp = None
     if table is None or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-        decode = sp.decode
-    total_bytes = audit_bytes(table, tokens, decode)
+    report.results["shards"] = check_shards(shards, table, sp)
+    text = hashlib.sha256()
+    total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
+    validation = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=text.hexdigest())
+    report.results["validation"] = validation
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
@@ -2966,8 +3071,9 @@ def dispatch(args, environ):
             decompress_command(source, target, environ, *arrays)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
-        case ["summarize", first, *more]:
-            print(json.dumps(summarize([first, *more], "submission.json"), indent=1))
+        case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
+            mixed = args[1] != first
+            print(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
             print(__doc__)
             for name, field in FIELDS.items():
@@ -2987,9 +3093,11 @@ def main():
     status = 0
     try:
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt) as error:
+    except (UserError, KeyboardInterrupt, ImportError) as error:
         status = getattr(error, "exit_status", 130)
         message = str(error) or "interrupted; files are kept"
+        if isinstance(error, ImportError):
+            message += ": pip install -r requirements.txt"
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -3004,28 +3112,59 @@ def main():
 # machine has, the documentation inside Python and its packages. One document in 20, chosen by a
 # checksum, is validation text.
 
-SHARD_TOKENS = 50_000_000
-TXT_DOCUMENT_CHARS = 4096
+SHARD_TOKENS = 20_000_000
+DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
+MOST_DOCUMENT_CHARS = 65_536  # about; anything ends one then
+BATCH_DOCUMENTS = 100
 DEMO_TEXT_CHARS = 6_000_000
 
 
+def read_lines(path):
+    """Yield the lines of a file as bytes; those of .txt in parts if they are long."""
+    line = bytearray()
+    for chunk in read_chunks(path):
+        for part in io.BytesIO(chunk):
+            line += part
+            if part.endswith(b"\n") or path.endswith(".txt"):
+                yield line
+                line = bytearray()
+    yield line
+
+
 def read_documents(path):
-    """Return a file's documents: "text" fields, or .txt cut at blank lines after 4,096 chars."""
-    number = 0
-    texts = []
-    is_txt = path.endswith(".txt")
+    """Yield a file's documents: "text" fields, or .txt cut at blank lines, or where it has none.
+
+    UserError names the file and the line.
+    """
+    number = 1
+    document = ""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
-        for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):  # noqa: B007
-            if is_txt or line.strip():
-                texts.append(line.decode("utf-8") if is_txt else json.loads(line)["text"])
-                texts[-1].encode()  # it is a string, and has no half of a surrogate pair
-    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
+        for line in read_lines(path):
+            if path.endswith(".txt"):
+                text = decode(line)
+                document += text
+                if len(document) > (DOCUMENT_CHARS if text.isspace() else MOST_DOCUMENT_CHARS):
+                    yield document
+                    document = ""
+            elif line.strip():
+                match json.loads(line):
+                    case {"text": str(text)}:
+                        text.encode()  # it has no half of a surrogate pair
+                        yield text
+                    case _:
+                        raise ValueError('no string under the key "text"')
+            number += line.endswith(b"\n")
+        yield document + decode(b"", True)
+    except ImportError:
+        raise
+    except OSError as error:
+        raise UserError(f"tokenize: cannot read {path}: {error.strerror}") from error
+    except Exception as error:  # what is decoded or parsed; zstandard has its own class
         raise UserError(
-            f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
-            f'{{"text": "..."}} ({error})'
+            f"tokenize: cannot read {path}, line {number}: {error}; expected UTF-8 text, in .jsonl "
+            '{"text": "..."}'
         ) from error
-    cut = rf"(?s).{{{TXT_DOCUMENT_CHARS},}}?\n[^\S\n]*\n|.+"
-    return re.findall(cut, "".join(texts)) if is_txt else texts
 
 
 def demo_documents():
@@ -3047,20 +3186,25 @@ def demo_documents():
 
 
 def prepare_demo(cfg, log):
-    """Make the demo's shards in its cache, once."""
+    """Make the demo's shards and tokenizer in its cache where one of them is missing."""
     cache = Path(DEMO_CACHE)
-    if Path(cfg.data_path) == cache and not any(cache.glob("fineweb_val_*.bin")):
+    parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
+    if Path(cfg.data_path) == cache and not all((cache / part).exists() for part in parts):
         log("demo: gathering English from the documentation on this machine")
-        shutil.rmtree(cache, ignore_errors=True)  # what an interrupted run has left
-        write_shards(demo_documents(), cache, cfg, log)
+        documents = demo_documents()
+        write_shards(lambda: documents, cache, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
-    """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`."""
+    """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
+
+    It would leave out lines that are long or hold U+2585: they are cut.
+    """
     import sentencepiece
 
     model = io.BytesIO()
-    lines = (line for text in documents for line in text.splitlines() if line.strip())
+    part = re.compile("[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,1024}")
+    lines = (line for text in documents for line in part.findall(text) if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -3072,7 +3216,7 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            max_sentence_length=16_384,
+            max_sentence_length=4096,
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
@@ -3082,42 +3226,62 @@ def train_tokenizer(documents, vocab_size, path):
     write_atomically(path, model.getvalue())
 
 
-def write_shards(documents, out_dir, cfg, log):
-    """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none."""
-    if len(documents) < 2:
+def token_shards(texts, sp):
+    """Yield uint16 tokens (n,) of whole documents, each after BOS, n just over SHARD_TOKENS."""
+    tokens = bytearray()
+    for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
+        for ids in sp.encode(batch, num_threads=os.cpu_count()):
+            tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
+            if len(tokens) >= 2 * SHARD_TOKENS:
+                yield np.frombuffer(tokens, dtype="<u2")
+                tokens = bytearray()
+    if tokens:
+        yield np.frombuffer(tokens, dtype="<u2")
+
+
+def choose_held_out(documents):
+    """Return which documents are validation text, bool (n,): by checksum, else the last."""
+    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents), bool)
+    if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if any(Path(out_dir).glob("fineweb_*.bin*")):
-        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
-    held = np.array([zlib.crc32(text.encode()) % 20 == 0 for text in documents])
     if held.all() or not held.any():
-        held = np.arange(len(documents)) == len(documents) - 1
-    if not Path(cfg.tokenizer_path).exists():
-        log(f"training a tokenizer of {cfg.vocab_size} pieces: {cfg.tokenizer_path}")
-        training = [text for text, is_held in zip(documents, held) if not is_held]
-        train_tokenizer(training, cfg.vocab_size, cfg.tokenizer_path)
-    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    tokens = {"train": [], "val": []}
-    start_s = time.perf_counter()
-    for first in range(0, len(documents), 2000):
-        batch = documents[first : first + 2000]
-        encoded = sp.encode(batch, num_threads=os.cpu_count())
-        for ids, is_held in zip(encoded, held[first:]):
-            document = np.array([sp.bos_id(), *ids], dtype=np.uint16)
-            tokens["val" if is_held else "train"].append(document)
-        done = progress_line(first + len(batch), len(documents), start_s, "documents")
-        log(f"tokenize: {done}")
-    for split, parts in tokens.items():
-        stream = np.concatenate(parts)
-        pieces = np.split(stream, range(SHARD_TOKENS, len(stream), SHARD_TOKENS))
-        for number, piece in enumerate(pieces):
-            path = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
-            write_atomically(path, shard_bytes(piece))
-        log(f"{split}: {len(stream):,} tokens in {len(parts):,} documents")
-    log(
-        f"done: DATA_PATH={out_dir} TOKENIZER_PATH={cfg.tokenizer_path} VOCAB_SIZE={cfg.vocab_size}"
-    )
+        held = np.arange(len(held)) == len(held) - 1
+    return held
+
+
+def write_shards(documents, out_dir, cfg, log):
+    """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none.
+
+    documents() begins to go through the texts, which are never all in memory. A new tokenizer does
+    not take the name of an official one: it is written to out_dir.
+    """
+    path = Path(cfg.tokenizer_path)
+    if path.name.startswith("fineweb_") and not path.exists():
+        path = Path(out_dir, "tokenizer.model")
+    for folder in (Path(out_dir), path.parent):
+        check_writable(folder, 0)
+    held = choose_held_out(documents())
+
+    def texts(is_held):
+        start_s = time.perf_counter()
+        for number, text in enumerate(documents(), 1):
+            if held[number - 1] == is_held:
+                yield text
+            if number % 10_000 == 0 or number == len(held):
+                log(f"tokenize: {progress_line(number, len(held), start_s, 'documents')}")
+
+    if not path.exists():
+        log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
+        train_tokenizer(texts(False), cfg.vocab_size, path)
+    table, sp = load_tokenizer(path, cfg.vocab_size)
+    for split in ("train", "val"):
+        for number, tokens in enumerate(token_shards(texts(split == "val"), sp)):
+            target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
+            write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
+            log(f"{target}: {len(tokens):,} tokens")
+    log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={path} VOCAB_SIZE={cfg.vocab_size}")
 
 
 def tokenize_command(out_dir, paths, environ):
@@ -3125,11 +3289,12 @@ def tokenize_command(out_dir, paths, environ):
     cfg = config_from_env(environ)
     if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
         raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
-    documents = []
-    start_s = time.perf_counter()
-    for number, path in enumerate(paths, 1):
-        documents += [text for text in read_documents(path) if text.strip()]
-        show(f"{len(documents):,} documents; {progress_line(number, len(paths), start_s, 'files')}")
+    if any(Path(out_dir).glob("fineweb_*.bin*")):
+        raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
+
+    def documents():
+        return (text for path in paths for text in read_documents(path) if text.strip())
+
     write_shards(documents, out_dir, cfg, show)
 
 

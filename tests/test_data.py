@@ -118,24 +118,71 @@ def test_folder_without_shards_is_told_with_a_way_out(tmp_path, name):
     assert "PRESET=demo" in message
 
 
+def folder_of(folder, *names):
+    """Return a Config whose DATA_PATH is `folder`, after making empty files of these names in it."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"")
+    return tiny_config(data_path=str(folder))
+
+
 def test_shards_are_listed_in_order(tmp_path):
-    """Sorted by name; a plain file wins over its compressed twin; other names are left alone."""
-    folder = tmp_path / "a[b]"
-    folder.mkdir()
-    for name in (
-        "val_000002.bin",
-        "val_000000.bin.zst",
-        "val_000001.bin",
-        "val_000001.bin.zst",
-        "val_000003.bin.tmp7",
-        "val_000004.bin.bak",
-        "train_000000.bin",
-    ):
-        (folder / f"fineweb_{name}").write_bytes(b"")
-    listed = train_gpt.list_shards(tiny_config(data_path=str(folder)), "val")
-    names = [os.path.basename(path) for path in listed]
+    """Sorted by number; a plain file wins over its compressed twin; other files do not matter."""
+    names = [
+        "fineweb_val_000002.bin",
+        "fineweb_val_000000.bin.zst",
+        "fineweb_val_000001.bin",
+        "fineweb_val_000001.bin.zst",
+        "fineweb_train_000000.bin",
+        "fineweb_1024_bpe.model",
+        "manifest.json",
+        "notes.txt",
+    ]
+    cfg = folder_of(tmp_path / "a[b]", *names)
+    listed = [os.path.basename(path) for path in train_gpt.list_shards(cfg, "val")]
     endings = ["000000.bin.zst", "000001.bin", "000002.bin"]
-    assert names == [f"fineweb_val_{ending}" for ending in endings]
+    assert listed == [f"fineweb_val_{ending}" for ending in endings]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "fineweb_val_000000 (1).bin",
+        "fineweb_val_000000.bin.bak",
+        "fineweb_val_000000.bin.tmp7",
+        "fineweb_val_000000.bin.zst.zst",
+        "fineweb_val_0000000.bin",
+        "fineweb_val_00001.bin",
+        "fineweb_val_٠٠٠٠٠١.bin",
+        "fineweb_val_000000_copy.bin",
+        "fineweb_val_extra.bin.zst",
+        "fineweb_valid_000001.bin",
+        ".fineweb_val_000001.bin.part",
+        "Copy of fineweb_val_000000.bin",
+        "val_000001.bin",
+    ],
+)
+def test_other_file_that_looks_like_a_shard_is_refused(tmp_path, name):
+    """A copy, a remnant or another scheme of names beside the shards: folder and file are named."""
+    cfg = folder_of(tmp_path, "fineweb_val_000000.bin", name)
+    message = refusal(train_gpt.list_shards, cfg, "val")
+    shown = name.removesuffix(".zst")
+    assert message.startswith(f"DATA_PATH: {tmp_path} has {shown} where fineweb_val_")
+
+
+@pytest.mark.parametrize("numbers, missing", [([1], 0), ([0, 2], 1), ([0, 1, 2, 4, 6], 3)])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_gap_in_the_numbers_is_refused(tmp_path, split, numbers, missing):
+    """The first shard that is not there is named."""
+    cfg = folder_of(tmp_path, *(f"fineweb_{split}_{number:06d}.bin" for number in numbers))
+    message = refusal(train_gpt.list_shards, cfg, split)
+    assert f"where fineweb_{split}_{missing:06d}.bin is expected" in message
+
+
+def test_shards_of_the_other_split_do_not_matter(tmp_path):
+    """Whoever only evaluates needs no training shards, nor all of them."""
+    cfg = folder_of(tmp_path, "fineweb_val_000000.bin", "fineweb_train_000003.bin")
+    assert len(train_gpt.list_shards(cfg, "val")) == 1
 
 
 # ---- Validation and training streams -------------------------------------------------------------
@@ -323,7 +370,7 @@ def corpus(tmp_path_factory, texts):
         patch.setattr(train_gpt, "SHARD_TOKENS", 20_001)  # several shards
         patch.setattr(train_gpt, "show", shown.append)
         tokenize(folder, folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c.txt")
-    cut = train_gpt.read_documents(str(folder / "c.txt"))
+    cut = list(train_gpt.read_documents(str(folder / "c.txt")))
     split = {True: [], False: []}
     for document in [text for text in plain + many if text.strip()] + cut:
         split[zlib.crc32(document.encode()) % 20 == 0].append(document)
@@ -336,7 +383,7 @@ def corpus(tmp_path_factory, texts):
 def test_plain_text_is_cut_into_documents_without_loss(corpus):
     """The documents of a .txt file, put together, are the file."""
     path = corpus.folder / "c.txt"
-    documents = train_gpt.read_documents(str(path))
+    documents = list(train_gpt.read_documents(str(path)))
     assert len(documents) > 5
     assert "".join(documents).encode() == path.read_bytes()
 
@@ -400,7 +447,7 @@ def test_tokenize_refuses_a_tokenizer_of_another_size(tmp_path, texts, tokenizer
     assert "VOCAB_SIZE=500" in message
     assert "400 pieces" in message
     assert str(path) in message
-    assert not (tmp_path / "shards").exists()
+    assert not any((tmp_path / "shards").iterdir())
 
 
 @pytest.mark.parametrize("size, way_out", [(4000, "lower"), (260, "raise")])
@@ -459,7 +506,7 @@ def test_malformed_text_is_refused(tmp_path, fault):
     message = refusal(tokenize, tmp_path, good, path)
     assert str(path) in message
     assert where in message
-    assert not (tmp_path / "shards").exists()
+    assert not any((tmp_path / "shards").iterdir())
     assert not (tmp_path / "new.model").exists()
 
 

@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import refusal, tiny_config
+from conftest import error_line, refusal, tiny_config
 
 import train_gpt
 from train_gpt import Runtime, summarize
@@ -99,6 +99,9 @@ def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
 # ---- Results of several seeds --------------------------------------------------------------------
 
 
+VALIDATION = dict(tokens=1000, bytes=2400, sha256="0" * 64)
+
+
 def write_results(folder, seed, val_bpb, **changes):
     """Return the path of a results.json like that of a run of `seed`, written to `folder`."""
     settings = dict(
@@ -120,7 +123,9 @@ def write_results(folder, seed, val_bpb, **changes):
         val_bpb=val_bpb,
         settings=settings,
         artifact=artifact,
-        environment=dict(device="cuda"),
+        validation=changes.get("validation", VALIDATION),
+        shards=changes.get("shards", {"0" * 64: "fineweb_val_000000.bin"}),
+        environment=dict(device="cuda", source_sha256="0" * 64) | changes.get("environment", {}),
         stages=[stage("pre_quant", 9.0), {**last, "tokens": changes.get("tokens", 1000)}],
     )
     path = folder / f"results{len(list(folder.iterdir()))}.json"
@@ -217,6 +222,11 @@ def test_new_submission_has_room_for_the_author(tmp_path):
         (dict(limit=17_000_000, total=16_000_001), "over the cap"),
         (dict(ttt_lr=2e-4), "differ in TTT_LR"),
         (dict(overridden=["TTT_LR"]), "TTT_LR overridden"),
+        (dict(validation=VALIDATION | dict(bytes=2401)), "differ in VALIDATION"),
+        (dict(validation=VALIDATION | dict(sha256="1" * 64)), "differ in VALIDATION"),
+        (dict(shards={"1" * 64: "fineweb_val_000000.bin"}), "differ in SHARDS"),
+        (dict(environment=dict(device="cpu")), "differ in DEVICE; `summarize --mixed`"),
+        (dict(environment=dict(source_sha256="1")), "differ in SOURCE_SHA256"),
     ],
 )
 def test_results_that_cannot_be_averaged_are_refused(tmp_path, change, words):
@@ -225,6 +235,33 @@ def test_results_that_cannot_be_averaged_are_refused(tmp_path, change, words):
     other = write_results(tmp_path, **dict(seed=2, val_bpb=1.2) | change)
     assert words in refusal(summarize, [good, other], str(tmp_path / "submission.json"))
     assert not (tmp_path / "submission.json").exists()
+
+
+MIXED = dict(environment=dict(device="cpu", source_sha256="1"), shards={})
+
+
+def test_results_of_several_machines_are_averaged_when_told(tmp_path):
+    """`mixed` allows other devices, scripts and training shards, and the summary names them all."""
+    paths = [write_results(tmp_path, 1, 1.1), write_results(tmp_path, 2, 1.2, **MIXED)]
+    summary = summarize(paths, str(tmp_path / "submission.json"), mixed=True)
+    assert summary["val_bpb"] == pytest.approx(1.15)
+    assert summary["device"] == "cpu + cuda"
+
+
+def test_results_on_several_texts_are_never_averaged(tmp_path):
+    """`mixed` does not allow another validation text of as many tokens."""
+    other = MIXED | dict(validation=VALIDATION | dict(bytes=2401))
+    paths = [write_results(tmp_path, 1, 1.1), write_results(tmp_path, 2, 1.2, **other)]
+    message = refusal(summarize, paths, str(tmp_path / "submission.json"), mixed=True)
+    assert "differ in VALIDATION;" in message
+
+
+def test_mixed_is_an_argument_of_the_command(tmp_path, command_line):
+    """`summarize --mixed` passes it on; without it the runs are refused."""
+    paths = [write_results(tmp_path, 1, 1.1), write_results(tmp_path, 2, 1.2, **MIXED)]
+    assert "DEVICE, SHARDS, SOURCE_SHA256" in error_line(command_line("summarize", *paths), 1)
+    assert command_line("summarize", "--mixed", *paths) == (0, "")
+    assert (tmp_path / "submission.json").exists()
 
 
 UNFINISHED = (
@@ -245,7 +282,9 @@ def test_file_that_is_no_result_is_refused(tmp_path, contents):
     assert str(bad) in refusal(summarize, [good, str(bad)], str(tmp_path / "submission.json"))
 
 
-@pytest.mark.parametrize("name", ["seed", "settings", "artifact", "environment", "stages"])
+@pytest.mark.parametrize(
+    "name", ["seed", "settings", "artifact", "environment", "stages", "validation", "shards"]
+)
 def test_result_without_a_part_is_refused(tmp_path, name):
     """A file that lacks what a submission shows is named."""
     path = Path(write_results(tmp_path, 1, 1.1))
