@@ -6,11 +6,13 @@
     PRESET=demo python train_gpt.py    the same on a laptop: no data, no GPU, three minutes
     train_gpt.py eval                  score the artifact at ARTIFACT_PATH again
     train_gpt.py verify                prove its figure by decoding
+    train_gpt.py finish                go on with the run RUN_ID, from the weights that it has kept
     train_gpt.py compress IN OUT       any file to code words, with the artifact
     train_gpt.py decompress IN OUT     and back, byte for byte
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
     train_gpt.py summarize JSON...     results of several seeds to submission.json
 
+IN and OUT may be "-", standard input and output; -f before them lets OUT be replaced.
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
 model.int6.lzma.
@@ -35,6 +37,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -44,11 +47,15 @@ import lzma
 import math
 import os
 import re
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,11 +64,15 @@ from typing import NamedTuple
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.optim import Muon  # noqa: F401 (an older torch has none)
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
 # ---- Config --------------------------------------------------------------------------------------
 # One frozen dataclass is the only door for settings, in groups: `run` says where things are on this
@@ -104,8 +115,9 @@ class RunSettings:
     data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
-    artifact_path: str = option("", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
+    artifact_path: str = option("", "artifact to be read; empty: LOG_DIR/RUN_ID/model.int6.lzma")
     log_dir: str = option("logs", "where runs are written")
+    replace_run: bool = option(False, "let a run replace one of other settings in its folder")
     val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
     size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
     log_every: int = option(100, "training steps between two log lines")
@@ -265,6 +277,7 @@ GROUPS = {  # {setting: the class that it belongs to}
     for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
     for field in dataclasses.fields(group)
 }
+PLACES = {"run_id", "log_dir", "artifact_path", "log_every", "replace_run"}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -379,9 +392,7 @@ def config_from_env(environ, stored=None):
     for name, value in given.items():
         fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
         if fixed and value != stored[name]:
-            raise UsageError(
-                f"{name.upper()}={value}: the artifact has {stored[name]}; unset it or train again"
-            )
+            raise UsageError(f"{name.upper()}={value}: the weights have {stored[name]}; unset it")
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 
@@ -405,7 +416,7 @@ def check_config(cfg):
             whole = getattr(cfg, multiple) % getattr(cfg, name) == 0
             need(whole, multiple, f"must be a multiple of {name.upper()}={getattr(cfg, name)}")
     for name, field in FIELDS.items():
-        most = field.metadata.get("maximum", math.inf)
+        most = field.metadata.get("maximum", math.inf if field.type is float else 2**63 - 1)
         most = getattr(cfg, most) if isinstance(most, str) else most
         if field.type is not str:
             need(getattr(cfg, name) <= most, name, f"must be at most {most:.9g}")
@@ -417,9 +428,46 @@ def check_config(cfg):
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one
-# rank: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit
-# the same integers.
+# Rank, device and dtype are decided once and said aloud, and nothing that surrounds the program is
+# trusted: torchrun's variables count when all of them are there, threads are what this process may
+# use and alike on every rank, sizes are compared with the memory there is, and one product is
+# compared with NumPy's. What is said never ends the work, whatever became of the terminal or disk.
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def say(line, file):
+    """Write a line at once, in the file's encoding; a file that is closed or full is passed over."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+def one_line(error, log=None):
+    """Return what an exception says in one line; `log` is told where one came from unforeseen."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, UserError):
+        return str(error)
+    if log:
+        log("".join(traceback.format_exception(error)))
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])
+
+
+@contextlib.contextmanager
+def signals_held():
+    """Yield a list, to which signals are added that would else interrupt the block."""
+    held = []
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda *args: held.append(args))
+    try:
+        yield held
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @dataclass
@@ -452,21 +500,20 @@ class Runtime:
         mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
-    def barrier(self):
-        """Wait until every rank is here."""
-        self.from_main(0.0)
-
     @contextlib.contextmanager
     def fail_together(self):
-        """Raise UserError on every rank where the block raises it on one: none is left waiting."""
-        failure = None
+        """Raise a UserError of the block, whichever rank it is on, on every rank: none waits."""
+        failures = [None]
         try:
             yield
         except UserError as error:
-            failure = error
-        failed = torch.tensor([float(failure is not None)], device=self.device)
-        if self.sum_over_ranks(failed).item():
-            raise failure or UserError("another rank has failed")
+            failures = [error]
+        if dist.is_initialized():
+            mine = failures[0]
+            failures = [None] * self.world
+            dist.all_gather_object(failures, mine)
+        for failure in filter(None, failures):
+            raise failure
 
     def clock(self):
         """Return seconds on a clock, read once the device has done its work."""
@@ -482,11 +529,103 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def torchrun_ranks(environ):
+    """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all.
+
+    UsageError names a variable that torchrun cannot have set so.
+    """
+    if not {*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} <= environ.keys():
+        return [0, 1, 0, 1]
+    for name in TORCHRUN:
+        if not re.fullmatch("[0-9]{1,9}", environ[name]):
+            raise UsageError(f"{name}={environ[name]!r}: expected torchrun's number; unset it")
+    rank, world, local_rank, ranks_here = ranks = [int(environ[name]) for name in TORCHRUN]
+    if rank >= world or local_rank >= ranks_here:
+        said = " ".join(f"{name}={environ[name]}" for name in TORCHRUN)
+        raise UsageError(f"{said}: there is no such rank; unset them or start by torchrun")
+    return ranks
+
+
+def cgroup_limits(*names):
+    """Yield the words in these files of each control group around this process (v1, v2)."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kind, group = line.split(":", 2)
+            own = Path("/sys/fs/cgroup", kind, group[1:])
+            for folder in (own, *own.parents):
+                with contextlib.suppress(OSError):
+                    yield " ".join((folder / name).read_text() for name in names).split()
+
+
+def count_threads(environ):
+    """Return OMP_NUM_THREADS, or the processors that affinity and control groups allow."""
+    if asked := environ.get("OMP_NUM_THREADS"):
+        if not re.fullmatch("[1-9][0-9]{0,3}(,.*)?", asked):
+            raise UsageError(f"OMP_NUM_THREADS={asked!r}: expected a whole number; unset it")
+        return int(asked.split(",")[0])
+    limits = [os.cpu_count()]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    old = cgroup_limits("cpu.cfs_quota_us", "cpu.cfs_period_us")
+    for quota, period in (*cgroup_limits("cpu.max"), *old):
+        if quota not in ("max", "-1"):
+            limits.append(math.ceil(int(quota) / int(period)))
+    return min(limits)
+
+
+def check_memory(cfg, device):
+    """Raise UsageError, before work, for a setting that alone takes more memory than there is."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if device.type == "cuda":
+        limits = [torch.cuda.get_device_properties(device).total_memory]
+    else:
+        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
+        files = (*cgroup_limits("memory.max"), *cgroup_limits("memory.limit_in_bytes"))
+        limits += [int(word) for word, *_ in (*files, [soft]) if word not in ("max", -1)]
+    logits = 4 * cfg.vocab_size
+    needs = {
+        "ngram_hash_bits": 4 * CONTEXTS << cfg.ngram_hash_bits,
+        "ngram_recent": 4 * CONTEXTS * cfg.ngram_recent * cfg.eval_stride,
+        "eval_batch_windows": logits * cfg.eval_batch_windows * cfg.eval_stride,
+        "micro_batch_tokens": logits * cfg.micro_batch_tokens,
+        "train_batch_tokens": 16 * cfg.train_batch_tokens,
+        "vocab_size": logits * cfg.vocab_size,
+        "model_dim": 4 * count_weights(cfg),
+    }
+    name = max(needs, key=needs.get)
+    if needs[name] > min(limits):
+        raise UsageError(
+            f"{name.upper()}={getattr(cfg, name)}: takes {needs[name]:,} bytes of memory of "
+            f"{min(limits):,}; lower it, or what it is multiplied by"
+        )
+
+
+def count_weights(cfg):
+    """Return about how many weights a model has."""
+    matrices = 2 * cfg.model_dim**2 * (1 + cfg.mlp_mult)
+    tables = cfg.model_dim * cfg.vocab_size + cfg.bigram_dim * cfg.bigram_vocab_size
+    return cfg.num_layers * matrices + tables
+
+
+def check_product(device, dtype):
+    """Raise UserError if torch multiplies matrices otherwise than NumPy does in float64."""
+    x = np.random.default_rng(0).standard_normal((256, 256))
+    for kind in (dtype, torch.float32, torch.float64):
+        rounded = torch.from_numpy(x).to(device, kind)
+        found = F.linear(rounded, rounded).double().cpu().numpy()
+        exact = rounded.double().cpu().numpy()
+        error = np.abs(found - exact @ exact.T).max() / 256
+        if not error < 16 * torch.finfo(kind).eps:  # NaN is not
+            names = ", ".join(n for n in os.environ if re.match("OMP_|GOMP_|KMP_|MKL_|DNNL_", n))
+            raise UserError(
+                f"{kind} products on {device} are wrong: OpenMP or torch's math library is broken; "
+                f"unset {names} or install torch {torch.__version__} again"
+            )
+
+
 def start_runtime(cfg, environ):
     """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
-    rank = int(environ.get("RANK", 0))
-    world = int(environ.get("WORLD_SIZE", 1))
-    ranks_here = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank, ranks_here = torchrun_ranks(environ)
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
     if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
         raise UsageError(
@@ -498,25 +637,31 @@ def start_runtime(cfg, environ):
     name = units.get("cpu_name", os.uname().machine)
     kernel = "SDPA's own kernels"
     if cuda:
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
         kernel = attention_kernel()
-    torch.set_num_threads(os.cpu_count())
+    check_memory(cfg, device)
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
     if world > 1:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
-        )
-    notes = (
+        try:
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"torchrun: the ranks do not meet: {one_line(error)}") from error
+    rt = Runtime(rank, world, device, dtype)
+    torch.set_num_threads(int(rt.from_main(count_threads(environ))))
+    check_product(device, dtype)
+    rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
         f"dtype {dtype}: {why}",
         f"attention: {kernel}",
     )
-    return Runtime(rank, world, device, dtype, notes)
+    return rt
 
 
 def attention_kernel():
@@ -538,16 +683,34 @@ def progress_line(done, total, start_s, unit):
     )
 
 
-def write_atomically(path, data):
-    """Write bytes beside `path` and rename the file: it is whole or it is not there."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+def is_stream(path):
+    """Return whether what is written to `path` goes elsewhere: "-", a device or a FIFO."""
+    return str(path) == "-" or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def write_atomically(path, data, mode=None):
+    """Write bytes beside `path` and rename the file: it is whole or it is not there.
+
+    A link is followed; a device, a FIFO and "-", standard output, are written through. `mode`: the
+    file's permissions. Without data it is only tried whether the file could be written.
+    """
+    target = os.path.realpath(path)
+    temporary = Path(f"{target}.tmp{os.getpid()}")
     try:
+        if is_stream(path):
+            if data is not None or os.path.isdir(path):
+                with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
+                    file.write(data)
+            return
         temporary.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            if mode is not None:
+                os.fchmod(file.fileno(), mode)
+            file.write(data or b"")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if data is not None:
+            os.replace(temporary, target)
     except OSError as error:
         hint = "free space or write elsewhere"
         raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
@@ -557,22 +720,57 @@ def write_atomically(path, data):
 
 
 def read_file(path, name="", hint=""):
-    """Return a file's bytes; UserError says which setting or file it was."""
+    """Return a file's bytes, those of standard input for "-"; UserError names setting or file."""
     try:
-        return Path(path).read_bytes()
+        with open(os.dup(0) if str(path) == "-" else path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
 
 
+def check_target(target, sources, force):
+    """Return (the permissions that a file made of sources[0] gets, the log that suits `target`).
+
+    UserError, before work, if `target` cannot be written, is one of the sources, or is there and
+    is not to be replaced.
+    """
+    path = Path(target)
+    if target != "-" and not path.parent.is_dir():
+        raise UserError(f"cannot write {target}: there is no folder {path.parent}")
+    write_atomically(target, None)
+    if path.is_file():
+        for source in filter(os.path.exists, sources):
+            if path.samefile(source):
+                raise UsageError(f"{target} is read as {source}; name another file")
+        if not force:
+            raise UsageError(f"{target} is there already; -f replaces it")
+    is_file = os.path.isfile(sources[0])
+    mode = os.stat(sources[0]).st_mode & 0o777 if is_file else None
+    return mode, functools.partial(say, file=sys.stderr if is_stream(target) else sys.stdout)
+
+
 def check_writable(folder, need_bytes):
     """Raise UserError, before hours of work, if `folder` cannot be written to or has no room."""
-    write_atomically(folder / ".probe", b"probe")
-    (folder / ".probe").unlink()
+    write_atomically(folder / ".probe", None)
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise UserError(
             f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
         )
+
+
+def lock_folder(folder):
+    """Return an open file that locks `folder`; UserError if another process has locked it."""
+    write_atomically(folder / ".probe", None)
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+        raise UserError(message) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
@@ -1194,7 +1392,6 @@ class TrainResult:
     warmup_seconds: float = 0.0
     calibration_seconds: float = 0.0
     stopped: str = ""  # empty: all steps were taken, or the time was up
-    interrupted: bool = False  # by Ctrl-C, which reaches every rank
 
 
 def training_loss(model, rt):
@@ -1279,11 +1476,45 @@ def warm_up(model, loss, cfg, rt):
     model.load_state_dict(weights)
 
 
-def train(model, cfg, rt, log, held_out):
+def take_steps(trainer, stream, result, limit_s, log, held):
+    """Take the steps that ITERATIONS and limit_s allow, and count them in `result`.
+
+    UserError where a rank holds a signal in `held`, which all of them learn after the same step.
+    """
+    cfg = trainer.cfg
+    rt = trainer.rt
+    start_s = time.perf_counter()
+    while result.steps < cfg.iterations:
+        scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
+        batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
+        losses = trainer.step(batches, result.steps, scale)
+        result.steps += 1
+        result.tokens += cfg.train_batch_tokens
+        elapsed_s = time.perf_counter() - start_s
+        news = torch.tensor([elapsed_s * rt.is_main, len(held)], dtype=torch.float64)
+        result.seconds, signals = rt.sum_over_ranks(news.to(rt.device)).tolist()
+        per_step_s = result.seconds / result.steps
+        if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
+            steps_left_s = (cfg.iterations - result.steps) * per_step_s
+            eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
+            log(
+                f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
+                f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
+                f"{result.tokens / result.seconds:,.0f} tokens/s  "
+                f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
+            )
+        if signals:
+            raise UserError(f"interrupted at step {result.steps}")
+        if result.seconds + per_step_s > limit_s:
+            break
+
+
+def train(model, cfg, rt, log, held_out, keep=None):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
-    NaN, infinity, a bad shard and Ctrl-C end training early: the result says why, and the model has
-    the last good weights. In every case they are averaged as EMA_DECAY and SWA_ENABLED say.
+    NaN, infinity, a bad shard, a lost rank and signals end training early: the result says why, and
+    the model has the last good weights. In every case they are averaged as EMA_DECAY and
+    SWA_ENABLED say; keep(result) is called before signals can interrupt again.
     """
     stream = TrainStream(cfg, held_out)
     result = TrainResult()
@@ -1300,33 +1531,16 @@ def train(model, cfg, rt, log, held_out):
             f"{result.warmup_seconds:.1f} s, not timed"
         )
     trainer = Trainer(model, loss, cfg, rt)
-    start_s = time.perf_counter()
-    try:
-        while result.steps < cfg.iterations:
-            scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
-            batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
-            losses = trainer.step(batches, result.steps, scale)
-            result.steps += 1
-            result.tokens += cfg.train_batch_tokens
-            result.seconds = rt.from_main(time.perf_counter() - start_s)
-            per_step_s = result.seconds / result.steps
-            if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                steps_left_s = (cfg.iterations - result.steps) * per_step_s
-                eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
-                log(
-                    f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
-                    f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
-                    f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
-                )
-            if result.seconds + per_step_s > limit_s:
-                break
-    except UserError as error:
-        result.stopped = str(error)
-    except KeyboardInterrupt:
-        result.stopped = f"interrupted at step {result.steps}"
-        result.interrupted = True
-    trainer.average.install()
+    with signals_held() as held:
+        try:
+            take_steps(trainer, stream, result, limit_s, log, held)
+        except Exception as error:
+            result.stopped = one_line(error, log)
+        trainer.average.install()
+        if keep and result.steps:
+            keep(result)
+    if held and not result.stopped:
+        result.stopped = "interrupted after the last step"
     if stream.epochs:
         log(
             f"note: the training shards were read {stream.epochs} time(s) over; "
@@ -1401,6 +1615,7 @@ def estimate_coarseness(weights, budget_bytes):
 # Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from
 # LZMA.
 
+WEIGHTS = "weights.pt"  # what a run keeps of its training until all is done
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
@@ -2493,7 +2708,13 @@ def decode_elsewhere(path, artifact, run):
     text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "decompress", *map(str, (path, text_path, arrays_path))]
+    command = [
+        sys.executable,
+        __file__,
+        "decompress",
+        "-f",
+        *map(str, (path, text_path, arrays_path)),
+    ]
     last_line = ""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, env=env, **pipes) as decoder:
@@ -2522,7 +2743,7 @@ class Report:
         if rt.is_main:
             log_path = cfg.run_dir / f"{command}.log"
             self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
-        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        source = source_digest()
         settings = dict(sorted(asdict(cfg).items()))
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -2551,15 +2772,14 @@ class Report:
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
-            print(line, file=file, flush=True)
+            say(line, file)
 
     def record(self, name, value):
         """Set one key of results.json and write it."""
         self.results[name] = value
         text = json.dumps(self.results, indent=1) + "\n"
-        with self.rt.fail_together():
-            if self.rt.is_main:
-                write_atomically(self.cfg.run_dir / "results.json", text.encode())
+        if self.rt.is_main:
+            write_atomically(self.cfg.run_dir / "results.json", text.encode())
 
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
@@ -2625,10 +2845,41 @@ class Report:
         self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 
+def source_digest():
+    """Return the SHA-256 of this script."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+
+
+def check_earlier(cfg, command, artifact):
+    """Raise UsageError if the run's folder has results of another command, setting or source.
+
+    artifact: the Artifact to be scored; None for training.
+    """
+    path = cfg.run_dir / "results.json"
+    if cfg.replace_run or not path.exists():
+        return
+    wanted = {**asdict(cfg), "command": command, "source": source_digest()}
+    try:
+        earlier = json.loads(path.read_bytes())
+        found = {**earlier["settings"], "command": earlier["command"]}
+        found["source"] = earlier["environment"]["source_sha256"]
+        if artifact:
+            found["artifact"] = earlier["artifact"]["sha256"]
+            wanted["artifact"] = artifact.digest.hex()
+    except (OSError, ValueError, KeyError, TypeError):
+        found = {}
+    odd = [n.upper() for n in wanted.keys() - PLACES if found.get(n, wanted) != wanted[n]]
+    if odd:
+        raise UsageError(
+            f"{path} is of a run with another {', '.join(sorted(odd))}: "
+            "set another RUN_ID, or REPLACE_RUN=1 to replace it"
+        )
+
+
 def read_result(path):
     """Return a finished run's results.json; UserError names the file and what is amiss with it."""
     try:
-        run = json.loads(Path(path).read_text())
+        run = json.loads(Path(path).read_bytes())
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
@@ -2670,7 +2921,7 @@ def summarize(paths, out_path):
     kept = {}
     if Path(out_path).exists():
         try:
-            kept = dict(json.loads(Path(out_path).read_text()))
+            kept = dict(json.loads(Path(out_path).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             message = f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
             raise UserError(message) from error
@@ -2706,56 +2957,107 @@ class Run:
     table: TokenTable
     tokens: np.ndarray  # the validation stream, int64 (n + 1,)
     total_bytes: int  # of its text
+    lock: object = None  # on the run's folder, until it is closed
 
 
-def open_run(cfg, environ, command, table=None):
-    """Return the Run of a command, everything checked; `table`: the artifact's, if there is one."""
+def open_run(cfg, environ, command, artifact=None):
+    """Return the Run of a command, everything checked; `artifact`: what is scored, if not new."""
     rt = start_runtime(cfg, environ)
-    folders = [cfg.run_dir]
-    if table is None:
+    table = artifact and artifact.table
+    lock = None
+    need_bytes = 2 * cfg.size_limit_bytes
+    if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        folders.append(cfg.artifact.parent)
+        need_bytes += 5 * count_weights(cfg)
     with rt.fail_together():
-        for folder in folders if rt.is_main else ():
-            check_writable(folder, 2 * cfg.size_limit_bytes)
+        if rt.is_main:
+            lock = lock_folder(cfg.run_dir)
+            check_earlier(cfg, command, artifact)
+            check_writable(cfg.run_dir, need_bytes)
     report = Report(cfg, rt, command)
     with rt.fail_together():
         if rt.is_main:
             prepare_demo(cfg, report.log)
-    tokens = load_validation(cfg)
-    decode = None
-    if table is None or Path(cfg.tokenizer_path).exists():
-        table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-        decode = sp.decode
-    total_bytes = audit_bytes(table, tokens, decode)
+    with rt.fail_together():
+        tokens = load_validation(cfg)
+        decode = None
+        if table is None or Path(cfg.tokenizer_path).exists():
+            table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
+            decode = sp.decode
+        total_bytes = audit_bytes(table, tokens, decode)
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
-    return Run(cfg, rt, report, table, tokens, total_bytes)
+    return Run(cfg, rt, report, table, tokens, total_bytes, lock)
 
 
-def train_command(environ):
-    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove."""
-    cfg = config_from_env(environ)
+def train_command(environ, kept=None):
+    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove.
+
+    kept: what an earlier run has kept of its training, which is then not repeated.
+    """
+    cfg = config_from_env({**environ, "ARTIFACT_PATH": ""}, kept and kept["settings"])
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
-    model = new_model(cfg, run.rt)
+    model = new_model(cfg, run.rt, kept and kept["weights"])
     run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    result = train(model, cfg, run.rt, run.report.log, len(held_out))
+    if kept:
+        result = TrainResult(**kept["result"])
+    else:
+        keep = functools.partial(keep_weights, run, model, reserve_room(run, model))
+        result = train(model, cfg, run.rt, run.report.log, len(held_out), keep)
+    path = cfg.run_dir / WEIGHTS
+    try:
+        if result.stopped and not kept:
+            raise UserError(result.stopped)
+        finish(run, model, result, held_out)
+    except (Exception, KeyboardInterrupt) as error:
+        message = one_line(error, run.report.log)
+        if result.steps:
+            places = f"LOG_DIR={cfg.log_dir} RUN_ID={cfg.run_id or cfg.run_dir.name}"
+            message += f"; the weights are in {path}: `{places} train_gpt.py finish` goes on"
+        raise UserError(message) from error
+    if run.rt.is_main:
+        path.unlink()
+
+
+def reserve_room(run, model):
+    """Return a file without a name that holds the weights' room on the disk until it is closed."""
+    room = tempfile.TemporaryFile(dir=run.cfg.run_dir) if run.rt.is_main else io.BytesIO()
+    if run.rt.is_main:
+        room.write(bytes(4 * sum(p.numel() for p in model.parameters()) + 2**20))
+        room.flush()
+    return room
+
+
+def keep_weights(run, model, room, result):
+    """Write the trained weights to the run's folder before anything else can go wrong."""
+    room.close()
+    kept = {"settings": asdict(run.cfg), "result": asdict(result), "weights": model.state_dict()}
+    data = io.BytesIO()
+    torch.save(kept, data)
+    if run.rt.is_main:
+        write_atomically(run.cfg.run_dir / WEIGHTS, data.getvalue())
+    run.report.record("train", asdict(result))
+
+
+def finish_command(environ):
+    """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
+    path = find_run(environ).run_dir / WEIGHTS
+    data = read_file(path, "RUN_ID: ", "; there is no training to finish")
+    try:
+        kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, pickle and zip files have their own
+        raise UserError(f"{path} is damaged ({type(error).__name__}); train again") from error
+    train_command({**environ, "REPLACE_RUN": "1"}, kept)
+
+
+def finish(run, model, result, held_out):
+    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
+    cfg = run.cfg
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
-    if not result.stopped:
-        try:
-            limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
-            weights["mixer"], result.calibration_seconds = calibrate(
-                run, weights, held_out, limit_s
-            )
-        except UserError as error:
-            result.stopped = str(error)
-        except KeyboardInterrupt:
-            result.stopped = "calibration was interrupted"
-            result.interrupted = True
-    if result.stopped:
-        keep_last_good(run, weights, result)
+    limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
+    weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
     model.eval()
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
@@ -2805,35 +3107,22 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.learner.weights, seconds
 
 
-def keep_last_good(run, weights, result):
-    """Write the weights of training that ended early and raise UserError, which says where."""
-    path = run.cfg.run_dir / "stopped.int6.lzma"
-    budget = 0.9 * (run.cfg.size_limit_bytes - code_bytes())
-    kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
-    try:
-        if run.rt.is_main:
-            coarseness = estimate_coarseness(weights, budget)
-            write_atomically(path, pack_artifact(weights, run.cfg, run.table, coarseness))
-    except UserError as error:
-        kept = f"its weights are lost ({error})"
-    if not result.interrupted:
-        run.rt.barrier()  # torchrun kills the writer as soon as another rank leaves
-    raise UserError(f"{result.stopped}; {kept}")
-
-
 def write_artifact(run, weights, result):
     """Quantize to the cap, write the artifact and return it as read back from disk."""
     start_s = time.perf_counter()
+    path = run.cfg.artifact
+    data = b""
     with run.rt.fail_together():
         if run.rt.is_main:
             data = fit_artifact(weights, run.cfg, run.table, run.report.log)
-            write_atomically(run.cfg.artifact, data)
-    quantize_s = time.perf_counter() - start_s
-    numbers = {n: v for n, v in asdict(result).items() if n not in ("stopped", "interrupted")}
+            write_atomically(path, data)
     rate = result.tokens / max(result.seconds, 1e-9)
-    numbers |= {"quantize_seconds": quantize_s, "tokens_per_second": rate}
-    run.report.record("train", numbers)
-    artifact = read_artifact(run.cfg.artifact)
+    numbers = {"quantize_seconds": time.perf_counter() - start_s, "tokens_per_second": rate}
+    run.report.record("train", asdict(result) | numbers)
+    artifact = read_artifact(path)
+    written = run.rt.from_main(zlib.crc32(hashlib.sha256(data).digest()))
+    if zlib.crc32(artifact.digest) != written:
+        raise UserError(f"artifact {path} is not what was written: who else writes there?")
     run.report.check_size(artifact)
     return artifact
 
@@ -2850,21 +3139,36 @@ def evaluate_artifact(run, artifact):
     return scored
 
 
+def find_run(environ):
+    """Return the Config of the settings that say where a run is."""
+    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
+    return config_from_env({name: environ[name] for name in places if name in environ})
+
+
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
-    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
-    path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
+    path = find_run(environ).artifact
     artifact = read_artifact(path)
     return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
+
+
+def beside(cfg, artifact, command):
+    """Return `cfg` with a folder beside the artifact's run, named after what is overridden."""
+    own = Config(**PRESETS[cfg.preset] | artifact.settings)
+    numbers = [n for n, f in FIELDS.items() if f.type is not str or GROUPS[n] is EvalSettings]
+    changed = [n for n in numbers if n not in PLACES and getattr(cfg, n) != getattr(own, n)]
+    folder = cfg.artifact.resolve().parent
+    log_dir = folder.parent if Path(cfg.log_dir).resolve() in folder.parents else cfg.log_dir
+    names = [f"{folder.name}_{command}", *(f"{n.upper()}={getattr(cfg, n)}" for n in changed)]
+    return dataclasses.replace(cfg, log_dir=str(log_dir), run_id=",".join(names)[:200])
 
 
 def eval_command(environ, command):
     """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`)."""
     artifact, cfg = open_artifact(environ)
     if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():
-        run_id = f"{cfg.run_dir.name}_{command}"  # beside the run that trained
-        cfg = dataclasses.replace(cfg, run_id=run_id)
-    run = open_run(cfg, environ, command, artifact.table)
+        cfg = beside(cfg, artifact, command)
+    run = open_run(cfg, environ, command, artifact)
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
@@ -2910,12 +3214,13 @@ def text_tokens(data, table, encode):
 
 def show(line):
     """Print a line of progress at once."""
-    print(line, flush=True)
+    say(line, sys.stdout)
 
 
-def compress_command(source, target, environ):
+def compress_command(source, target, environ, force=False):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
     artifact, cfg = open_artifact(environ)
+    mode, log = check_target(target, (source, artifact.path, cfg.tokenizer_path), force)
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -2923,27 +3228,28 @@ def compress_command(source, target, environ):
     windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
-    coded = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
-    write_atomically(target, coded.data)
+    coded = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
+    write_atomically(target, coded.data, mode)
     rate = len(tokens) / (time.perf_counter() - start_s)
-    show(
+    log(
         f"{len(data):,} B -> {len(coded.data):,} B: a header of "
         f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
         f"{rate:,.0f} tokens/s"
     )
 
 
-def decompress_command(source, target, environ, arrays_path=None):
+def decompress_command(source, target, environ, force=False, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
+    mode, log = check_target(target, (source, artifact.path), force)
+    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
     if arrays_path:
         np.savez(arrays_path, tokens=decoded.tokens, freqs=decoded.freqs)
     if decoded.text is None:
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    write_atomically(target, decoded.text)
+    write_atomically(target, decoded.text, mode)
 
 
 def dispatch(args, environ):
@@ -2953,18 +3259,22 @@ def dispatch(args, environ):
             train_command(environ)
         case ["eval" | "verify" as command]:
             eval_command(environ, command)
-        case ["compress", source, target]:
-            compress_command(source, target, environ)
-        case ["decompress", source, target, *arrays] if len(arrays) < 2:
-            decompress_command(source, target, environ, *arrays)
+        case ["finish"]:
+            finish_command(environ)
+        case ["compress", *force, source, target] if force in ([], ["-f"]):
+            compress_command(source, target, environ, bool(force))
+        case ["decompress", *force, source, target] if force in ([], ["-f"]):
+            decompress_command(source, target, environ, bool(force))
+        case ["decompress", "-f", source, target, arrays_path]:
+            decompress_command(source, target, environ, True, arrays_path)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", first, *more]:
-            print(json.dumps(summarize([first, *more], "submission.json"), indent=1))
+            show(json.dumps(summarize([first, *more], "submission.json"), indent=1))
         case ["-h" | "--help" | "help"]:
-            print(__doc__)
+            show(__doc__)
             for name, field in FIELDS.items():
-                print(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -2974,21 +3284,32 @@ def dispatch(args, environ):
 def main():
     """Run the command line and return its exit status; what a user can mend is one line on stderr.
 
-    A rank of several leaves the process at once instead: in a collective, a rank that says goodbye
-    keeps the others waiting, and gloo's teardown can abort.
+    The process is then to be left at once: in a collective, a rank that says goodbye keeps the
+    others waiting, gloo's teardown can abort, and a dead stdout would become a status of its own.
     """
     status = 0
+    rank = 0
     try:
+        for number in SIGNALS:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, signal.default_int_handler)
+        rank = torchrun_ranks(os.environ)[0]
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt) as error:
-        status = getattr(error, "exit_status", 130)
-        message = str(error) or "interrupted; files are kept"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        if not status:
-            dist.barrier()
-        os._exit(status)
+    except (Exception, KeyboardInterrupt) as error:
+        foreseen = (UserError, KeyboardInterrupt, ImportError, OSError, MemoryError)
+        if not isinstance(error, foreseen) and "memory" not in str(error):
+            raise
+        status = getattr(error, "exit_status", 1)
+        message = one_line(error)
+        if isinstance(error, KeyboardInterrupt):
+            status = 130
+            message = "interrupted; files are kept"
+        if isinstance(error, ImportError):
+            message += "; pip install -r requirements.txt"
+        if rank == 0:
+            say(f"error: {message}", sys.stderr)
+    if dist.is_initialized() and not status:
+        dist.barrier()
     return status
 
 
@@ -3127,4 +3448,4 @@ def tokenize_command(out_dir, paths, environ):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())

@@ -400,6 +400,7 @@ def one_core(monkeypatch):
     """Let the program see one core, and restore its number of threads afterwards."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield
     torch.set_num_threads(threads)
 
