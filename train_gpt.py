@@ -12,7 +12,7 @@
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
     train_gpt.py summarize JSON...     results of several seeds to submission.json
 
-IN and OUT may be "-", standard input and output; -f before them lets OUT be replaced.
+IN and OUT may be "-", standard input and output; an OUT that is there stays, unless REPLACE=1.
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
 model.int6.lzma.
@@ -47,7 +47,6 @@ import lzma
 import math
 import os
 import re
-import resource
 import shutil
 import signal
 import struct
@@ -55,7 +54,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +115,7 @@ class RunSettings:
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
     artifact_path: str = option("", "artifact to be read; empty: LOG_DIR/RUN_ID/model.int6.lzma")
     log_dir: str = option("logs", "where runs are written")
-    replace_run: bool = option(False, "let a run replace one of other settings in its folder")
+    replace: bool = option(False, "replace an OUT that is there, or a run of other settings")
     val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
     size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
     log_every: int = option(100, "training steps between two log lines")
@@ -277,7 +275,7 @@ GROUPS = {  # {setting: the class that it belongs to}
     for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
     for field in dataclasses.fields(group)
 }
-PLACES = {"run_id", "log_dir", "artifact_path", "log_every", "replace_run"}
+PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace"}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -433,36 +431,30 @@ def check_config(cfg):
 # use and alike on every rank, sizes are compared with the memory there is, and one product is
 # compared with NumPy's. What is said never ends the work, whatever became of the terminal or disk.
 
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def say(line, file):
-    """Write a line at once, in the file's encoding; a file that is closed or full is passed over."""
+    """Write a line at once in the file's encoding; a closed or full file is passed over."""
     encoding = getattr(file, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
-def one_line(error, log=None):
-    """Return what an exception says in one line; `log` is told where one came from unforeseen."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, UserError):
-        return str(error)
-    if log:
-        log("".join(traceback.format_exception(error)))
-    return " ".join([f"{type(error).__name__}:", *str(error).split()])
+def one_line(error):
+    """Return what an exception says, in one line."""
+    unsaid = {KeyboardInterrupt: "interrupted; files are kept"}
+    return " ".join(str(error).split()) or unsaid.get(type(error), type(error).__name__)
 
 
 @contextlib.contextmanager
 def signals_held():
     """Yield a list, to which signals are added that would else interrupt the block."""
     held = []
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in handlers.items():
-        if handler != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda *args: held.append(args))
+    handlers = {n: h for n in SIGNALS if (h := signal.getsignal(n)) != signal.SIG_IGN}
+    for number in handlers:
+        signal.signal(number, lambda *args: held.append(args))
     try:
         yield held
     finally:
@@ -529,98 +521,58 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def whole_number(environ, name):
+    """Return a variable's number; UsageError names it if that is none."""
+    if not re.fullmatch("[0-9]{1,9}", environ[name]):
+        raise UsageError(f"{name}={environ[name]!r}: expected a whole number; unset it")
+    return int(environ[name])
+
+
 def torchrun_ranks(environ):
-    """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all.
-
-    UsageError names a variable that torchrun cannot have set so.
-    """
-    if not {*TORCHRUN, "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"} <= environ.keys():
+    """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
+    if not {*TORCHRUN} <= environ.keys():
         return [0, 1, 0, 1]
-    for name in TORCHRUN:
-        if not re.fullmatch("[0-9]{1,9}", environ[name]):
-            raise UsageError(f"{name}={environ[name]!r}: expected torchrun's number; unset it")
-    rank, world, local_rank, ranks_here = ranks = [int(environ[name]) for name in TORCHRUN]
-    if rank >= world or local_rank >= ranks_here:
-        said = " ".join(f"{name}={environ[name]}" for name in TORCHRUN)
-        raise UsageError(f"{said}: there is no such rank; unset them or start by torchrun")
-    return ranks
+    return [whole_number(environ, name) for name in TORCHRUN[:4]]
 
 
-def cgroup_limits(*names):
-    """Yield the words in these files of each control group around this process (v1, v2)."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kind, group = line.split(":", 2)
-            own = Path("/sys/fs/cgroup", kind, group[1:])
-            for folder in (own, *own.parents):
-                with contextlib.suppress(OSError):
-                    yield " ".join((folder / name).read_text() for name in names).split()
+def cgroup_numbers(*names):
+    """Return the numbers in these files of the control group; [] where there is no limit."""
+    with contextlib.suppress(OSError, ValueError):
+        texts = [Path("/sys/fs/cgroup", name).read_text() for name in names]
+        return [int(text) for text in " ".join(texts).split()]
+    return []
 
 
 def count_threads(environ):
-    """Return OMP_NUM_THREADS, or the processors that affinity and control groups allow."""
-    if asked := environ.get("OMP_NUM_THREADS"):
-        if not re.fullmatch("[1-9][0-9]{0,3}(,.*)?", asked):
-            raise UsageError(f"OMP_NUM_THREADS={asked!r}: expected a whole number; unset it")
-        return int(asked.split(",")[0])
-    limits = [os.cpu_count()]
+    """Return OMP_NUM_THREADS, or the processors that affinity and control group allow."""
+    if environ.get("OMP_NUM_THREADS"):
+        return whole_number(environ, "OMP_NUM_THREADS") or 1
+    threads = os.cpu_count()
     if hasattr(os, "sched_getaffinity"):
-        limits.append(len(os.sched_getaffinity(0)))
-    old = cgroup_limits("cpu.cfs_quota_us", "cpu.cfs_period_us")
-    for quota, period in (*cgroup_limits("cpu.max"), *old):
-        if quota not in ("max", "-1"):
-            limits.append(math.ceil(int(quota) / int(period)))
-    return min(limits)
+        threads = min(threads, len(os.sched_getaffinity(0)))
+    quota = cgroup_numbers("cpu.max")
+    quota = quota or cgroup_numbers("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    if quota and quota[0] > 0:
+        threads = min(threads, math.ceil(quota[0] / quota[1]))
+    return threads
 
 
-def check_memory(cfg, device):
-    """Raise UsageError, before work, for a setting that alone takes more memory than there is."""
-    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    if device.type == "cuda":
-        limits = [torch.cuda.get_device_properties(device).total_memory]
-    else:
-        soft = resource.getrlimit(resource.RLIMIT_AS)[0]
-        files = (*cgroup_limits("memory.max"), *cgroup_limits("memory.limit_in_bytes"))
-        limits += [int(word) for word, *_ in (*files, [soft]) if word not in ("max", -1)]
-    logits = 4 * cfg.vocab_size
-    needs = {
-        "ngram_hash_bits": 4 * CONTEXTS << cfg.ngram_hash_bits,
-        "ngram_recent": 4 * CONTEXTS * cfg.ngram_recent * cfg.eval_stride,
-        "eval_batch_windows": logits * cfg.eval_batch_windows * cfg.eval_stride,
-        "micro_batch_tokens": logits * cfg.micro_batch_tokens,
-        "train_batch_tokens": 16 * cfg.train_batch_tokens,
-        "vocab_size": logits * cfg.vocab_size,
-        "model_dim": 4 * count_weights(cfg),
-    }
-    name = max(needs, key=needs.get)
-    if needs[name] > min(limits):
-        raise UsageError(
-            f"{name.upper()}={getattr(cfg, name)}: takes {needs[name]:,} bytes of memory of "
-            f"{min(limits):,}; lower it, or what it is multiplied by"
+def check_arithmetic(cfg, device, dtype):
+    """Raise UserError if a product is not what float64 gives, or memory is short of NGRAM_HASH_BITS."""
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((256, 256))).to(device)
+    rounded = x.to(dtype)
+    error = (F.linear(rounded, rounded) - F.linear(x, x)).abs().max().item()
+    if not error < 8:  # of up to 400; NaN is not
+        names = ", ".join(n for n in os.environ if re.match("OMP_|GOMP_|KMP_|MKL_|DNNL_", n))
+        raise UserError(
+            f"{dtype} products on {device} are wrong by {error}: OpenMP or torch's math library "
+            f"is broken; unset {names} or install torch {torch.__version__} again"
         )
-
-
-def count_weights(cfg):
-    """Return about how many weights a model has."""
-    matrices = 2 * cfg.model_dim**2 * (1 + cfg.mlp_mult)
-    tables = cfg.model_dim * cfg.vocab_size + cfg.bigram_dim * cfg.bigram_vocab_size
-    return cfg.num_layers * matrices + tables
-
-
-def check_product(device, dtype):
-    """Raise UserError if torch multiplies matrices otherwise than NumPy does in float64."""
-    x = np.random.default_rng(0).standard_normal((256, 256))
-    for kind in (dtype, torch.float32, torch.float64):
-        rounded = torch.from_numpy(x).to(device, kind)
-        found = F.linear(rounded, rounded).double().cpu().numpy()
-        exact = rounded.double().cpu().numpy()
-        error = np.abs(found - exact @ exact.T).max() / 256
-        if not error < 16 * torch.finfo(kind).eps:  # NaN is not
-            names = ", ".join(n for n in os.environ if re.match("OMP_|GOMP_|KMP_|MKL_|DNNL_", n))
-            raise UserError(
-                f"{kind} products on {device} are wrong: OpenMP or torch's math library is broken; "
-                f"unset {names} or install torch {torch.__version__} again"
-            )
+    try:
+        NgramHistory(cfg, np.zeros(cfg.vocab_size, dtype=bool), device)
+    except (RuntimeError, MemoryError) as error:
+        message = f"NGRAM_HASH_BITS={cfg.ngram_hash_bits}: lower it; {one_line(error)}"
+        raise UsageError(message) from error
 
 
 def start_runtime(cfg, environ):
@@ -642,20 +594,16 @@ def start_runtime(cfg, environ):
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
         kernel = attention_kernel()
-    check_memory(cfg, device)
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
     if world > 1:
-        try:
-            dist.init_process_group(
-                "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
-            )
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"torchrun: the ranks do not meet: {one_line(error)}") from error
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
+        )
     rt = Runtime(rank, world, device, dtype)
     torch.set_num_threads(int(rt.from_main(count_threads(environ))))
-    check_product(device, dtype)
+    check_arithmetic(cfg, device, dtype)
     rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
         f"dtype {dtype}: {why}",
@@ -694,15 +642,16 @@ def write_atomically(path, data, mode=None):
     A link is followed; a device, a FIFO and "-", standard output, are written through. `mode`: the
     file's permissions. Without data it is only tried whether the file could be written.
     """
-    target = os.path.realpath(path)
+    target = Path(os.path.realpath(path))
     temporary = Path(f"{target}.tmp{os.getpid()}")
     try:
         if is_stream(path):
-            if data is not None or os.path.isdir(path):
+            if data is not None or target.is_dir():
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        if data is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if mode is not None:
                 os.fchmod(file.fileno(), mode)
@@ -720,48 +669,51 @@ def write_atomically(path, data, mode=None):
 
 
 def read_file(path, name="", hint=""):
-    """Return a file's bytes, those of standard input for "-"; UserError names setting or file."""
+    """Return a file's bytes, for "-" standard input's; UserError names the setting or file."""
     try:
-        with open(os.dup(0) if str(path) == "-" else path, "rb") as file:
-            return file.read()
+        return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
     except OSError as error:
         raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
 
 
-def check_target(target, sources, force):
+def check_target(cfg, target, *sources):
     """Return (the permissions that a file made of sources[0] gets, the log that suits `target`).
 
     UserError, before work, if `target` cannot be written, is one of the sources, or is there and
     is not to be replaced.
     """
-    path = Path(target)
-    if target != "-" and not path.parent.is_dir():
-        raise UserError(f"cannot write {target}: there is no folder {path.parent}")
     write_atomically(target, None)
-    if path.is_file():
-        for source in filter(os.path.exists, sources):
-            if path.samefile(source):
-                raise UsageError(f"{target} is read as {source}; name another file")
-        if not force:
-            raise UsageError(f"{target} is there already; -f replaces it")
-    is_file = os.path.isfile(sources[0])
-    mode = os.stat(sources[0]).st_mode & 0o777 if is_file else None
+    if os.path.isfile(target):
+        if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
+            raise UsageError(f"{target} is read for this; name another OUT")
+        if not cfg.replace:
+            raise UsageError(f"{target} is there already; REPLACE=1 replaces it")
+    mode = None
+    if os.path.isfile(sources[0]):
+        mode = os.stat(sources[0]).st_mode & 0o777
     return mode, functools.partial(say, file=sys.stderr if is_stream(target) else sys.stdout)
 
 
 def check_writable(folder, need_bytes):
-    """Raise UserError, before hours of work, if `folder` cannot be written to or has no room."""
-    write_atomically(folder / ".probe", None)
+    """Return an open file without a name that takes need_bytes of `folder` until it is closed.
+
+    UserError, before hours of work, if the folder cannot be written to or has no room.
+    """
+    write_atomically(folder / ".probe", b"probe")
+    (folder / ".probe").unlink()
     free = shutil.disk_usage(folder).free
     if free < need_bytes:
         raise UserError(
             f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
         )
+    room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    room.write(bytes(need_bytes))
+    room.flush()
+    return room
 
 
 def lock_folder(folder):
     """Return an open file that locks `folder`; UserError if another process has locked it."""
-    write_atomically(folder / ".probe", None)
     file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1476,39 +1428,6 @@ def warm_up(model, loss, cfg, rt):
     model.load_state_dict(weights)
 
 
-def take_steps(trainer, stream, result, limit_s, log, held):
-    """Take the steps that ITERATIONS and limit_s allow, and count them in `result`.
-
-    UserError where a rank holds a signal in `held`, which all of them learn after the same step.
-    """
-    cfg = trainer.cfg
-    rt = trainer.rt
-    start_s = time.perf_counter()
-    while result.steps < cfg.iterations:
-        scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
-        batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
-        losses = trainer.step(batches, result.steps, scale)
-        result.steps += 1
-        result.tokens += cfg.train_batch_tokens
-        elapsed_s = time.perf_counter() - start_s
-        news = torch.tensor([elapsed_s * rt.is_main, len(held)], dtype=torch.float64)
-        result.seconds, signals = rt.sum_over_ranks(news.to(rt.device)).tolist()
-        per_step_s = result.seconds / result.steps
-        if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-            steps_left_s = (cfg.iterations - result.steps) * per_step_s
-            eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
-            log(
-                f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
-                f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
-                f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
-            )
-        if signals:
-            raise UserError(f"interrupted at step {result.steps}")
-        if result.seconds + per_step_s > limit_s:
-            break
-
-
 def train(model, cfg, rt, log, held_out, keep=None):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
@@ -1534,19 +1453,47 @@ def train(model, cfg, rt, log, held_out, keep=None):
     with signals_held() as held:
         try:
             take_steps(trainer, stream, result, limit_s, log, held)
-        except Exception as error:
-            result.stopped = one_line(error, log)
+        except (UserError, RuntimeError, MemoryError) as error:
+            result.stopped = one_line(error)
         trainer.average.install()
         if keep and result.steps:
             keep(result)
-    if held and not result.stopped:
-        result.stopped = "interrupted after the last step"
     if stream.epochs:
         log(
             f"note: the training shards were read {stream.epochs} time(s) over; "
             "more shards would help"
         )
     return result
+
+
+def take_steps(trainer, stream, result, limit_s, log, held):
+    """Take the steps that ITERATIONS and limit_s allow, and count them in `result`.
+
+    UserError on all ranks after a step if rank 0 has a signal in `held`.
+    """
+    cfg = trainer.cfg
+    start_s = time.perf_counter()
+    while result.steps < cfg.iterations:
+        scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
+        batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, trainer.rt)
+        losses = trainer.step(batches, result.steps, scale)
+        result.steps += 1
+        result.tokens += cfg.train_batch_tokens
+        result.seconds = trainer.rt.from_main(time.perf_counter() - start_s)
+        per_step_s = result.seconds / result.steps
+        if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
+            steps_left_s = (cfg.iterations - result.steps) * per_step_s
+            eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
+            log(
+                f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
+                f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
+                f"{result.tokens / result.seconds:,.0f} tokens/s  "
+                f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
+            )
+        if trainer.rt.from_main(len(held)):
+            raise UserError(f"interrupted at step {result.steps}")
+        if result.seconds + per_step_s > limit_s:
+            break
 
 
 # ---- Quantization --------------------------------------------------------------------------------
@@ -1634,6 +1581,11 @@ class Artifact:
     settings: dict
     table: TokenTable
     weights: dict  # {name: fp32 tensor}: the model's, and "mixer"
+
+    def overridden(self, cfg):
+        """Return the sorted names of the settings that are not the artifact's own in `cfg`."""
+        differing = {n for n, v in self.settings.items() if getattr(cfg, n) != v}
+        return sorted(name.upper() for name in differing - {"preset"})
 
 
 def stored_settings(cfg):
@@ -2704,17 +2656,12 @@ def decode_elsewhere(path, artifact, run):
         ARTIFACT_PATH=str(artifact.path),
         DATA_PATH=os.devnull,
         TOKENIZER_PATH=os.devnull,
+        REPLACE="1",
     )
     text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        __file__,
-        "decompress",
-        "-f",
-        *map(str, (path, text_path, arrays_path)),
-    ]
+    command = [sys.executable, __file__, "decompress", *map(str, (path, text_path, arrays_path))]
     last_line = ""
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, env=env, **pipes) as decoder:
@@ -2740,10 +2687,7 @@ class Report:
         self.cfg = cfg
         self.rt = rt
         self.files = []
-        if rt.is_main:
-            log_path = cfg.run_dir / f"{command}.log"
-            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
-        source = source_digest()
+        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         settings = dict(sorted(asdict(cfg).items()))
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -2763,11 +2707,28 @@ class Report:
             "stages": [],
             "val_bpb": None,
         }
+        self.check_earlier()
+        if rt.is_main:
+            log_path = cfg.run_dir / f"{command}.log"
+            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.log(f"{command} {cfg.run_dir.name}, {when}")
         self.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, source {source}")
         for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
             self.log(line)
+
+    def check_earlier(self):
+        """Raise UsageError if the folder has results of another command, setting or source."""
+        path = self.cfg.run_dir / "results.json"
+        earlier = {}
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            earlier = identity(json.loads(path.read_bytes()))
+        odd = [name for name, value in identity(self.results).items() if earlier.get(name) != value]
+        if odd and path.exists() and not self.cfg.replace:
+            raise UsageError(
+                f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, "
+                "or REPLACE=1 to replace it"
+            )
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
@@ -2786,8 +2747,7 @@ class Report:
         code = code_bytes()
         limit = self.cfg.size_limit_bytes
         total = code + artifact.size_bytes
-        differing = {n for n, v in artifact.settings.items() if getattr(self.cfg, n) != v}
-        overridden = sorted(n.upper() for n in differing - {"preset"})
+        overridden = artifact.overridden(self.cfg)
         self.log(
             f"artifact {artifact.path}: {artifact.size_bytes:,} B weights + {code:,} B code "
             f"= {total:,} of {limit:,} B"
@@ -2845,35 +2805,11 @@ class Report:
         self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
 
 
-def source_digest():
-    """Return the SHA-256 of this script."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-
-
-def check_earlier(cfg, command, artifact):
-    """Raise UsageError if the run's folder has results of another command, setting or source.
-
-    artifact: the Artifact to be scored; None for training.
-    """
-    path = cfg.run_dir / "results.json"
-    if cfg.replace_run or not path.exists():
-        return
-    wanted = {**asdict(cfg), "command": command, "source": source_digest()}
-    try:
-        earlier = json.loads(path.read_bytes())
-        found = {**earlier["settings"], "command": earlier["command"]}
-        found["source"] = earlier["environment"]["source_sha256"]
-        if artifact:
-            found["artifact"] = earlier["artifact"]["sha256"]
-            wanted["artifact"] = artifact.digest.hex()
-    except (OSError, ValueError, KeyError, TypeError):
-        found = {}
-    odd = [n.upper() for n in wanted.keys() - PLACES if found.get(n, wanted) != wanted[n]]
-    if odd:
-        raise UsageError(
-            f"{path} is of a run with another {', '.join(sorted(odd))}: "
-            "set another RUN_ID, or REPLACE_RUN=1 to replace it"
-        )
+def identity(results):
+    """Return {name: value} of what tells a run's results from those of another run."""
+    source = results["environment"]["source_sha256"]
+    found = {**results["settings"], "command": results["command"], "source": source}
+    return {name.upper(): value for name, value in found.items() if name not in PLACES}
 
 
 def read_result(path):
@@ -2965,26 +2901,22 @@ def open_run(cfg, environ, command, artifact=None):
     rt = start_runtime(cfg, environ)
     table = artifact and artifact.table
     lock = None
-    need_bytes = 2 * cfg.size_limit_bytes
     if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        need_bytes += 5 * count_weights(cfg)
     with rt.fail_together():
         if rt.is_main:
+            check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
             lock = lock_folder(cfg.run_dir)
-            check_earlier(cfg, command, artifact)
-            check_writable(cfg.run_dir, need_bytes)
     report = Report(cfg, rt, command)
     with rt.fail_together():
         if rt.is_main:
             prepare_demo(cfg, report.log)
-    with rt.fail_together():
-        tokens = load_validation(cfg)
-        decode = None
-        if table is None or Path(cfg.tokenizer_path).exists():
-            table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-            decode = sp.decode
-        total_bytes = audit_bytes(table, tokens, decode)
+    tokens = load_validation(cfg)
+    decode = None
+    if table is None or Path(cfg.tokenizer_path).exists():
+        table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
+        decode = sp.decode
+    total_bytes = audit_bytes(table, tokens, decode)
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
@@ -3001,44 +2933,35 @@ def train_command(environ, kept=None):
     held_out = load_held_out(cfg)
     model = new_model(cfg, run.rt, kept and kept["weights"])
     run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    path = cfg.run_dir / WEIGHTS
+    room = None
+    if run.rt.is_main:
+        room = check_writable(cfg.run_dir, 5 * sum(p.nbytes for p in model.parameters()))
+
+    def keep(result):
+        found = {"settings": asdict(cfg), "result": asdict(result), "weights": model.state_dict()}
+        data = io.BytesIO()
+        torch.save(found, data)
+        if run.rt.is_main:
+            room.close()
+            write_atomically(path, data.getvalue())
+
     if kept:
         result = TrainResult(**kept["result"])
     else:
-        keep = functools.partial(keep_weights, run, model, reserve_room(run, model))
         result = train(model, cfg, run.rt, run.report.log, len(held_out), keep)
-    path = cfg.run_dir / WEIGHTS
     try:
         if result.stopped and not kept:
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
-    except (Exception, KeyboardInterrupt) as error:
-        message = one_line(error, run.report.log)
+    except (UserError, KeyboardInterrupt, RuntimeError, MemoryError, OSError) as error:
+        message = one_line(error)
         if result.steps:
             places = f"LOG_DIR={cfg.log_dir} RUN_ID={cfg.run_id or cfg.run_dir.name}"
             message += f"; the weights are in {path}: `{places} train_gpt.py finish` goes on"
         raise UserError(message) from error
     if run.rt.is_main:
         path.unlink()
-
-
-def reserve_room(run, model):
-    """Return a file without a name that holds the weights' room on the disk until it is closed."""
-    room = tempfile.TemporaryFile(dir=run.cfg.run_dir) if run.rt.is_main else io.BytesIO()
-    if run.rt.is_main:
-        room.write(bytes(4 * sum(p.numel() for p in model.parameters()) + 2**20))
-        room.flush()
-    return room
-
-
-def keep_weights(run, model, room, result):
-    """Write the trained weights to the run's folder before anything else can go wrong."""
-    room.close()
-    kept = {"settings": asdict(run.cfg), "result": asdict(result), "weights": model.state_dict()}
-    data = io.BytesIO()
-    torch.save(kept, data)
-    if run.rt.is_main:
-        write_atomically(run.cfg.run_dir / WEIGHTS, data.getvalue())
-    run.report.record("train", asdict(result))
 
 
 def finish_command(environ):
@@ -3049,7 +2972,7 @@ def finish_command(environ):
         kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # torch, pickle and zip files have their own
         raise UserError(f"{path} is damaged ({type(error).__name__}); train again") from error
-    train_command({**environ, "REPLACE_RUN": "1"}, kept)
+    train_command({**environ, "REPLACE": "1"}, kept)
 
 
 def finish(run, model, result, held_out):
@@ -3065,9 +2988,7 @@ def finish(run, model, result, held_out):
     run.report.add_stages(stages)
     scored = evaluate_artifact(run, artifact)
     if cfg.verify_enabled:
-        with run.rt.fail_together():
-            if run.rt.is_main:
-                verify(run, artifact, scored)
+        prove(run, artifact, scored)
 
 
 def calibrate(run, weights, held_out, limit_s):
@@ -3152,30 +3073,33 @@ def open_artifact(environ):
     return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
-def beside(cfg, artifact, command):
-    """Return `cfg` with a folder beside the artifact's run, named after what is overridden."""
-    own = Config(**PRESETS[cfg.preset] | artifact.settings)
-    numbers = [n for n, f in FIELDS.items() if f.type is not str or GROUPS[n] is EvalSettings]
-    changed = [n for n in numbers if n not in PLACES and getattr(cfg, n) != getattr(own, n)]
-    folder = cfg.artifact.resolve().parent
-    log_dir = folder.parent if Path(cfg.log_dir).resolve() in folder.parents else cfg.log_dir
-    names = [f"{folder.name}_{command}", *(f"{n.upper()}={getattr(cfg, n)}" for n in changed)]
-    return dataclasses.replace(cfg, log_dir=str(log_dir), run_id=",".join(names)[:200])
+def prove(run, artifact, scored=None):
+    """Let rank 0 verify, while the others wait."""
+    with run.rt.fail_together():
+        if run.rt.is_main:
+            verify(run, artifact, scored)
 
 
 def eval_command(environ, command):
-    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`)."""
+    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`).
+
+    Results go beside the run, to a folder that is named after the settings that are overridden.
+    """
     artifact, cfg = open_artifact(environ)
-    if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():
-        cfg = beside(cfg, artifact, command)
+    folder = cfg.artifact.resolve().parent
+    if not cfg.run_id or folder == cfg.run_dir.resolve():
+        changed = artifact.overridden(cfg)
+        if cfg.val_tokens != PRESETS[cfg.preset].get("val_tokens", 0):
+            changed.append("VAL_TOKENS")
+        names = (f",{name}={getattr(cfg, name.lower())}" for name in changed)
+        run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
+        cfg = dataclasses.replace(cfg, run_id=run_id[:200])
     run = open_run(cfg, environ, command, artifact)
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
-        return
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            verify(run, artifact)
+    else:
+        prove(run, artifact)
 
 
 def text_tokens(data, table, encode):
@@ -3217,10 +3141,10 @@ def show(line):
     say(line, sys.stdout)
 
 
-def compress_command(source, target, environ, force=False):
+def compress_command(source, target, environ):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
     artifact, cfg = open_artifact(environ)
-    mode, log = check_target(target, (source, artifact.path, cfg.tokenizer_path), force)
+    mode, log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -3238,10 +3162,10 @@ def compress_command(source, target, environ, force=False):
     )
 
 
-def decompress_command(source, target, environ, force=False, arrays_path=None):
+def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    mode, log = check_target(target, (source, artifact.path), force)
+    mode, log = check_target(cfg, target, source, artifact.path)
     decoded = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
     if arrays_path:
         np.savez(arrays_path, tokens=decoded.tokens, freqs=decoded.freqs)
@@ -3261,12 +3185,10 @@ def dispatch(args, environ):
             eval_command(environ, command)
         case ["finish"]:
             finish_command(environ)
-        case ["compress", *force, source, target] if force in ([], ["-f"]):
-            compress_command(source, target, environ, bool(force))
-        case ["decompress", *force, source, target] if force in ([], ["-f"]):
-            decompress_command(source, target, environ, bool(force))
-        case ["decompress", "-f", source, target, arrays_path]:
-            decompress_command(source, target, environ, True, arrays_path)
+        case ["compress", source, target]:
+            compress_command(source, target, environ)
+        case ["decompress", source, target, *arrays] if len(arrays) < 2:
+            decompress_command(source, target, environ, *arrays)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", first, *more]:
@@ -3295,19 +3217,13 @@ def main():
                 signal.signal(number, signal.default_int_handler)
         rank = torchrun_ranks(os.environ)[0]
         dispatch(sys.argv[1:], os.environ)
-    except (Exception, KeyboardInterrupt) as error:
-        foreseen = (UserError, KeyboardInterrupt, ImportError, OSError, MemoryError)
-        if not isinstance(error, foreseen) and "memory" not in str(error):
-            raise
+    except (UserError, KeyboardInterrupt, ImportError, OSError, MemoryError) as error:
         status = getattr(error, "exit_status", 1)
-        message = one_line(error)
         if isinstance(error, KeyboardInterrupt):
             status = 130
-            message = "interrupted; files are kept"
-        if isinstance(error, ImportError):
-            message += "; pip install -r requirements.txt"
+        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         if rank == 0:
-            say(f"error: {message}", sys.stderr)
+            say(f"error: {one_line(error)}{hint}", sys.stderr)
     if dist.is_initialized() and not status:
         dist.barrier()
     return status
