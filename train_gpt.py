@@ -275,7 +275,15 @@ GROUPS = {  # {setting: the class that it belongs to}
     for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
     for field in dataclasses.fields(group)
 }
-PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace"}
+PLACES = {  # what does not tell one run from another
+    "run_id",
+    "log_dir",
+    "log_every",
+    "verify_enabled",
+    "verify_tokens",
+    "replace",
+    "device",
+}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -433,6 +441,7 @@ def check_config(cfg):
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORESEEN = (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError, RuntimeError)
 
 
 def say(line, file):
@@ -444,22 +453,20 @@ def say(line, file):
 
 def one_line(error):
     """Return what an exception says, in one line."""
-    unsaid = {KeyboardInterrupt: "interrupted; files are kept"}
-    return " ".join(str(error).split()) or unsaid.get(type(error), type(error).__name__)
+    return " ".join(str(error).split()) or "interrupted"
 
 
-@contextlib.contextmanager
-def signals_held():
-    """Yield a list, to which signals are added that would else interrupt the block."""
-    held = []
-    handlers = {n: h for n in SIGNALS if (h := signal.getsignal(n)) != signal.SIG_IGN}
-    for number in handlers:
-        signal.signal(number, lambda *args: held.append(args))
-    try:
-        yield held
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+def on_signals(action):
+    """Call action(number, frame) at the signals that end a program, unless nohup ignores them."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+def interrupt(*_):
+    """Raise KeyboardInterrupt; what it starts is not interrupted again."""
+    on_signals(lambda *_: None)
+    raise KeyboardInterrupt
 
 
 @dataclass
@@ -521,52 +528,36 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def whole_number(environ, name):
-    """Return a variable's number; UsageError names it if that is none."""
-    if not re.fullmatch("[0-9]{1,9}", environ[name]):
-        raise UsageError(f"{name}={environ[name]!r}: expected a whole number; unset it")
-    return int(environ[name])
-
-
 def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
     if not {*TORCHRUN} <= environ.keys():
         return [0, 1, 0, 1]
-    return [whole_number(environ, name) for name in TORCHRUN[:4]]
+    try:
+        return [int(environ[name]) for name in TORCHRUN[:4]]
+    except ValueError as error:
+        raise UsageError(f"{', '.join(TORCHRUN)}: {error}; unset them") from error
 
 
-def cgroup_numbers(*names):
-    """Return the numbers in these files of the control group; [] where there is no limit."""
-    with contextlib.suppress(OSError, ValueError):
-        texts = [Path("/sys/fs/cgroup", name).read_text() for name in names]
-        return [int(text) for text in " ".join(texts).split()]
-    return []
-
-
-def count_threads(environ):
-    """Return OMP_NUM_THREADS, or the processors that affinity and control group allow."""
-    if environ.get("OMP_NUM_THREADS"):
-        return whole_number(environ, "OMP_NUM_THREADS") or 1
-    threads = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        threads = min(threads, len(os.sched_getaffinity(0)))
-    quota = cgroup_numbers("cpu.max")
-    quota = quota or cgroup_numbers("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
-    if quota and quota[0] > 0:
-        threads = min(threads, math.ceil(quota[0] / quota[1]))
+def count_threads():
+    """Return torch's threads (OMP_NUM_THREADS, or processors), or what the control group allows."""
+    threads = torch.get_num_threads()
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit, nor is -1
+            texts = [Path("/sys/fs/cgroup", name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
+            threads = min(threads, math.ceil(quota / period) or threads)
     return threads
 
 
 def check_arithmetic(cfg, device, dtype):
-    """Raise UserError if a product is not what float64 gives, or memory is short of NGRAM_HASH_BITS."""
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((256, 256))).to(device)
+    """Raise UserError if a product is not as in float64, or memory has no room for the history."""
+    x = torch.randn(256, 256, dtype=torch.float64, device=device)
     rounded = x.to(dtype)
-    error = (F.linear(rounded, rounded) - F.linear(x, x)).abs().max().item()
-    if not error < 8:  # of up to 400; NaN is not
-        names = ", ".join(n for n in os.environ if re.match("OMP_|GOMP_|KMP_|MKL_|DNNL_", n))
+    error = (F.linear(rounded, rounded) - F.linear(x, x)).abs().max()
+    if not error < 8:  # of about 300; NaN is not
         raise UserError(
-            f"{dtype} products on {device} are wrong by {error}: OpenMP or torch's math library "
-            f"is broken; unset {names} or install torch {torch.__version__} again"
+            f"{dtype} products on {device} are wrong: OpenMP or torch's math library is broken; "
+            "unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
         )
     try:
         NgramHistory(cfg, np.zeros(cfg.vocab_size, dtype=bool), device)
@@ -602,7 +593,7 @@ def start_runtime(cfg, environ):
             "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
         )
     rt = Runtime(rank, world, device, dtype)
-    torch.set_num_threads(int(rt.from_main(count_threads(environ))))
+    torch.set_num_threads(int(rt.from_main(count_threads())))
     check_arithmetic(cfg, device, dtype)
     rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
@@ -636,11 +627,11 @@ def is_stream(path):
     return str(path) == "-" or (os.path.exists(path) and not os.path.isfile(path))
 
 
-def write_atomically(path, data, mode=None):
+def write_atomically(path, data, like=""):
     """Write bytes beside `path` and rename the file: it is whole or it is not there.
 
-    A link is followed; a device, a FIFO and "-", standard output, are written through. `mode`: the
-    file's permissions. Without data it is only tried whether the file could be written.
+    A link is followed; a device, a FIFO and "-", standard output, are written through. The file
+    gets the permissions of the file `like`. Data None: only try.
     """
     target = Path(os.path.realpath(path))
     temporary = Path(f"{target}.tmp{os.getpid()}")
@@ -650,11 +641,10 @@ def write_atomically(path, data, mode=None):
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
-        if data is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
+            if os.path.isfile(like):
+                shutil.copymode(like, temporary)
             file.write(data or b"")
             file.flush()
             os.fsync(file.fileno())
@@ -677,7 +667,7 @@ def read_file(path, name="", hint=""):
 
 
 def check_target(cfg, target, *sources):
-    """Return (the permissions that a file made of sources[0] gets, the log that suits `target`).
+    """Return the log that suits `target`: on stderr where what is written may be shown.
 
     UserError, before work, if `target` cannot be written, is one of the sources, or is there and
     is not to be replaced.
@@ -688,10 +678,7 @@ def check_target(cfg, target, *sources):
             raise UsageError(f"{target} is read for this; name another OUT")
         if not cfg.replace:
             raise UsageError(f"{target} is there already; REPLACE=1 replaces it")
-    mode = None
-    if os.path.isfile(sources[0]):
-        mode = os.stat(sources[0]).st_mode & 0o777
-    return mode, functools.partial(say, file=sys.stderr if is_stream(target) else sys.stdout)
+    return functools.partial(say, file=sys.stderr if is_stream(target) else sys.stdout)
 
 
 def check_writable(folder, need_bytes):
@@ -1428,12 +1415,12 @@ def warm_up(model, loss, cfg, rt):
     model.load_state_dict(weights)
 
 
-def train(model, cfg, rt, log, held_out, keep=None):
+def train(model, cfg, rt, log, held_out):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
     NaN, infinity, a bad shard, a lost rank and signals end training early: the result says why, and
     the model has the last good weights. In every case they are averaged as EMA_DECAY and
-    SWA_ENABLED say; keep(result) is called before signals can interrupt again.
+    SWA_ENABLED say.
     """
     stream = TrainStream(cfg, held_out)
     result = TrainResult()
@@ -1450,50 +1437,36 @@ def train(model, cfg, rt, log, held_out, keep=None):
             f"{result.warmup_seconds:.1f} s, not timed"
         )
     trainer = Trainer(model, loss, cfg, rt)
-    with signals_held() as held:
-        try:
-            take_steps(trainer, stream, result, limit_s, log, held)
-        except (UserError, RuntimeError, MemoryError) as error:
-            result.stopped = one_line(error)
-        trainer.average.install()
-        if keep and result.steps:
-            keep(result)
+    start_s = time.perf_counter()
+    try:
+        while result.steps < cfg.iterations:
+            scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
+            batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
+            losses = trainer.step(batches, result.steps, scale)
+            result.steps += 1
+            result.tokens += cfg.train_batch_tokens
+            result.seconds = rt.from_main(time.perf_counter() - start_s)
+            per_step_s = result.seconds / result.steps
+            if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
+                steps_left_s = (cfg.iterations - result.steps) * per_step_s
+                eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
+                log(
+                    f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
+                    f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
+                    f"{result.tokens / result.seconds:,.0f} tokens/s  "
+                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
+                )
+            if result.seconds + per_step_s > limit_s:
+                break
+    except FORESEEN as error:
+        result.stopped = str(error) or f"interrupted at step {result.steps}"
+    trainer.average.install()
     if stream.epochs:
         log(
             f"note: the training shards were read {stream.epochs} time(s) over; "
             "more shards would help"
         )
     return result
-
-
-def take_steps(trainer, stream, result, limit_s, log, held):
-    """Take the steps that ITERATIONS and limit_s allow, and count them in `result`.
-
-    UserError on all ranks after a step if rank 0 has a signal in `held`.
-    """
-    cfg = trainer.cfg
-    start_s = time.perf_counter()
-    while result.steps < cfg.iterations:
-        scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
-        batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, trainer.rt)
-        losses = trainer.step(batches, result.steps, scale)
-        result.steps += 1
-        result.tokens += cfg.train_batch_tokens
-        result.seconds = trainer.rt.from_main(time.perf_counter() - start_s)
-        per_step_s = result.seconds / result.steps
-        if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-            steps_left_s = (cfg.iterations - result.steps) * per_step_s
-            eta_s = max(0.0, min(steps_left_s, limit_s - result.seconds))
-            log(
-                f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
-                f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
-                f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
-            )
-        if trainer.rt.from_main(len(held)):
-            raise UserError(f"interrupted at step {result.steps}")
-        if result.seconds + per_step_s > limit_s:
-            break
 
 
 # ---- Quantization --------------------------------------------------------------------------------
@@ -2720,11 +2693,15 @@ class Report:
     def check_earlier(self):
         """Raise UsageError if the folder has results of another command, setting or source."""
         path = self.cfg.run_dir / "results.json"
-        earlier = {}
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            earlier = identity(json.loads(path.read_bytes()))
-        odd = [name for name, value in identity(self.results).items() if earlier.get(name) != value]
-        if odd and path.exists() and not self.cfg.replace:
+        if self.cfg.replace or not path.exists():
+            return
+        earlier = json.loads(path.read_bytes())
+        own, found = (
+            {**r["settings"], **r["environment"], "command": r["command"]}
+            for r in (self.results, earlier)
+        )
+        odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
+        if odd:
             raise UsageError(
                 f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, "
                 "or REPLACE=1 to replace it"
@@ -2803,13 +2780,6 @@ class Report:
         evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
         self.log(f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)")
         self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
-
-
-def identity(results):
-    """Return {name: value} of what tells a run's results from those of another run."""
-    source = results["environment"]["source_sha256"]
-    found = {**results["settings"], "command": results["command"], "source": source}
-    return {name.upper(): value for name, value in found.items() if name not in PLACES}
 
 
 def read_result(path):
@@ -2932,46 +2902,44 @@ def train_command(environ, kept=None):
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
     model = new_model(cfg, run.rt, kept and kept["weights"])
-    run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
+    count = sum(p.numel() for p in model.parameters())
+    run.report.log(f"model: {count:,} parameters")
     path = cfg.run_dir / WEIGHTS
-    room = None
-    if run.rt.is_main:
-        room = check_writable(cfg.run_dir, 5 * sum(p.nbytes for p in model.parameters()))
-
-    def keep(result):
-        found = {"settings": asdict(cfg), "result": asdict(result), "weights": model.state_dict()}
-        data = io.BytesIO()
-        torch.save(found, data)
-        if run.rt.is_main:
-            room.close()
-            write_atomically(path, data.getvalue())
-
     if kept:
         result = TrainResult(**kept["result"])
     else:
-        result = train(model, cfg, run.rt, run.report.log, len(held_out), keep)
+        room = run.rt.is_main and check_writable(cfg.run_dir, 5 * count)
+        result = train(model, cfg, run.rt, run.report.log, len(held_out))
+        on_signals(lambda *_: None)
+        if run.rt.is_main and result.steps:
+            room.close()
+            keep_weights(run, path, model, result)
+        on_signals(interrupt)
     try:
         if result.stopped and not kept:
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
-    except (UserError, KeyboardInterrupt, RuntimeError, MemoryError, OSError) as error:
-        message = one_line(error)
-        if result.steps:
-            places = f"LOG_DIR={cfg.log_dir} RUN_ID={cfg.run_id or cfg.run_dir.name}"
-            message += f"; the weights are in {path}: `{places} train_gpt.py finish` goes on"
-        raise UserError(message) from error
+    except FORESEEN as error:
+        where = f"; {path} has the weights: the same command with `finish` goes on from them"
+        raise UserError(one_line(error) + where * (result.steps > 0)) from error
     if run.rt.is_main:
         path.unlink()
+
+
+def keep_weights(run, path, model, result):
+    """Write the trained weights, and all that `finish` needs besides, to a file."""
+    kept = {"settings": asdict(run.cfg), "result": asdict(result), "weights": model.state_dict()}
+    data = io.BytesIO()
+    torch.save(kept, data)
+    write_atomically(path, data.getvalue())
+    run.report.record("train", asdict(result))
 
 
 def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
-    data = read_file(path, "RUN_ID: ", "; there is no training to finish")
-    try:
-        kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, pickle and zip files have their own
-        raise UserError(f"{path} is damaged ({type(error).__name__}); train again") from error
+    data = io.BytesIO(read_file(path, "RUN_ID: ", "; there is no training to finish"))
+    kept = torch.load(data, map_location="cpu", weights_only=True)
     train_command({**environ, "REPLACE": "1"}, kept)
 
 
@@ -2988,7 +2956,9 @@ def finish(run, model, result, held_out):
     run.report.add_stages(stages)
     scored = evaluate_artifact(run, artifact)
     if cfg.verify_enabled:
-        prove(run, artifact, scored)
+        with run.rt.fail_together():
+            if run.rt.is_main:
+                verify(run, artifact, scored)
 
 
 def calibrate(run, weights, held_out, limit_s):
@@ -3073,13 +3043,6 @@ def open_artifact(environ):
     return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
-def prove(run, artifact, scored=None):
-    """Let rank 0 verify, while the others wait."""
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            verify(run, artifact, scored)
-
-
 def eval_command(environ, command):
     """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`).
 
@@ -3098,8 +3061,10 @@ def eval_command(environ, command):
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
-    else:
-        prove(run, artifact)
+        return
+    with run.rt.fail_together():
+        if run.rt.is_main:
+            verify(run, artifact)
 
 
 def text_tokens(data, table, encode):
@@ -3144,7 +3109,7 @@ def show(line):
 def compress_command(source, target, environ):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
     artifact, cfg = open_artifact(environ)
-    mode, log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
+    log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -3153,7 +3118,7 @@ def compress_command(source, target, environ):
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
     coded = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
-    write_atomically(target, coded.data, mode)
+    write_atomically(target, coded.data, source)
     rate = len(tokens) / (time.perf_counter() - start_s)
     log(
         f"{len(data):,} B -> {len(coded.data):,} B: a header of "
@@ -3165,7 +3130,7 @@ def compress_command(source, target, environ):
 def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    mode, log = check_target(cfg, target, source, artifact.path)
+    log = check_target(cfg, target, source, artifact.path)
     decoded = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
     if arrays_path:
         np.savez(arrays_path, tokens=decoded.tokens, freqs=decoded.freqs)
@@ -3173,7 +3138,7 @@ def decompress_command(source, target, environ, arrays_path=None):
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    write_atomically(target, decoded.text, mode)
+    write_atomically(target, decoded.text, source)
 
 
 def dispatch(args, environ):
@@ -3212,15 +3177,12 @@ def main():
     status = 0
     rank = 0
     try:
-        for number in SIGNALS:
-            if signal.getsignal(number) == signal.SIG_DFL:
-                signal.signal(number, signal.default_int_handler)
         rank = torchrun_ranks(os.environ)[0]
+        on_signals(interrupt)
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt, ImportError, OSError, MemoryError) as error:
-        status = getattr(error, "exit_status", 1)
-        if isinstance(error, KeyboardInterrupt):
-            status = 130
+    except FORESEEN as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = 130 if interrupted else getattr(error, "exit_status", 1)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         if rank == 0:
             say(f"error: {one_line(error)}{hint}", sys.stderr)

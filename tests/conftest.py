@@ -396,11 +396,10 @@ CODER_SETTINGS = {
 
 
 @pytest.fixture
-def one_core(monkeypatch):
-    """Let the program see one core, and restore its number of threads afterwards."""
+def one_core():
+    """Let the program compute on one thread, and restore its number of threads afterwards."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
