@@ -641,7 +641,8 @@ def write_atomically(path, data, like=""):
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if data is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             if os.path.isfile(like):
                 shutil.copymode(like, temporary)
