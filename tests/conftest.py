@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -197,6 +198,15 @@ def refusal(action, *args, kind=train_gpt.UserError, **how):
     assert caught.type is kind
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Take back the program's handlers of signals after each test."""
+    handlers = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def quiet(line=""):
