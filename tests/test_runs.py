@@ -226,12 +226,22 @@ def test_run_id_of_any_bytes(command, tmp_path):
 
 
 ENDS = {
-    "setting": train_gpt.UserError("no such setting"),
-    "memory": MemoryError("no more"),
-    "device": RuntimeError("CUDA out of memory.\nTried"),
-    "disk": OSError(28, "No space left on device"),
-    "Ctrl-C": KeyboardInterrupt(),
+    "setting": (train_gpt.UserError, "no such setting"),
+    "memory": (MemoryError, "no more"),
+    "device": (RuntimeError, "CUDA out of memory.\nTried"),
+    "disk": (OSError, 28, "No space left on device"),
+    "Ctrl-C": (KeyboardInterrupt,),
 }
+
+
+def fail_with(end):
+    """Return a function that raises the error of this name."""
+
+    def fail(*args):
+        kind, *what = ENDS[end]
+        raise kind(*what)
+
+    return fail
 
 
 @pytest.mark.parametrize("stage", ["calibrate", "fit_artifact", "read_artifact", "evaluate"])
@@ -240,12 +250,8 @@ def test_weights_survive_what_follows_training(
     command, finished, tmp_path, monkeypatch, stage, end
 ):
     """The message says where they are, and `finish` ends the run as if nothing had happened."""
-
-    def fail(*args):
-        raise ENDS[end]
-
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, stage, fail)
+        patch.setattr(train_gpt, stage, fail_with(end))
         message = error_line(command(), 1)
     run_dir = tmp_path / "logs" / "run"
     assert f"{run_dir / 'weights.pt'} has the weights" in message
@@ -285,11 +291,7 @@ def test_weights_survive_a_signal(command, tmp_path, monkeypatch, number):
 @pytest.mark.parametrize("end", ["memory", "device", "disk"])
 def test_weights_survive_an_error_in_training(command, tmp_path, monkeypatch, end):
     """As when another rank is killed: the last good ones are kept."""
-
-    def fail():
-        raise ENDS[end]
-
-    at_step(3, fail, monkeypatch)
+    at_step(3, fail_with(end), monkeypatch)
     message = error_line(command(), 1)
     assert f"{tmp_path / 'logs' / 'run' / 'weights.pt'} has the weights" in message
 
@@ -333,17 +335,11 @@ def test_run_over_the_cap_is_finished_under_another(command, tmp_path):
 def test_weights_of_an_unfinished_run_are_not_replaced(command, tmp_path, monkeypatch):
     """By a run of other settings, unless it is told to."""
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "evaluate", None)
-        patch.setattr(train_gpt, "calibrate", with_error)
+        patch.setattr(train_gpt, "calibrate", fail_with("setting"))
         error_line(command(), 1)
     before = (tmp_path / "logs" / "run" / "weights.pt").read_bytes()
     assert "another SEED" in error_line(command(SEED="5"), 2)
     assert (tmp_path / "logs" / "run" / "weights.pt").read_bytes() == before
-
-
-def with_error(*args):
-    """Fail."""
-    raise train_gpt.UserError("no such luck")
 
 
 def test_nothing_to_finish_is_named(command):
@@ -356,7 +352,7 @@ def test_nothing_to_finish_is_named(command):
 def test_finish_takes_no_other_training_settings(command, monkeypatch):
     """The weights have theirs."""
     with monkeypatch.context() as patch:
-        patch.setattr(train_gpt, "calibrate", with_error)
+        patch.setattr(train_gpt, "calibrate", fail_with("setting"))
         error_line(command(), 1)
     assert error_line(command("finish", MODEL_DIM="64"), 2).endswith("have 32; unset it")
 
@@ -390,7 +386,7 @@ def test_full_log_disk_ends_nothing(command, monkeypatch):
 
     def on_full_disk(self, *args):
         report(self, *args)
-        self.files[1] = open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+        self.files[1] = open("/dev/full", "w")  # noqa: SIM115
 
     monkeypatch.setattr(train_gpt.Report, "__init__", on_full_disk)
     assert command() == (0, "")
