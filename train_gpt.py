@@ -6,12 +6,14 @@
     PRESET=demo python train_gpt.py    the same on a laptop: no data, no GPU, three minutes
     train_gpt.py eval                  score the artifact at ARTIFACT_PATH again
     train_gpt.py verify                prove its figure by decoding
+    train_gpt.py finish                go on with the run RUN_ID, from the weights that it has kept
     train_gpt.py compress IN OUT       any file to code words, with the artifact
     train_gpt.py decompress IN OUT     and back, byte for byte
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
     train_gpt.py summarize JSON...     results of several seeds to submission.json; `--mixed` before
                                        them: of several scripts, devices or training texts
 
+IN and OUT may be "-", standard input and output; an OUT that is there stays, unless REPLACE=1.
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
 model.int6.lzma.
@@ -37,6 +39,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -48,9 +51,11 @@ import math
 import os
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -60,11 +65,15 @@ from typing import NamedTuple
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+    from torch.optim import Muon  # noqa: F401 (an older torch has none)
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
 # ---- Config --------------------------------------------------------------------------------------
 # One frozen dataclass is the only door for settings, in groups: `run` says where things are on this
@@ -107,8 +116,9 @@ class RunSettings:
     data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
-    artifact_path: str = option("", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
+    artifact_path: str = option("", "artifact to be read; empty: LOG_DIR/RUN_ID/model.int6.lzma")
     log_dir: str = option("logs", "where runs are written")
+    replace: bool = option(False, "replace an OUT that is there, or a run of other settings")
     val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
     size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
     log_every: int = option(100, "training steps between two log lines")
@@ -268,6 +278,15 @@ GROUPS = {  # {setting: the class that it belongs to}
     for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
     for field in dataclasses.fields(group)
 }
+PLACES = {  # what does not tell one run from another
+    "run_id",
+    "log_dir",
+    "log_every",
+    "verify_enabled",
+    "verify_tokens",
+    "replace",
+    "device",
+}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -382,9 +401,7 @@ def config_from_env(environ, stored=None):
     for name, value in given.items():
         fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
         if fixed and value != stored[name]:
-            raise UsageError(
-                f"{name.upper()}={value}: the artifact has {stored[name]}; unset it or train again"
-            )
+            raise UsageError(f"{name.upper()}={value}: the weights have {stored[name]}; unset it")
     return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 
@@ -408,7 +425,7 @@ def check_config(cfg):
             whole = getattr(cfg, multiple) % getattr(cfg, name) == 0
             need(whole, multiple, f"must be a multiple of {name.upper()}={getattr(cfg, name)}")
     for name, field in FIELDS.items():
-        most = field.metadata.get("maximum", math.inf)
+        most = field.metadata.get("maximum", math.inf if field.type is float else 2**63 - 1)
         most = getattr(cfg, most) if isinstance(most, str) else most
         if field.type is not str:
             need(getattr(cfg, name) <= most, name, f"must be at most {most:.9g}")
@@ -420,9 +437,39 @@ def check_config(cfg):
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and said aloud. The number of CPU threads is that of one
-# rank: the split of a product over threads can change its last bit, and 1 and 8 ranks must commit
-# the same integers.
+# Rank, device and dtype are decided once and said aloud, and nothing that surrounds the program is
+# trusted: torchrun's variables count when all of them are there, threads are what this process may
+# use and alike on every rank, sizes are compared with the memory there is, and one product is
+# compared with NumPy's. What is said never ends the work, whatever became of the terminal or disk.
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FORESEEN = (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError, RuntimeError)
+
+
+def say(line, file):
+    """Write a line at once in the file's encoding; a closed or full file is passed over."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+
+
+def one_line(error):
+    """Return what an exception says, in one line."""
+    return " ".join(str(error).split()) or "interrupted"
+
+
+def on_signals(action):
+    """Call action(number, frame) at the signals that end a program, unless nohup ignores them."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+def interrupt(*_):
+    """Raise KeyboardInterrupt; what it starts is not interrupted again."""
+    on_signals(lambda *_: None)
+    raise KeyboardInterrupt
 
 
 @dataclass
@@ -455,21 +502,20 @@ class Runtime:
         mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
-    def barrier(self):
-        """Wait until every rank is here."""
-        self.from_main(0.0)
-
     @contextlib.contextmanager
     def fail_together(self):
-        """Raise UserError on every rank where the block raises it on one: none is left waiting."""
-        failure = None
+        """Raise a UserError of the block, whichever rank it is on, on every rank: none waits."""
+        failures = [None]
         try:
             yield
         except UserError as error:
-            failure = error
-        failed = torch.tensor([float(failure is not None)], device=self.device)
-        if self.sum_over_ranks(failed).item():
-            raise failure or UserError("another rank has failed")
+            failures = [error]
+        if dist.is_initialized():
+            mine = failures[0]
+            failures = [None] * self.world
+            dist.all_gather_object(failures, mine)
+        for failure in filter(None, failures):
+            raise failure
 
     def clock(self):
         """Return seconds on a clock, read once the device has done its work."""
@@ -485,11 +531,47 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def torchrun_ranks(environ):
+    """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
+    if not {*TORCHRUN} <= environ.keys():
+        return [0, 1, 0, 1]
+    try:
+        return [int(environ[name]) for name in TORCHRUN[:4]]
+    except ValueError as error:
+        raise UsageError(f"{', '.join(TORCHRUN)}: {error}; unset them") from error
+
+
+def count_threads():
+    """Return torch's threads (OMP_NUM_THREADS, or processors), or what the control group allows."""
+    threads = torch.get_num_threads()
+    for names in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max" is no limit, nor is -1
+            texts = [Path("/sys/fs/cgroup", name).read_text() for name in names]
+            quota, period = map(int, " ".join(texts).split())
+            threads = min(threads, math.ceil(quota / period) or threads)
+    return threads
+
+
+def check_arithmetic(cfg, device, dtype):
+    """Raise UserError if a product is not as in float64, or memory has no room for the history."""
+    x = torch.randn(256, 256, dtype=torch.float64, device=device)
+    rounded = x.to(dtype)
+    error = (F.linear(rounded, rounded) - F.linear(x, x)).abs().max()
+    if not error < 8:  # of about 300; NaN is not
+        raise UserError(
+            f"{dtype} products on {device} are wrong: OpenMP or torch's math library is broken; "
+            "unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
+        )
+    try:
+        NgramHistory(cfg, np.zeros(cfg.vocab_size, dtype=bool), device)
+    except (RuntimeError, MemoryError) as error:
+        message = f"NGRAM_HASH_BITS={cfg.ngram_hash_bits}: lower it; {one_line(error)}"
+        raise UsageError(message) from error
+
+
 def start_runtime(cfg, environ):
     """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
-    rank = int(environ.get("RANK", 0))
-    world = int(environ.get("WORLD_SIZE", 1))
-    ranks_here = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank, ranks_here = torchrun_ranks(environ)
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
     if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
         raise UsageError(
@@ -501,12 +583,11 @@ def start_runtime(cfg, environ):
     name = units.get("cpu_name", os.uname().machine)
     kernel = "SDPA's own kernels"
     if cuda:
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
         kernel = attention_kernel()
-    torch.set_num_threads(os.cpu_count())
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
@@ -514,12 +595,15 @@ def start_runtime(cfg, environ):
         dist.init_process_group(
             "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
         )
-    notes = (
+    rt = Runtime(rank, world, device, dtype)
+    torch.set_num_threads(int(rt.from_main(count_threads())))
+    check_arithmetic(cfg, device, dtype)
+    rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
         f"dtype {dtype}: {why}",
         f"attention: {kernel}",
     )
-    return Runtime(rank, world, device, dtype, notes)
+    return rt
 
 
 def attention_kernel():
@@ -541,16 +625,35 @@ def progress_line(done, total, start_s, unit):
     )
 
 
-def write_atomically(path, data):
-    """Write bytes beside `path` and rename the file: it is whole or it is not there."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+def is_stream(path):
+    """Return whether what is written to `path` goes elsewhere: "-", a device or a FIFO."""
+    return str(path) == "-" or (os.path.exists(path) and not os.path.isfile(path))
+
+
+def write_atomically(path, data, like=""):
+    """Write bytes beside `path` and rename the file: it is whole or it is not there.
+
+    A link is followed; a device, a FIFO and "-", standard output, are written through. The file
+    gets the permissions of the file `like`. Data None: only try.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = Path(f"{target}.tmp{os.getpid()}")
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
+        if is_stream(path):
+            if data is not None or target.is_dir():
+                with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
+                    file.write(data)
+            return
+        if data is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            if os.path.isfile(like):
+                shutil.copymode(like, temporary)
+            file.write(data or b"")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if data is not None:
+            os.replace(temporary, target)
     except OSError as error:
         hint = "free space or write elsewhere"
         raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
@@ -560,15 +663,33 @@ def write_atomically(path, data):
 
 
 def read_file(path, name="", hint=""):
-    """Return a file's bytes; UserError says which setting or file it was."""
+    """Return a file's bytes, for "-" standard input's; UserError names the setting or file."""
     try:
-        return Path(path).read_bytes()
+        return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
     except OSError as error:
         raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
 
 
+def check_target(cfg, target, *sources):
+    """Return the log that suits `target`: on stderr where what is written may be shown.
+
+    UserError, before work, if `target` cannot be written, is one of the sources, or is there and
+    is not to be replaced.
+    """
+    write_atomically(target, None)
+    if os.path.isfile(target):
+        if any(os.path.exists(source) and os.path.samefile(source, target) for source in sources):
+            raise UsageError(f"{target} is read for this; name another OUT")
+        if not cfg.replace:
+            raise UsageError(f"{target} is there already; REPLACE=1 replaces it")
+    return functools.partial(say, file=sys.stderr if is_stream(target) else sys.stdout)
+
+
 def check_writable(folder, need_bytes):
-    """Raise UserError, before hours of work, if `folder` cannot be written to or has no room."""
+    """Return an open file without a name that takes need_bytes of `folder` until it is closed.
+
+    UserError, before hours of work, if the folder cannot be written to or has no room.
+    """
     write_atomically(folder / ".probe", b"probe")
     (folder / ".probe").unlink()
     free = shutil.disk_usage(folder).free
@@ -576,6 +697,23 @@ def check_writable(folder, need_bytes):
         raise UserError(
             f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
         )
+    room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+    room.write(bytes(need_bytes))
+    room.flush()
+    return room
+
+
+def lock_folder(folder):
+    """Return an open file that locks `folder`; UserError if another process has locked it."""
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        message = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+        raise UserError(message) from error
+    except OSError:
+        pass  # a file system without locks
+    return file
 
 
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
@@ -1284,7 +1422,6 @@ class TrainResult:
     warmup_seconds: float = 0.0
     calibration_seconds: float = 0.0
     stopped: str = ""  # empty: all steps were taken, or the time was up
-    interrupted: bool = False  # by Ctrl-C, which reaches every rank
 
 
 def training_loss(model, rt):
@@ -1372,8 +1509,9 @@ def warm_up(model, loss, cfg, rt):
 def train(model, cfg, rt, log, held_out):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
-    NaN, infinity, a bad shard and Ctrl-C end training early: the result says why, and the model has
-    the last good weights. In every case they are averaged as EMA_DECAY and SWA_ENABLED say.
+    NaN, infinity, a bad shard, a lost rank and signals end training early: the result says why, and
+    the model has the last good weights. In every case they are averaged as EMA_DECAY and
+    SWA_ENABLED say.
     """
     stream = TrainStream(cfg, held_out)
     result = TrainResult()
@@ -1411,11 +1549,8 @@ def train(model, cfg, rt, log, held_out):
                 )
             if result.seconds + per_step_s > limit_s:
                 break
-    except UserError as error:
-        result.stopped = str(error)
-    except KeyboardInterrupt:
-        result.stopped = f"interrupted at step {result.steps}"
-        result.interrupted = True
+    except FORESEEN as error:
+        result.stopped = str(error) or f"interrupted at step {result.steps}"
     trainer.average.install()
     if stream.epochs:
         log(
@@ -1491,6 +1626,7 @@ def estimate_coarseness(weights, budget_bytes):
 # Little-endian. Reading executes nothing. One level a byte: packed to 6 bits they would hide from
 # LZMA.
 
+WEIGHTS = "weights.pt"  # what a run keeps of its training until all is done
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
@@ -1509,6 +1645,11 @@ class Artifact:
     settings: dict
     table: TokenTable
     weights: dict  # {name: fp32 tensor}: the model's, and "mixer"
+
+    def overridden(self, cfg):
+        """Return the sorted names of the settings that are not the artifact's own in `cfg`."""
+        differing = {n for n, v in self.settings.items() if getattr(cfg, n) != v}
+        return sorted(name.upper() for name in differing - {"preset"})
 
 
 def stored_settings(cfg):
@@ -2551,14 +2692,14 @@ def verify(run, artifact, scored=None):
     if complaint:
         raise UserError(f"verify: the decoder gave up: {complaint}")
     size = len(coded.data) - CODE_START.size - CODE_HEAD.size
-    run.report.results["proof"] = {
+    proof = {
         "tokens": n,
         "predicted_bits": coded.bits,
         "bytes_on_disk": size,
         "encode_seconds": encode_s,
         "decode_seconds": decode_s,
     }
-    run.report.write()
+    run.report.record("proof", proof)
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
         f"predicted: {coded.bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
@@ -2578,6 +2719,7 @@ def decode_elsewhere(path, artifact, run):
         ARTIFACT_PATH=str(artifact.path),
         DATA_PATH=os.devnull,
         TOKENIZER_PATH=os.devnull,
+        REPLACE="1",
     )
     text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
@@ -2608,9 +2750,6 @@ class Report:
         self.cfg = cfg
         self.rt = rt
         self.files = []
-        if rt.is_main:
-            log_path = cfg.run_dir / f"{command}.log"
-            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
         source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         settings = dict(sorted(asdict(cfg).items()))
         self.results = {
@@ -2631,36 +2770,51 @@ class Report:
             "stages": [],
             "val_bpb": None,
         }
+        self.check_earlier()
+        if rt.is_main:
+            log_path = cfg.run_dir / f"{command}.log"
+            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.log(f"{command} {cfg.run_dir.name}, {when}")
         self.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, source {source}")
         for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
             self.log(line)
 
+    def check_earlier(self):
+        """Raise UsageError if the folder has results of another command, setting or source."""
+        path = self.cfg.run_dir / "results.json"
+        if self.cfg.replace or not path.exists():
+            return
+        earlier = json.loads(path.read_bytes())
+        own, found = (
+            {**r["settings"], **r["environment"], "command": r["command"]}
+            for r in (self.results, earlier)
+        )
+        odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
+        if odd:
+            raise UsageError(
+                f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, "
+                "or REPLACE=1 to replace it"
+            )
+
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
-            print(line, file=file, flush=True)
-
-    def write(self):
-        """Write results.json; for rank 0 alone."""
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.cfg.run_dir / "results.json", text.encode())
+            say(line, file)
 
     def record(self, name, value):
-        """Set one key of the results, on every rank, and write them."""
+        """Set one key of results.json and write it; no rank waits for another."""
         self.results[name] = value
-        with self.rt.fail_together():
-            if self.rt.is_main:
-                self.write()
+        text = json.dumps(self.results, indent=1) + "\n"
+        if self.rt.is_main:
+            write_atomically(self.cfg.run_dir / "results.json", text.encode())
 
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
         code = code_bytes()
         limit = self.cfg.size_limit_bytes
         total = code + artifact.size_bytes
-        differing = {n for n, v in artifact.settings.items() if getattr(self.cfg, n) != v}
-        overridden = sorted(n.upper() for n in differing - {"preset"})
+        overridden = artifact.overridden(self.cfg)
         self.log(
             f"artifact {artifact.path}: {artifact.size_bytes:,} B weights + {code:,} B code "
             f"= {total:,} of {limit:,} B"
@@ -2721,7 +2875,7 @@ class Report:
 def read_result(path):
     """Return a finished run's results.json; UserError names the file and what is amiss with it."""
     try:
-        run = json.loads(Path(path).read_text())
+        run = json.loads(Path(path).read_bytes())
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
@@ -2776,7 +2930,7 @@ def summarize(paths, out_path, mixed=False):
     kept = {}
     if Path(out_path).exists():
         try:
-            kept = dict(json.loads(Path(out_path).read_text()))
+            kept = dict(json.loads(Path(out_path).read_bytes()))
         except (OSError, ValueError, TypeError) as error:
             message = f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
             raise UserError(message) from error
@@ -2812,18 +2966,20 @@ class Run:
     table: TokenTable
     tokens: np.ndarray  # the validation stream, int64 (n + 1,)
     total_bytes: int  # of its text
+    lock: object = None  # on the run's folder, until it is closed
 
 
-def open_run(cfg, environ, command, table=None):
-    """Return the Run of a command, everything checked; `table`: the artifact's, if there is one."""
+def open_run(cfg, environ, command, artifact=None):
+    """Return the Run of a command, everything checked; `artifact`: what is scored, if not new."""
     rt = start_runtime(cfg, environ)
-    folders = [cfg.run_dir]
-    if table is None:
+    table = artifact and artifact.table
+    lock = None
+    if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        folders.append(cfg.artifact.parent)
     with rt.fail_together():
-        for folder in folders if rt.is_main else ():
-            check_writable(folder, 2 * cfg.size_limit_bytes)
+        if rt.is_main:
+            check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
+            lock = lock_folder(cfg.run_dir)
     report = Report(cfg, rt, command)
     with rt.fail_together():
         if rt.is_main:
@@ -2841,31 +2997,65 @@ def open_run(cfg, environ, command, table=None):
     report.log(
         f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
     )
-    return Run(cfg, rt, report, table, tokens, total_bytes)
+    return Run(cfg, rt, report, table, tokens, total_bytes, lock)
 
 
-def train_command(environ):
-    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove."""
-    cfg = config_from_env(environ)
+def train_command(environ, kept=None):
+    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove.
+
+    kept: what an earlier run has kept of its training, which is then not repeated.
+    """
+    cfg = config_from_env({**environ, "ARTIFACT_PATH": ""}, kept and kept["settings"])
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
-    model = new_model(cfg, run.rt)
-    run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    result = train(model, cfg, run.rt, run.report.log, len(held_out))
+    model = new_model(cfg, run.rt, kept and kept["weights"])
+    count = sum(p.numel() for p in model.parameters())
+    run.report.log(f"model: {count:,} parameters")
+    path = cfg.run_dir / WEIGHTS
+    if kept:
+        result = TrainResult(**kept["result"])
+    else:
+        room = run.rt.is_main and check_writable(cfg.run_dir, 5 * count)
+        result = train(model, cfg, run.rt, run.report.log, len(held_out))
+        on_signals(lambda *_: None)
+        if run.rt.is_main and result.steps:
+            room.close()
+            keep_weights(run, path, model, result)
+        on_signals(interrupt)
+    try:
+        if result.stopped and not kept:
+            raise UserError(result.stopped)
+        finish(run, model, result, held_out)
+    except FORESEEN as error:
+        where = f"; {path} has the weights: the same command with `finish` goes on from them"
+        raise UserError(one_line(error) + where * (result.steps > 0)) from error
+    if run.rt.is_main:
+        path.unlink()
+
+
+def keep_weights(run, path, model, result):
+    """Write the trained weights, and all that `finish` needs besides, to a file."""
+    kept = {"settings": asdict(run.cfg), "result": asdict(result), "weights": model.state_dict()}
+    data = io.BytesIO()
+    torch.save(kept, data)
+    write_atomically(path, data.getvalue())
+    run.report.record("train", asdict(result))
+
+
+def finish_command(environ):
+    """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
+    path = find_run(environ).run_dir / WEIGHTS
+    data = io.BytesIO(read_file(path, "RUN_ID: ", "; there is no training to finish"))
+    kept = torch.load(data, map_location="cpu", weights_only=True)
+    train_command({**environ, "REPLACE": "1"}, kept)
+
+
+def finish(run, model, result, held_out):
+    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
+    cfg = run.cfg
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
-    if not result.stopped:
-        try:
-            limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
-            weights["mixer"], result.calibration_seconds = calibrate(
-                run, weights, held_out, limit_s
-            )
-        except UserError as error:
-            result.stopped = str(error)
-        except KeyboardInterrupt:
-            result.stopped = "calibration was interrupted"
-            result.interrupted = True
-    if result.stopped:
-        keep_last_good(run, weights, result)
+    limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
+    weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
     model.eval()
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
@@ -2915,35 +3105,22 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.learner.weights, seconds
 
 
-def keep_last_good(run, weights, result):
-    """Write the weights of training that ended early and raise UserError, which says where."""
-    path = run.cfg.run_dir / "stopped.int6.lzma"
-    budget = 0.9 * (run.cfg.size_limit_bytes - code_bytes())
-    kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
-    try:
-        if run.rt.is_main:
-            coarseness = estimate_coarseness(weights, budget)
-            write_atomically(path, pack_artifact(weights, run.cfg, run.table, coarseness))
-    except UserError as error:
-        kept = f"its weights are lost ({error})"
-    if not result.interrupted:
-        run.rt.barrier()  # torchrun kills the writer as soon as another rank leaves
-    raise UserError(f"{result.stopped}; {kept}")
-
-
 def write_artifact(run, weights, result):
     """Quantize to the cap, write the artifact and return it as read back from disk."""
     start_s = time.perf_counter()
+    path = run.cfg.artifact
+    data = b""
     with run.rt.fail_together():
         if run.rt.is_main:
             data = fit_artifact(weights, run.cfg, run.table, run.report.log)
-            write_atomically(run.cfg.artifact, data)
-    quantize_s = time.perf_counter() - start_s
-    numbers = {n: v for n, v in asdict(result).items() if n not in ("stopped", "interrupted")}
+            write_atomically(path, data)
     rate = result.tokens / max(result.seconds, 1e-9)
-    numbers |= {"quantize_seconds": quantize_s, "tokens_per_second": rate}
-    run.report.record("train", numbers)
-    artifact = read_artifact(run.cfg.artifact)
+    numbers = {"quantize_seconds": time.perf_counter() - start_s, "tokens_per_second": rate}
+    run.report.record("train", asdict(result) | numbers)
+    artifact = read_artifact(path)
+    written = run.rt.from_main(zlib.crc32(hashlib.sha256(data).digest()))
+    if zlib.crc32(artifact.digest) != written:
+        raise UserError(f"artifact {path} is not what was written: who else writes there?")
     run.report.check_size(artifact)
     return artifact
 
@@ -2960,21 +3137,34 @@ def evaluate_artifact(run, artifact):
     return scored
 
 
+def find_run(environ):
+    """Return the Config of the settings that say where a run is."""
+    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
+    return config_from_env({name: environ[name] for name in places if name in environ})
+
+
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
-    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
-    path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
+    path = find_run(environ).artifact
     artifact = read_artifact(path)
     return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
 def eval_command(environ, command):
-    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`)."""
+    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`).
+
+    Results go beside the run, to a folder that is named after the settings that are overridden.
+    """
     artifact, cfg = open_artifact(environ)
-    if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():
-        run_id = f"{cfg.run_dir.name}_{command}"  # beside the run that trained
-        cfg = dataclasses.replace(cfg, run_id=run_id)
-    run = open_run(cfg, environ, command, artifact.table)
+    folder = cfg.artifact.resolve().parent
+    if not cfg.run_id or folder == cfg.run_dir.resolve():
+        changed = artifact.overridden(cfg)
+        if cfg.val_tokens != PRESETS[cfg.preset].get("val_tokens", 0):
+            changed.append("VAL_TOKENS")
+        names = (f",{name}={getattr(cfg, name.lower())}" for name in changed)
+        run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
+        cfg = dataclasses.replace(cfg, run_id=run_id[:200])
+    run = open_run(cfg, environ, command, artifact)
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
@@ -3020,12 +3210,13 @@ def text_tokens(data, table, encode):
 
 def show(line):
     """Print a line of progress at once."""
-    print(line, flush=True)
+    say(line, sys.stdout)
 
 
 def compress_command(source, target, environ):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
     artifact, cfg = open_artifact(environ)
+    log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -3033,10 +3224,10 @@ def compress_command(source, target, environ):
     windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
-    coded = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
-    write_atomically(target, coded.data)
+    coded = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
+    write_atomically(target, coded.data, source)
     rate = len(tokens) / (time.perf_counter() - start_s)
-    show(
+    log(
         f"{len(data):,} B -> {len(coded.data):,} B: a header of "
         f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
         f"{rate:,.0f} tokens/s"
@@ -3046,7 +3237,8 @@ def compress_command(source, target, environ):
 def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
-    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
+    log = check_target(cfg, target, source, artifact.path)
+    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
     if arrays_path:
         arrays = io.BytesIO()
         np.savez(arrays, tokens=decoded.tokens, freqs=decoded.freqs)
@@ -3055,7 +3247,7 @@ def decompress_command(source, target, environ, arrays_path=None):
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    write_atomically(target, decoded.text)
+    write_atomically(target, decoded.text, source)
 
 
 def dispatch(args, environ):
@@ -3065,6 +3257,8 @@ def dispatch(args, environ):
             train_command(environ)
         case ["eval" | "verify" as command]:
             eval_command(environ, command)
+        case ["finish"]:
+            finish_command(environ)
         case ["compress", source, target]:
             compress_command(source, target, environ)
         case ["decompress", source, target, *arrays] if len(arrays) < 2:
@@ -3073,11 +3267,11 @@ def dispatch(args, environ):
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
             mixed = args[1] != first
-            print(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
+            show(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            print(__doc__)
+            show(__doc__)
             for name, field in FIELDS.items():
-                print(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -3087,23 +3281,23 @@ def dispatch(args, environ):
 def main():
     """Run the command line and return its exit status; what a user can mend is one line on stderr.
 
-    A rank of several leaves the process at once instead: in a collective, a rank that says goodbye
-    keeps the others waiting, and gloo's teardown can abort.
+    The process is then to be left at once: in a collective, a rank that says goodbye keeps the
+    others waiting, gloo's teardown can abort, and a dead stdout would become a status of its own.
     """
     status = 0
+    rank = 0
     try:
+        rank = torchrun_ranks(os.environ)[0]
+        on_signals(interrupt)
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt, ImportError) as error:
-        status = getattr(error, "exit_status", 130)
-        message = str(error) or "interrupted; files are kept"
-        if isinstance(error, ImportError):
-            message += ": pip install -r requirements.txt"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr, flush=True)
-    if dist.is_initialized():
-        if not status:
-            dist.barrier()
-        os._exit(status)
+    except FORESEEN as error:
+        interrupted = isinstance(error, KeyboardInterrupt)
+        status = 130 if interrupted else getattr(error, "exit_status", 1)
+        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        if rank == 0:
+            say(f"error: {one_line(error)}{hint}", sys.stderr)
+    if dist.is_initialized() and not status:
+        dist.barrier()
     return status
 
 
@@ -3299,4 +3493,4 @@ def tokenize_command(out_dir, paths, environ):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import importlib
 import os
+import signal
 import sys
 import tempfile
 from dataclasses import replace
@@ -223,6 +224,15 @@ def tokenizer(tmp_path_factory, texts):
     return path, sp, train_gpt.load_tokenizer(path, 400)[0]
 
 
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Take back the program's handlers of signals after each test."""
+    handlers = {number: signal.getsignal(number) for number in train_gpt.SIGNALS}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 # ---- Walks over a stream: windows of 16, strides of 4, chunks of 32 ------------------------------
 
 TABLE = tiny_table()
@@ -401,10 +411,10 @@ CODER_SETTINGS = {
 
 
 @pytest.fixture
-def one_core(monkeypatch):
-    """Let the program see one core, and restore its number of threads afterwards."""
+def one_core():
+    """Let the program compute on one thread, and restore its number of threads afterwards."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -119,7 +119,7 @@ def test_folder_without_shards_is_told_with_a_way_out(tmp_path, name):
 
 
 def folder_of(folder, *names):
-    """Return a Config whose DATA_PATH is `folder`, after making empty files of these names in it."""
+    """Return a Config whose DATA_PATH is `folder`, once empty files of these names are in it."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_bytes(b"")
@@ -153,7 +153,7 @@ def test_shards_are_listed_in_order(tmp_path):
         "fineweb_val_000000.bin.zst.zst",
         "fineweb_val_0000000.bin",
         "fineweb_val_00001.bin",
-        "fineweb_val_٠٠٠٠٠١.bin",
+        "fineweb_val_\u0660\u0660\u0660\u0660\u0660\u0661.bin",
         "fineweb_val_000000_copy.bin",
         "fineweb_val_extra.bin.zst",
         "fineweb_valid_000001.bin",

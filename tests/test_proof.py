@@ -31,16 +31,16 @@ from conftest import (
 import train_gpt
 from train_gpt import CODE_HEAD, CODE_START, Mixture, Predictor, Windows, verify
 
-CPU_COUNT = os.cpu_count
+THREADS = torch.get_num_threads()
 HEAD_BYTES = CODE_START.size + CODE_HEAD.size
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture
-def real_process(monkeypatch, one_core):
+def real_process(one_core):
     """For a decoder that is a process of its own: this one has as many threads as that one."""
-    monkeypatch.setattr(os, "cpu_count", CPU_COUNT)
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
