@@ -459,6 +459,16 @@ def one_line(error):
     return " ".join(str(error).split()) or "interrupted"
 
 
+@contextlib.contextmanager
+def blaming(culprit, *kinds, cure="", error=UserError):
+    """Turn exceptions of these kinds in the block into an `error`: the culprit, why, the cure."""
+    try:
+        yield
+    except kinds as cause:
+        why = getattr(cause, "strerror", None) or one_line(cause)
+        raise error(f"{culprit}: {why}{cure}") from cause
+
+
 def on_signals(action):
     """Call action(number, frame) at the signals that end a program, unless nohup ignores them."""
     for number in SIGNALS:
@@ -502,20 +512,20 @@ class Runtime:
         mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
-    @contextlib.contextmanager
-    def fail_together(self):
-        """Raise a UserError of the block, whichever rank it is on, on every rank: none waits."""
-        failures = [None]
-        try:
-            yield
-        except UserError as error:
-            failures = [error]
+    def by_main(self, action, *args):
+        """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
+        result = None
+        failure = [None]
+        if self.is_main:
+            try:
+                result = action(*args)
+            except UserError as error:
+                failure = [error]
         if dist.is_initialized():
-            mine = failures[0]
-            failures = [None] * self.world
-            dist.all_gather_object(failures, mine)
-        for failure in filter(None, failures):
-            raise failure
+            dist.broadcast_object_list(failure)
+        if failure[0]:
+            raise failure[0]
+        return result
 
     def clock(self):
         """Return seconds on a clock, read once the device has done its work."""
@@ -535,10 +545,8 @@ def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
     if not {*TORCHRUN} <= environ.keys():
         return [0, 1, 0, 1]
-    try:
+    with blaming(", ".join(TORCHRUN), ValueError, cure="; unset them", error=UsageError):
         return [int(environ[name]) for name in TORCHRUN[:4]]
-    except ValueError as error:
-        raise UsageError(f"{', '.join(TORCHRUN)}: {error}; unset them") from error
 
 
 def count_threads():
@@ -562,11 +570,9 @@ def check_arithmetic(cfg, device, dtype):
             f"{dtype} products on {device} are wrong: OpenMP or torch's math library is broken; "
             "unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
         )
-    try:
+    bits = f"NGRAM_HASH_BITS={cfg.ngram_hash_bits}: lower it"
+    with blaming(bits, RuntimeError, MemoryError, error=UsageError):
         NgramHistory(cfg, np.zeros(cfg.vocab_size, dtype=bool), device)
-    except (RuntimeError, MemoryError) as error:
-        message = f"NGRAM_HASH_BITS={cfg.ngram_hash_bits}: lower it; {one_line(error)}"
-        raise UsageError(message) from error
 
 
 def start_runtime(cfg, environ):
@@ -592,9 +598,7 @@ def start_runtime(cfg, environ):
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
     if world > 1:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
-        )
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     rt = Runtime(rank, world, device, dtype)
     torch.set_num_threads(int(rt.from_main(count_threads())))
     check_arithmetic(cfg, device, dtype)
@@ -634,40 +638,44 @@ def write_atomically(path, data, like=""):
     """Write bytes beside `path` and rename the file: it is whole or it is not there.
 
     A link is followed; a device, a FIFO and "-", standard output, are written through. The file
-    gets the permissions of the file `like`. Data None: only try.
+    gets the permissions of the file `like`. Data None: only try. UserError if it cannot be done.
     """
     target = Path(os.path.realpath(path))
     temporary = Path(f"{target}.tmp{os.getpid()}")
-    try:
+    with blaming(f"cannot write {path}", OSError, cure="; free space or write elsewhere"):
         if is_stream(path):
             if data is not None or target.is_dir():
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
-        if data is not None:
-            target.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            if os.path.isfile(like):
-                shutil.copymode(like, temporary)
-            file.write(data or b"")
-            file.flush()
-            os.fsync(file.fileno())
-        if data is not None:
-            os.replace(temporary, target)
-    except OSError as error:
-        hint = "free space or write elsewhere"
-        raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        try:
+            with open(temporary, "wb") as file:
+                if os.path.isfile(like):
+                    shutil.copymode(like, temporary)
+                file.write(data or b"")
+                file.flush()
+                os.fsync(file.fileno())
+            if data is not None:
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_file(path, name="", hint=""):
     """Return a file's bytes, for "-" standard input's; UserError names the setting or file."""
-    try:
+    with blaming(f"{name}cannot read {path}", OSError, cure=hint):
         return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
+
+
+def read_object(path):
+    """Return the JSON object in a file as a dict; UserError names the file if there is none."""
+    with blaming(f"{path} is no JSON object", ValueError, TypeError, cure="; mend or remove it"):
+        return dict(json.loads(read_file(path)))
+
+
+def write_object(path, contents):
+    """Write a dict to a file as JSON for people and programs."""
+    write_atomically(path, json.dumps(contents, indent=1).encode() + b"\n")
 
 
 def check_target(cfg, target, *sources):
@@ -688,31 +696,29 @@ def check_target(cfg, target, *sources):
 def check_writable(folder, need_bytes):
     """Return an open file without a name that takes need_bytes of `folder` until it is closed.
 
-    UserError, before hours of work, if the folder cannot be written to or has no room.
+    The folder is made. UserError, before hours of work, if that or writing fails for want of room
+    or permission.
     """
-    write_atomically(folder / ".probe", b"probe")
-    (folder / ".probe").unlink()
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise UserError(
-            f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
-        )
-    room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-    room.write(bytes(need_bytes))
-    room.flush()
+    with blaming(f"cannot write to {folder}", OSError, cure="; set LOG_DIR or OUT elsewhere"):
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        if free < need_bytes:
+            raise UserError(
+                f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
+            )
+        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        room.write(bytes(need_bytes))
+        room.flush()
     return room
 
 
 def lock_folder(folder):
     """Return an open file that locks `folder`; UserError if another process has locked it."""
     file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        message = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
-        raise UserError(message) from error
-    except OSError:
-        pass  # a file system without locks
+    rival = f"RUN_ID: another run is at work in {folder}"
+    cure = "; wait for it or set another RUN_ID"
+    with contextlib.suppress(OSError), blaming(rival, BlockingIOError, cure=cure):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not all file systems can
     return file
 
 
@@ -742,20 +748,20 @@ class TokenTable:
     @functools.cached_property
     def texts(self):
         """Bytes that each token prints, its leading space included; a boundary prints none."""
-        return tuple(self._text(piece, kind) for piece, kind in zip(self.pieces, self.kinds))
 
-    @staticmethod
-    def _text(piece, kind):
-        if kind == "B":
-            return bytes([int(piece[3:5], 16)])  # <0x0A>
-        return piece.replace(SPACE, " ").encode() if kind == "N" else b""
+        def text_of(piece, kind):
+            if kind == "B":
+                return bytes.fromhex(piece[3:5])  # <0x0A>
+            return piece.replace(SPACE, " ").encode() if kind == "N" else b""
+
+        return tuple(map(text_of, self.pieces, self.kinds))
 
     @functools.cached_property
     def byte_tables(self):
         """(bytes without a leading space, has a leading space, is a boundary), each (V,)."""
         starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
         leading = np.array(starts)
-        base = np.array([len(text) for text in self.texts], dtype=np.int64) - leading
+        base = np.array([*map(len, self.texts)], dtype=np.int64) - leading
         boundary = np.array([kind in "UCX" for kind in self.kinds])
         return base, leading, boundary
 
@@ -785,11 +791,9 @@ def load_tokenizer(path, vocab_size, table=None):
     """
     import sentencepiece
 
-    try:
+    culprit = f"TOKENIZER_PATH: {path} is no SentencePiece model"
+    with blaming(culprit, RuntimeError, OSError, cure="; see README"):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        message = f"TOKENIZER_PATH: {path} is no SentencePiece model; see README"
-        raise UserError(message) from error
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
     tests = dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
@@ -827,12 +831,8 @@ def audit_bytes(table, tokens, decode=None, digest=None):
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if not is_last or error.reason != "unexpected end of data":
-                message = f"{where}: {error}; shards and tokenizer do not belong together"
-                raise UserError(message) from error
+        with blaming(where, UnicodeDecodeError, cure="; another tokenizer than the shards'?"):
+            codecs.getincrementaldecoder("utf-8")().decode(text, final=not is_last)
         counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
         if counted != len(text):
             raise UserError(
@@ -863,22 +863,37 @@ CHUNK_BYTES = 1 << 16
 def read_chunks(path):
     """Yield a file's contents in parts, decompressed if its name ends in .zst.
 
-    EOFError for a cut frame; windows may be as long as the format has them.
+    UserError for what cannot be read or is cut; windows may be as long as the format has them.
     """
+    is_compressed = str(path).endswith(".zst")
+    if is_compressed:
+        import zstandard
     frame = None
-    with open(path, "rb") as file:
-        for data in iter(lambda: file.read(CHUNK_BYTES), b""):
-            while data and str(path).endswith(".zst"):
-                import zstandard
+    # zstandard raises a class of its own.
+    with blaming(f"cannot read {path}", Exception, cure="; copy or make it again"):
+        with open(path, "rb") as file:
+            for data in iter(lambda: file.read(CHUNK_BYTES), b""):
+                while data and is_compressed:
+                    frame = (
+                        frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                    )
+                    yield frame.decompress(data)
+                    data = frame.unused_data
+                    if frame.eof:
+                        frame = None
+                yield data
+        if frame:
+            raise EOFError("its end is missing")
 
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-                yield frame.decompress(data)
-                data = frame.unused_data
-                if frame.eof:
-                    frame = None
-            yield data
-    if frame:
-        raise EOFError("its end is missing")
+
+def read_start(path, size):
+    """Return a file's first `size` bytes, perhaps some more, or all if there are fewer."""
+    data = bytearray()
+    for chunk in read_chunks(path):
+        data += chunk
+        if len(data) > size:
+            break
+    return data
 
 
 def read_shard(path, vocab_size, most=1 << 40):
@@ -888,16 +903,7 @@ def read_shard(path, vocab_size, most=1 << 40):
     vocabulary; what lies behind `most` is not looked at.
     """
     wanted = SHARD_HEADER_BYTES + 2 * most
-    data = bytearray()
-    try:
-        for chunk in read_chunks(path):
-            data += chunk
-            if len(data) > wanted:
-                break
-    except ImportError:
-        raise
-    except Exception as error:  # zstandard raises a class of its own
-        raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
+    data = read_start(path, wanted)
     magic, version, count = struct.unpack("<iii", data[:12].ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
@@ -974,7 +980,7 @@ def check_shards(paths, table, sp):
     known = {}
     for path in paths:
         tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
-        head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
+        head = read_start(path, SHARD_HEADER_BYTES)[:SHARD_HEADER_BYTES]
         name = Path(path).name
         twin = known.setdefault(hashlib.sha256(head + tokens.tobytes()).hexdigest(), name)
         if twin != name:
@@ -1064,11 +1070,11 @@ def micro_batch_sequences(cfg, world):
 
 def micro_batches(tokens, cfg, rt):
     """Return this rank's run of a step's sequences as [(x, y)], int64 (B, T) on the device."""
-    sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
     size = micro_batch_sequences(cfg, rt.world)
-    share = len(sequences[0]) // rt.world
-    mine = [t[rt.rank * share :][:share].to(rt.device).split(size) for t in sequences]
-    return list(zip(*mine))
+    share = (len(tokens) - 1) // rt.world
+    own = torch.from_numpy(tokens)[rt.rank * share :][: share + 1]
+    sides = (side.to(rt.device).view(-1, cfg.train_seq_len) for side in (own[:-1], own[1:]))
+    return list(zip(*(side.split(size) for side in sides)))
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2744,58 +2750,66 @@ def decode_elsewhere(path, artifact, run):
 
 
 class Report:
-    """What a run has shown so far; results.json is rewritten after every pass over the text."""
+    """What a run has shown so far; results.json is rewritten after every pass over the text.
+
+    The run's folder is its own as long as the report exists.
+    """
 
     def __init__(self, cfg, rt, command):
         self.cfg = cfg
         self.rt = rt
-        self.files = []
-        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        self.lock = None  # on the run's folder
+        self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
+        environment = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "device": rt.notes[0],
+            "world_size": rt.world,
+            "dtype": str(rt.dtype),
+            "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        }
         self.results = {
             "run_id": cfg.run_dir.name,
             "seed": cfg.seed,
             "command": command,
             "settings": settings,
-            "environment": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "device": rt.notes[0],
-                "world_size": rt.world,
-                "dtype": str(rt.dtype),
-                "source_sha256": source,
-            },
+            "environment": environment,
             "train": None,
             "artifact": None,
             "stages": [],
             "val_bpb": None,
         }
-        self.check_earlier()
-        if rt.is_main:
-            log_path = cfg.run_dir / f"{command}.log"
-            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
+        rt.by_main(self.take_folder)
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.log(f"{command} {cfg.run_dir.name}, {when}")
-        self.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, source {source}")
+        self.log("python {python}, torch {torch}, source {source_sha256}".format(**environment))
         for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
             self.log(line)
 
-    def check_earlier(self):
-        """Raise UsageError if the folder has results of another command, setting or source."""
-        path = self.cfg.run_dir / "results.json"
-        if self.cfg.replace or not path.exists():
-            return
-        earlier = json.loads(path.read_bytes())
-        own, found = (
-            {**r["settings"], **r["environment"], "command": r["command"]}
-            for r in (self.results, earlier)
-        )
-        odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
-        if odd:
-            raise UsageError(
-                f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, "
-                "or REPLACE=1 to replace it"
+    def take_folder(self):
+        """Lock the run's folder and open the log in it.
+
+        UserError without room, at another run's work, or at results of another command, setting or
+        source, which stay.
+        """
+        folder = self.cfg.run_dir
+        path = folder / "results.json"
+        check_writable(folder, 2 * self.cfg.size_limit_bytes)
+        self.lock = lock_folder(folder)
+        if path.exists() and not self.cfg.replace:
+            own, found = (
+                {**r["settings"], **r["environment"], "command": r["command"]}
+                for r in (self.results, read_object(path))
             )
+            odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
+            if odd:
+                raise UsageError(
+                    f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, "
+                    "or REPLACE=1 to replace it"
+                )
+        log_path = folder / f"{self.results['command']}.log"
+        self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
@@ -2805,39 +2819,35 @@ class Report:
     def record(self, name, value):
         """Set one key of results.json and write it; no rank waits for another."""
         self.results[name] = value
-        text = json.dumps(self.results, indent=1) + "\n"
         if self.rt.is_main:
-            write_atomically(self.cfg.run_dir / "results.json", text.encode())
+            write_object(self.cfg.run_dir / "results.json", self.results)
 
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
-        code = code_bytes()
         limit = self.cfg.size_limit_bytes
-        total = code + artifact.size_bytes
+        total = code_bytes() + artifact.size_bytes
         overridden = artifact.overridden(self.cfg)
+        sizes = {
+            "path": str(artifact.path),
+            "sha256": artifact.digest.hex(),
+            "weights_bytes": artifact.size_bytes,
+            "code_bytes": code_bytes(),
+            "total_bytes": total,
+            "limit_bytes": limit,
+            "overridden": overridden,
+        }
+        self.record("artifact", sizes)
         self.log(
-            f"artifact {artifact.path}: {artifact.size_bytes:,} B weights + {code:,} B code "
-            f"= {total:,} of {limit:,} B"
+            "artifact {path}: {weights_bytes:,} B weights + {code_bytes:,} B code "
+            "= {total_bytes:,} of {limit_bytes:,} B".format(**sizes)
         )
         if overridden:
             names = ", ".join(overridden)
             self.log(f"note: {names} are not the artifact's: its decoder would not get these bits")
-        sizes = {"weights_bytes": artifact.size_bytes, "code_bytes": code, "total_bytes": total}
-        self.record(
-            "artifact",
-            {
-                "path": str(artifact.path),
-                **sizes,
-                "limit_bytes": limit,
-                "sha256": artifact.digest.hex(),
-                "overridden": overridden,
-            },
-        )
         if total > limit:
             raise UserError(
-                f"artifact {artifact.path} is {total - limit:,} bytes over "
-                f"SIZE_LIMIT_BYTES={limit:,}: "
-                "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again"
+                f"artifact {artifact.path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES="
+                f"{limit:,}: lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again"
             )
 
     def add_stages(self, stages):
@@ -2859,7 +2869,7 @@ class Report:
 
     def log_budget(self):
         """Log seconds and bytes against the competition's limits."""
-        stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
+        train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
             train_s = train["seconds"] + train["calibration_seconds"]
@@ -2867,34 +2877,39 @@ class Report:
                 f"train       {train_s:>10.1f} s of 600 s, calibration included; "
                 f"quantize {train['quantize_seconds']:.1f} s"
             )
-        evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
-        self.log(f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)")
-        self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
+        seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
+        self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
+        sizes = self.results["artifact"]
+        self.log("bytes       {total_bytes:>10,} B of {limit_bytes:,} B".format(**sizes))
 
 
 def read_result(path):
-    """Return a finished run's results.json; UserError names the file and what is amiss with it."""
-    try:
-        run = json.loads(Path(path).read_bytes())
+    """Return a finished run's results.json, with what `summarize` makes of it.
+
+    "same": what runs of one submission have in common; "row": what it says of a seed. UserError
+    names the file and what is amiss with it.
+    """
+    culprit = f"summarize: {path} is not a finished run's results.json"
+    with blaming(culprit, ValueError, LookupError, TypeError, UserError):
+        run = read_object(path)
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
         wanted = last_plan(cfg).stages[-1]
-        amiss = [
-            (last["name"] != wanted, f"it ends at {last['name']}, not at {wanted}"),
-            (artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000), "over the cap"),
-            (artifact["overridden"], f"{', '.join(artifact['overridden'])} overridden"),
-        ]
-        if faults := [why for fault, why in amiss if fault]:
-            raise ValueError(faults[0])
+        if last["name"] != wanted:
+            raise ValueError(f"it ends at {last['name']}, not at {wanted}")
+        if artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000):
+            raise ValueError("over the cap")
+        if artifact["overridden"]:
+            raise ValueError(f"{', '.join(artifact['overridden'])} overridden")
         run["same"] = {
             **stored_settings(cfg),
+            **run["environment"],
             "seed": 0,
             "stage": last["name"],
             "val_tokens": last["tokens"],
             "validation": run["validation"],
             "shards": run["shards"],
-            **run["environment"],
         }
         run["row"] = {
             "seed": run["seed"],
@@ -2903,10 +2918,7 @@ def read_result(path):
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
         }
-        return run
-    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
-        message = f"summarize: {path} is not a finished run's results.json ({error!r})"
-        raise UserError(message) from error
+    return run
 
 
 def summarize(paths, out_path, mixed=False):
@@ -2927,27 +2939,21 @@ def summarize(paths, out_path, mixed=False):
     seeds = {str(run["seed"]): run["row"] for run in runs}
     if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
-    kept = {}
-    if Path(out_path).exists():
-        try:
-            kept = dict(json.loads(Path(out_path).read_bytes()))
-        except (OSError, ValueError, TypeError) as error:
-            message = f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
-            raise UserError(message) from error
-    scores = [row["val_bpb"] for row in seeds.values()]
+    kept = read_object(out_path) if Path(out_path).exists() else {}
+    columns = {n: [row[n] for row in seeds.values()] for n in runs[0]["row"]}
     summary = {
         **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: np.mean([row[n] for row in seeds.values()]) for n in ("val_loss", "val_bpb")},
-        **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
-        "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
+        **{n: np.mean(columns[n]) for n in ("val_loss", "val_bpb")},
+        **{n: max(columns[n]) for n in ("bytes_total", "bytes_code")},
+        "val_bpb_std": np.std(columns["val_bpb"], ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
         "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
         "seeds": seeds,
     }
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
-    write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
+    write_object(out_path, summary)
     return summary
 
 
@@ -2966,38 +2972,32 @@ class Run:
     table: TokenTable
     tokens: np.ndarray  # the validation stream, int64 (n + 1,)
     total_bytes: int  # of its text
-    lock: object = None  # on the run's folder, until it is closed
 
 
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if not new."""
     rt = start_runtime(cfg, environ)
-    table = artifact and artifact.table
-    lock = None
+    splits = ["val"]
     if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-    with rt.fail_together():
-        if rt.is_main:
-            check_writable(cfg.run_dir, 2 * cfg.size_limit_bytes)
-            lock = lock_folder(cfg.run_dir)
+        splits.append("train")
     report = Report(cfg, rt, command)
-    with rt.fail_together():
-        if rt.is_main:
-            prepare_demo(cfg, report.log)
+    rt.by_main(prepare_demo, cfg, report.log)
     tokens = load_validation(cfg)
-    shards = list_shards(cfg, "val") + ([] if table else list_shards(cfg, "train"))
+    table = artifact and artifact.table
     sp = None
     if table is None or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
+    shards = [path for split in splits for path in list_shards(cfg, split)]
     report.results["shards"] = check_shards(shards, table, sp)
     text = hashlib.sha256()
     total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
-    validation = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=text.hexdigest())
+    validation = {"tokens": len(tokens) - 1, "bytes": total_bytes, "sha256": text.hexdigest()}
     report.results["validation"] = validation
     report.log(
-        f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
+        "validation: {tokens:,} tokens, {bytes:,} bytes of decoded text".format(**validation)
     )
-    return Run(cfg, rt, report, table, tokens, total_bytes, lock)
+    return Run(cfg, rt, report, table, tokens, total_bytes)
 
 
 def train_command(environ, kept=None):
@@ -3015,10 +3015,10 @@ def train_command(environ, kept=None):
     if kept:
         result = TrainResult(**kept["result"])
     else:
-        room = run.rt.is_main and check_writable(cfg.run_dir, 5 * count)
+        room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
         result = train(model, cfg, run.rt, run.report.log, len(held_out))
         on_signals(lambda *_: None)
-        if run.rt.is_main and result.steps:
+        if room and result.steps:
             room.close()
             keep_weights(run, path, model, result)
         on_signals(interrupt)
@@ -3059,13 +3059,10 @@ def finish(run, model, result, held_out):
     artifact = write_artifact(run, weights, result)
     model.eval()
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
-    stages, _ = evaluate(predictor, run.tokens, run.total_bytes, run.report.log)
-    run.report.add_stages(stages)
+    evaluate_stages(run, predictor)
     scored = evaluate_artifact(run, artifact)
     if cfg.verify_enabled:
-        with run.rt.fail_together():
-            if run.rt.is_main:
-                verify(run, artifact, scored)
+        run.rt.by_main(verify, run, artifact, scored)
 
 
 def calibrate(run, weights, held_out, limit_s):
@@ -3109,30 +3106,39 @@ def write_artifact(run, weights, result):
     """Quantize to the cap, write the artifact and return it as read back from disk."""
     start_s = time.perf_counter()
     path = run.cfg.artifact
-    data = b""
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            data = fit_artifact(weights, run.cfg, run.table, run.report.log)
-            write_atomically(path, data)
-    rate = result.tokens / max(result.seconds, 1e-9)
-    numbers = {"quantize_seconds": time.perf_counter() - start_s, "tokens_per_second": rate}
-    run.report.record("train", asdict(result) | numbers)
+    report = run.report
+
+    def write():
+        data = fit_artifact(weights, run.cfg, run.table, report.log)
+        write_atomically(path, data)
+        return hashlib.sha256(data).digest()
+
+    digest = run.rt.by_main(write)
+    numbers = {
+        "quantize_seconds": time.perf_counter() - start_s,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+    }
+    report.record("train", asdict(result) | numbers)
     artifact = read_artifact(path)
-    written = run.rt.from_main(zlib.crc32(hashlib.sha256(data).digest()))
-    if zlib.crc32(artifact.digest) != written:
+    if artifact.digest != digest:
         raise UserError(f"artifact {path} is not what was written: who else writes there?")
-    run.report.check_size(artifact)
+    report.check_size(artifact)
     return artifact
+
+
+def evaluate_stages(run, predictor):
+    """Score and report a predictor's stages; return the last one's first frequencies."""
+    keep = run.cfg.verify_tokens
+    stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
+    run.report.add_stages(stages)
+    return scored
 
 
 def evaluate_artifact(run, artifact):
     """Score the artifact in every stage; return the last one's first VERIFY_TOKENS frequencies."""
     scored = None
     for plan in evaluation_plans(run.cfg):
-        predictor = new_predictor(artifact, run.cfg, run.rt, plan)
-        keep = run.cfg.verify_tokens
-        stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
-        run.report.add_stages(stages)
+        scored = evaluate_stages(run, new_predictor(artifact, run.cfg, run.rt, plan))
     run.report.log_budget()
     return scored
 
@@ -3168,10 +3174,8 @@ def eval_command(environ, command):
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
-        return
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            verify(run, artifact)
+    else:
+        run.rt.by_main(verify, run, artifact)
 
 
 def text_tokens(data, table, encode):
@@ -3180,7 +3184,7 @@ def text_tokens(data, table, encode):
     Words are as SentencePiece's `encode` has them in running text, if need be after a BOS, which
     prints nothing; white space, and words that it would change, are spelled in byte pieces.
     """
-    byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
+    byte_ids = {table.texts[i][0]: i for i, kind in enumerate(table.kinds) if kind == "B"}
     if len(byte_ids) < 256:
         raise UserError(
             "compress: the artifact's tokenizer has no byte pieces; train one by `tokenize`"
@@ -3190,7 +3194,7 @@ def text_tokens(data, table, encode):
     def is_exact(ids, run):
         if not ids or not table.texts[ids[-1]]:
             return False  # what prints nothing at the end would swallow the next word's space
-        return table.decode(np.array([byte_ids[b"a"], *ids])) == b"a" + run
+        return table.decode(np.array([byte_ids[ord("a")], *ids])) == b"a" + run
 
     @functools.cache
     def ids_of(run):
@@ -3201,7 +3205,7 @@ def text_tokens(data, table, encode):
             tries = [encode("." + word)[dot:]]
         else:
             tries = [encode(word), [table.bos_id, *encode(word)]]
-        spelled = [byte_ids[run[i : i + 1]] for i in range(len(run))]
+        spelled = [byte_ids[byte] for byte in run]
         return next((ids for ids in tries if is_exact(ids, run)), spelled)
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
@@ -3350,11 +3354,7 @@ def read_documents(path):
                         raise ValueError('no string under the key "text"')
             number += line.endswith(b"\n")
         yield document + decode(b"", True)
-    except ImportError:
-        raise
-    except OSError as error:
-        raise UserError(f"tokenize: cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # what is decoded or parsed; zstandard has its own class
+    except (ValueError, RecursionError) as error:  # what is decoded or parsed
         raise UserError(
             f"tokenize: cannot read {path}, line {number}: {error}; expected UTF-8 text, in .jsonl "
             '{"text": "..."}'
@@ -3399,7 +3399,7 @@ def train_tokenizer(documents, vocab_size, path):
     model = io.BytesIO()
     part = re.compile("[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,1024}")
     lines = (line for text in documents for line in part.findall(text) if line.strip())
-    try:
+    with blaming(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
@@ -3414,9 +3414,6 @@ def train_tokenizer(documents, vocab_size, path):
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
-    except RuntimeError as error:
-        message = f"VOCAB_SIZE={vocab_size}: raise or lower it for this text ({error})"
-        raise UserError(message) from error
     write_atomically(path, model.getvalue())
 
 
@@ -3424,8 +3421,8 @@ def token_shards(texts, sp):
     """Yield uint16 tokens (n,) of whole documents, each after BOS, n just over SHARD_TOKENS."""
     tokens = bytearray()
     for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
-        for ids in sp.encode(batch, num_threads=os.cpu_count()):
-            tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
+        for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
+            tokens += np.array(ids, dtype="<u2").tobytes()
             if len(tokens) >= 2 * SHARD_TOKENS:
                 yield np.frombuffer(tokens, dtype="<u2")
                 tokens = bytearray()
