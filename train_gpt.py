@@ -677,7 +677,7 @@ def audit_bytes(table, tokens, decode=None, digest=None):
     """
     counts = table.count_bytes(tokens)
     starts = np.flatnonzero(tokens == table.bos_id)
-    if not len(starts) or starts[0]:
+    if tokens[0] != table.bos_id:
         raise UserError(
             f"the validation stream must start with BOS (id {table.bos_id}), like every document"
         )
@@ -713,7 +713,9 @@ def audit_bytes(table, tokens, decode=None, digest=None):
 #
 # A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
 # again: documents come back whole from the tokenizer that made them, and go astray within their
-# first words with any other.
+# first words with any other. On FineWeb (224 samples) at least 0.9999 of the tokens come back; with
+# nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with a twin
+# trained without one document of 1,900 (10 pieces differ), 0.5.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -3088,11 +3090,9 @@ def main():
     status = 0
     try:
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt, ImportError) as error:
+    except (UserError, KeyboardInterrupt) as error:
         status = getattr(error, "exit_status", 130)
         message = str(error) or "interrupted; files are kept"
-        if isinstance(error, ImportError):
-            message += ": pip install -r requirements.txt"
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {message}", file=sys.stderr, flush=True)
     if dist.is_initialized():
@@ -3109,7 +3109,7 @@ def main():
 
 SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
-MOST_DOCUMENT_CHARS = 65_536  # about; anything ends one then
+MOST_DOCUMENT_CHARS = 16_384  # about; anything ends one then
 BATCH_DOCUMENTS = 100
 DEMO_TEXT_CHARS = 6_000_000
 
@@ -3153,13 +3153,10 @@ def read_documents(path):
         yield document + decode(b"", True)
     except ImportError:
         raise
-    except OSError as error:
-        raise UserError(f"tokenize: cannot read {path}: {error.strerror}") from error
-    except Exception as error:  # what is decoded or parsed; zstandard has its own class
-        raise UserError(
-            f"tokenize: cannot read {path}, line {number}: {error}; expected UTF-8 text, in .jsonl "
-            '{"text": "..."}'
-        ) from error
+    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
+        where = f'line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}}: {error}'
+        why = getattr(error, "strerror", where)
+        raise UserError(f"tokenize: cannot read {path}: {why}") from error
 
 
 def demo_documents():
@@ -3193,12 +3190,14 @@ def prepare_demo(cfg, log):
 def train_tokenizer(documents, vocab_size, path):
     """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
 
-    It would leave out lines that are long or hold U+2585: they are cut.
+    It sees 200,000 parts of lines, of 256 characters at most: whole lines it would leave out where
+    they are very long or hold U+2585, without a word.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    part = re.compile("[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,1024}")
+    inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
+    part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
     lines = (line for text in documents for line in part.findall(text) if line.strip())
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -3211,7 +3210,6 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            max_sentence_length=4096,
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
@@ -3222,16 +3220,16 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield uint16 tokens (n,) of whole documents, each after BOS, n just over SHARD_TOKENS."""
+    """Yield uint16 tokens of whole documents, each after BOS, as the bytes of one shard's."""
     tokens = bytearray()
-    for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
+    while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
         for ids in sp.encode(batch, num_threads=os.cpu_count()):
             tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
             if len(tokens) >= 2 * SHARD_TOKENS:
-                yield np.frombuffer(tokens, dtype="<u2")
+                yield tokens
                 tokens = bytearray()
     if tokens:
-        yield np.frombuffer(tokens, dtype="<u2")
+        yield tokens
 
 
 def choose_held_out(documents):
@@ -3258,21 +3256,15 @@ def write_shards(documents, out_dir, cfg, log):
     for folder in (Path(out_dir), path.parent):
         check_writable(folder, 0)
     held = choose_held_out(documents())
-
-    def texts(is_held):
-        start_s = time.perf_counter()
-        for number, text in enumerate(documents(), 1):
-            if held[number - 1] == is_held:
-                yield text
-            if number % 10_000 == 0 or number == len(held):
-                log(f"tokenize: {progress_line(number, len(held), start_s, 'documents')}")
-
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
-        train_tokenizer(texts(False), cfg.vocab_size, path)
+        train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
     table, sp = load_tokenizer(path, cfg.vocab_size)
-    for split in ("train", "val"):
-        for number, tokens in enumerate(token_shards(texts(split == "val"), sp)):
+    for split, chosen in ("train", ~held), ("val", held):
+        log(f"{split}: {chosen.sum():,} documents")
+        texts = itertools.compress(documents(), chosen)
+        for number, data in enumerate(token_shards(texts, sp)):
+            tokens = np.frombuffer(data, dtype="<u2")
             target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")
