@@ -772,12 +772,13 @@ def read_shard(path, vocab_size, most=1 << 40):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, dtype="<u2", count=min(count, most), offset=SHARD_HEADER_BYTES)
+    known = (len(data) - SHARD_HEADER_BYTES) // 2
+    tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
     if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
-    return tokens
+    return tokens[:most]
 
 
 def shard_bytes(tokens, tokenizer=bytes(32)):

@@ -606,13 +606,14 @@ def test_a_shard_that_goes_bad(command, corpus, tmp_path):
 
 
 def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
-    """The second shard is foreign: the run ends with one line, and rank 0 has kept the weights of the first."""
+    """The second shard is cut: the run ends with one line, and rank 0 has kept the weights of the first."""
     (tmp_path / "data").mkdir()
     for path in Path(corpus["DATA_PATH"]).glob("fineweb_*_000000.bin"):
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
     good = tmp_path / "data" / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
-    (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"no shard")
+    cut = train_gpt.shard_bytes(np.resize(train_gpt.read_shard(good, 400), 40_000))[:-2]
+    (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(cut)  # past what a start looks at
     settings = dict(
         corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0"
     )
