@@ -840,20 +840,18 @@ def check_shards(paths, table, sp):
     for path in paths:
         tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
         head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
-        name = Path(path).name
-        twin = known.setdefault(hashlib.sha256(head + tokens.tobytes()).hexdigest(), name)
-        if twin != name:
-            raise UserError(f"DATA_PATH: {path} is a copy of {twin}: remove one of them")
+        digest = hashlib.sha256(head + tokens.tobytes()).hexdigest()
+        if digest in known:
+            raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
+        known[digest] = Path(path).name
         maker = head[12:44]
-        share = 1.0
-        if any(maker):
-            share = float(maker.hex() == table.digest)
-        elif sp:
-            share = share_returned(sp, tokens)
-        if share < 0.9:
+        fits = maker.hex() == table.digest
+        if not any(maker):
+            fits = not sp or share_returned(sp, tokens) > 0.9
+        if not fits:
             raise UserError(
                 f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or the "
-                f"artifact has ({share:.1%} of its tokens come back): set what belongs together"
+                "artifact has: set the one that belongs to it"
             )
     return known
 
@@ -3233,18 +3231,6 @@ def token_shards(texts, sp):
         yield tokens
 
 
-def choose_held_out(documents):
-    """Return which documents are validation text, bool (n,): by checksum, else the last."""
-    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents), bool)
-    if len(held) < 2:
-        raise UserError(
-            "tokenize: two documents are the least, since validation text must not be trained on"
-        )
-    if held.all() or not held.any():
-        held = np.arange(len(held)) == len(held) - 1
-    return held
-
-
 def write_shards(documents, out_dir, cfg, log):
     """Tokenize texts to out_dir/fineweb_{train,val}_*.bin; train a tokenizer if there is none.
 
@@ -3256,7 +3242,13 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     for folder in (Path(out_dir), path.parent):
         check_writable(folder, 0)
-    held = choose_held_out(documents())
+    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
+    if len(held) < 2:
+        raise UserError(
+            "tokenize: two documents are the least, since validation text must not be trained on"
+        )
+    if held.all() or not held.any():
+        held = np.arange(len(held)) == len(held) - 1
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
         train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)

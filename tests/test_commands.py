@@ -621,7 +621,9 @@ def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
     (message,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert status and "fineweb_train_000001.bin" in message and "stopped.int6.lzma" in message
     assert (
-        train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[0]["vocab_size"]
+        train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma").settings[
+            "vocab_size"
+        ]
         == 400
     )
 

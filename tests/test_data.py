@@ -50,7 +50,7 @@ NAMED_SHARD = shard_bytes(np.arange(VOCAB, dtype=np.uint16), NAME)
 
 
 def test_shard_of_a_known_tokenizer_has_its_digest_and_a_checksum():
-    """In the header's unused integers; an official reader sees the same tokens in the same places."""
+    """In the header's unused integers; official readers see the same tokens in the same places."""
     body = GOOD_SHARD[1024:]
     assert NAMED_SHARD[:12] + bytes(1012) + NAMED_SHARD[1024:] == GOOD_SHARD
     assert NAMED_SHARD[12:44] == NAME
@@ -183,7 +183,7 @@ def test_folder_without_shards_is_told_with_a_way_out(tmp_path, name):
 
 
 def folder_of(folder, *names):
-    """Return a Config whose DATA_PATH is `folder`, after making empty files of these names in it."""
+    """Return a Config whose DATA_PATH is `folder`, with empty files of these names in it."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_bytes(b"")
@@ -227,7 +227,7 @@ def test_shards_are_listed_in_order(tmp_path):
     ],
 )
 def test_other_file_that_looks_like_a_shard_is_refused(tmp_path, name):
-    """A copy, a remnant or another scheme of names beside the shards: folder and file are named."""
+    """A copy, a remnant or another scheme of names beside the shards: the file is named."""
     cfg = folder_of(tmp_path, "fineweb_val_000000.bin", name)
     message = refusal(train_gpt.list_shards, cfg, "val")
     shown = name.removesuffix(".zst")
