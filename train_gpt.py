@@ -819,7 +819,7 @@ def audit_bytes(table, tokens, decode=None, digest=None):
     """
     counts = table.count_bytes(tokens)
     starts = np.flatnonzero(tokens == table.bos_id)
-    if not len(starts) or starts[0]:
+    if tokens[0] != table.bos_id:
         raise UserError(
             f"the validation stream must start with BOS (id {table.bos_id}), like every document"
         )
@@ -851,7 +851,9 @@ def audit_bytes(table, tokens, decode=None, digest=None):
 #
 # A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
 # again: documents come back whole from the tokenizer that made them, and go astray within their
-# first words with any other.
+# first words with any other. On FineWeb (224 samples) at least 0.9999 of the tokens come back; with
+# nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with a twin
+# trained without one document of 1,900 (10 pieces differ), 0.5.
 
 SHARD_MAGIC = 20240520
 SHARD_VERSION = 1
@@ -914,12 +916,13 @@ def read_shard(path, vocab_size, most=1 << 40):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, dtype="<u2", count=min(count, most), offset=SHARD_HEADER_BYTES)
+    known = (len(data) - SHARD_HEADER_BYTES) // 2
+    tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
     if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
-    return tokens
+    return tokens[:most]
 
 
 def shard_bytes(tokens, tokenizer=bytes(32)):
@@ -981,20 +984,18 @@ def check_shards(paths, table, sp):
     for path in paths:
         tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
         head = read_start(path, SHARD_HEADER_BYTES)[:SHARD_HEADER_BYTES]
-        name = Path(path).name
-        twin = known.setdefault(hashlib.sha256(head + tokens.tobytes()).hexdigest(), name)
-        if twin != name:
-            raise UserError(f"DATA_PATH: {path} is a copy of {twin}: remove one of them")
+        digest = hashlib.sha256(head + tokens.tobytes()).hexdigest()
+        if digest in known:
+            raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
+        known[digest] = Path(path).name
         maker = head[12:44]
-        share = 1.0
-        if any(maker):
-            share = float(maker.hex() == table.digest)
-        elif sp:
-            share = share_returned(sp, tokens)
-        if share < 0.9:
+        fits = maker.hex() == table.digest
+        if not any(maker):
+            fits = not sp or share_returned(sp, tokens) > 0.9
+        if not fits:
             raise UserError(
                 f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or the "
-                f"artifact has ({share:.1%} of its tokens come back): set what belongs together"
+                "artifact has: set the one that belongs to it"
             )
     return known
 
@@ -3312,7 +3313,7 @@ def main():
 
 SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
-MOST_DOCUMENT_CHARS = 65_536  # about; anything ends one then
+MOST_DOCUMENT_CHARS = 16_384  # about; anything ends one then
 BATCH_DOCUMENTS = 100
 DEMO_TEXT_CHARS = 6_000_000
 
@@ -3392,12 +3393,14 @@ def prepare_demo(cfg, log):
 def train_tokenizer(documents, vocab_size, path):
     """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
 
-    It would leave out lines that are long or hold U+2585: they are cut.
+    It sees 200,000 parts of lines, of 256 characters at most: whole lines it would leave out where
+    they are very long or hold U+2585, without a word.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    part = re.compile("[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,1024}")
+    inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
+    part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
     lines = (line for text in documents for line in part.findall(text) if line.strip())
     with blaming(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
@@ -3410,7 +3413,6 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            max_sentence_length=4096,
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
@@ -3418,28 +3420,16 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield uint16 tokens (n,) of whole documents, each after BOS, n just over SHARD_TOKENS."""
+    """Yield uint16 tokens of whole documents, each after BOS, as the bytes of one shard's."""
     tokens = bytearray()
     for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
         for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
             tokens += np.array(ids, dtype="<u2").tobytes()
             if len(tokens) >= 2 * SHARD_TOKENS:
-                yield np.frombuffer(tokens, dtype="<u2")
+                yield tokens
                 tokens = bytearray()
     if tokens:
-        yield np.frombuffer(tokens, dtype="<u2")
-
-
-def choose_held_out(documents):
-    """Return which documents are validation text, bool (n,): by checksum, else the last."""
-    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents), bool)
-    if len(held) < 2:
-        raise UserError(
-            "tokenize: two documents are the least, since validation text must not be trained on"
-        )
-    if held.all() or not held.any():
-        held = np.arange(len(held)) == len(held) - 1
-    return held
+        yield tokens
 
 
 def write_shards(documents, out_dir, cfg, log):
@@ -3453,22 +3443,22 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     for folder in (Path(out_dir), path.parent):
         check_writable(folder, 0)
-    held = choose_held_out(documents())
-
-    def texts(is_held):
-        start_s = time.perf_counter()
-        for number, text in enumerate(documents(), 1):
-            if held[number - 1] == is_held:
-                yield text
-            if number % 10_000 == 0 or number == len(held):
-                log(f"tokenize: {progress_line(number, len(held), start_s, 'documents')}")
-
+    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
+    if len(held) < 2:
+        raise UserError(
+            "tokenize: two documents are the least, since validation text must not be trained on"
+        )
+    if held.all() or not held.any():
+        held = np.arange(len(held)) == len(held) - 1
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
-        train_tokenizer(texts(False), cfg.vocab_size, path)
+        train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
     table, sp = load_tokenizer(path, cfg.vocab_size)
-    for split in ("train", "val"):
-        for number, tokens in enumerate(token_shards(texts(split == "val"), sp)):
+    for split, chosen in ("train", ~held), ("val", held):
+        log(f"{split}: {chosen.sum():,} documents")
+        texts = itertools.compress(documents(), chosen)
+        for number, data in enumerate(token_shards(texts, sp)):
+            tokens = np.frombuffer(data, dtype="<u2")
             target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")

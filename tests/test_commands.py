@@ -667,7 +667,8 @@ def test_shard_that_goes_bad_on_two_ranks_keeps_the_weights(corpus, tmp_path):
         (data / path.name).write_bytes(path.read_bytes())
     good = data / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
-    (data / "fineweb_train_000001.bin").write_bytes(b"no shard")
+    cut = train_gpt.shard_bytes(np.resize(train_gpt.read_shard(good, 400), 40_000))[:-2]
+    (data / "fineweb_train_000001.bin").write_bytes(cut)  # past what a start looks at
     settings = dict(corpus, DATA_PATH=str(data), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
     (message,) = (line for line in err.splitlines() if line.startswith("error: "))

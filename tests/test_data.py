@@ -1,9 +1,13 @@
 """Shards, the streams that are made of them, and the texts that shards are made of."""
 
+import hashlib
 import json
 import os
 import struct
+import sys
+import tracemalloc
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,6 +43,66 @@ def test_shard_comes_back_from_its_file(tmp_path, ending):
     data = shard_bytes(tokens)
     path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
     assert np.array_equal(read_shard(path, 65_536), tokens)
+
+
+NAME = bytes(range(1, 33))  # a tokenizer's digest
+NAMED_SHARD = shard_bytes(np.arange(VOCAB, dtype=np.uint16), NAME)
+
+
+def test_shard_of_a_known_tokenizer_has_its_digest_and_a_checksum():
+    """In the header's unused integers; official readers see the same tokens in the same places."""
+    body = GOOD_SHARD[1024:]
+    assert NAMED_SHARD[:12] + bytes(1012) + NAMED_SHARD[1024:] == GOOD_SHARD
+    assert NAMED_SHARD[12:44] == NAME
+    assert struct.unpack("<I", NAMED_SHARD[44:48]) == (zlib.crc32(NAME + body),)
+    assert not any(NAMED_SHARD[48:1024])
+
+
+def test_no_corruption_of_a_shard_is_accepted(tmp_path):
+    """One to four other bytes anywhere, a cut, bytes too many: each is found."""
+    random = np.random.default_rng(0)
+    path = tmp_path / "fineweb_val_000000.bin"
+    for kind in range(1000):
+        data = bytearray(NAMED_SHARD)
+        # Half of the damage is among the bytes that mean something.
+        most = len(data) if kind % 2 else 48
+        for place in random.integers(0, most, 1 + kind % 4):
+            data[place] ^= random.integers(1, 256)
+        if kind % 10 == 0:
+            data = data[: random.integers(0, len(data))]
+        if kind % 10 == 1:
+            data += random.bytes(1 + kind % 7)
+        if data != NAMED_SHARD:
+            path.write_bytes(data)
+            assert str(path) in refusal(read_shard, path, 65_536)
+
+
+def test_official_shard_with_a_word_in_its_header_is_refused(tmp_path):
+    """What should be zeros would be a tokenizer's name, and the checksum is missing."""
+    path = tmp_path / "x.bin"
+    path.write_bytes(with_header(3, 1))
+    assert "corrupt" in refusal(read_shard, path, VOCAB)
+
+
+@pytest.mark.parametrize("ending", [".bin", ".bin.zst"])
+@pytest.mark.parametrize("most", [1, 100, 2999, 3000, 5000])
+def test_beginning_of_a_shard(tmp_path, monkeypatch, ending, most):
+    """At most as many tokens as are asked for."""
+    monkeypatch.setattr(train_gpt, "CHUNK_BYTES", 64)
+    tokens = np.random.default_rng(0).integers(0, VOCAB, 3000).astype(np.uint16)
+    data = shard_bytes(tokens, NAME)
+    path = tmp_path / f"x{ending}"
+    path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
+    np.testing.assert_array_equal(read_shard(path, VOCAB, most), tokens[:most])
+
+
+def test_end_of_a_shard_is_not_looked_at(tmp_path, monkeypatch):
+    """Where only its beginning is asked for, a missing end is not found."""
+    monkeypatch.setattr(train_gpt, "CHUNK_BYTES", 64)
+    path = tmp_path / "x.bin"
+    path.write_bytes(NAMED_SHARD[:-2])
+    assert len(read_shard(path, VOCAB, 20)) == 20
+    assert "truncated" in refusal(read_shard, path, VOCAB, VOCAB)
 
 
 def with_header(place, value):
@@ -119,7 +183,7 @@ def test_folder_without_shards_is_told_with_a_way_out(tmp_path, name):
 
 
 def folder_of(folder, *names):
-    """Return a Config whose DATA_PATH is `folder`, once empty files of these names are in it."""
+    """Return a Config whose DATA_PATH is `folder`, with empty files of these names in it."""
     folder.mkdir(exist_ok=True)
     for name in names:
         (folder / name).write_bytes(b"")
@@ -153,7 +217,7 @@ def test_shards_are_listed_in_order(tmp_path):
         "fineweb_val_000000.bin.zst.zst",
         "fineweb_val_0000000.bin",
         "fineweb_val_00001.bin",
-        "fineweb_val_\u0660\u0660\u0660\u0660\u0660\u0661.bin",
+        "fineweb_val_00000\u0661.bin",
         "fineweb_val_000000_copy.bin",
         "fineweb_val_extra.bin.zst",
         "fineweb_valid_000001.bin",
@@ -163,7 +227,7 @@ def test_shards_are_listed_in_order(tmp_path):
     ],
 )
 def test_other_file_that_looks_like_a_shard_is_refused(tmp_path, name):
-    """A copy, a remnant or another scheme of names beside the shards: folder and file are named."""
+    """A copy, a remnant or another scheme of names beside the shards: the file is named."""
     cfg = folder_of(tmp_path, "fineweb_val_000000.bin", name)
     message = refusal(train_gpt.list_shards, cfg, "val")
     shown = name.removesuffix(".zst")
@@ -183,6 +247,96 @@ def test_shards_of_the_other_split_do_not_matter(tmp_path):
     """Whoever only evaluates needs no training shards, nor all of them."""
     cfg = folder_of(tmp_path, "fineweb_val_000000.bin", "fineweb_train_000003.bin")
     assert len(train_gpt.list_shards(cfg, "val")) == 1
+
+
+# ---- Shards and tokenizer ------------------------------------------------------------------------
+
+
+def encoded(texts, tokenizer):
+    """Return the shard tokens of texts, uint16, each after BOS."""
+    _, sp, table = tokenizer
+    ids = [token for text in texts for token in (table.bos_id, *sp.encode(text))]
+    return np.array(ids, dtype=np.uint16)
+
+
+@pytest.fixture(scope="module")
+def other_tokenizer(tmp_path_factory, texts):
+    """Like `tokenizer`, of the same size, trained on every second of its texts."""
+    path = tmp_path_factory.mktemp("other") / "other.model"
+    train_gpt.train_tokenizer(texts[::2], 400, path)
+    table, sp = train_gpt.load_tokenizer(path, 400)
+    return path, sp, table
+
+
+def test_right_tokenizer_gives_all_tokens_back(texts, tokenizer):
+    """From the start of the documents, from within one, and cut anywhere."""
+    tokens = encoded(texts, tokenizer)
+    whole = train_gpt.share_returned(tokenizer[1], tokens)
+    assert whole == 1.0
+    for start, stop in ((0, 5000), (1234, 9876), (777, len(tokens))):
+        assert train_gpt.share_returned(tokenizer[1], tokens[start:stop]) > 0.995
+
+
+def test_similar_tokenizer_gives_few_tokens_back(texts, tokenizer, other_tokenizer):
+    """Of each document at most the beginning."""
+    assert train_gpt.share_returned(other_tokenizer[1], encoded(texts, tokenizer)) < 0.2
+    assert train_gpt.share_returned(tokenizer[1], encoded(texts, other_tokenizer)) < 0.2
+
+
+def test_tokens_without_any_beginning_are_no_evidence(tokenizer):
+    """A part of one long document says nothing."""
+    assert train_gpt.share_returned(tokenizer[1], np.array([300, 301, 302])) == 1.0
+
+
+def check(tmp_path, tokenizer, shards, sp=True):
+    """Run check_shards over tmp_path/0.bin, 1.bin, ... with these contents."""
+    paths = [str(tmp_path / f"{number}.bin") for number in range(len(shards))]
+    for path, data in zip(paths, shards):
+        (tmp_path / path).write_bytes(data)
+    return train_gpt.check_shards(paths, tokenizer[2], tokenizer[1] if sp else None)
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "official"])
+def test_shards_of_the_right_tokenizer_are_taken(tmp_path, texts, tokenizer, named):
+    """By its digest, or by evidence; the answer tells shards apart."""
+    maker = bytes.fromhex(tokenizer[2].digest) if named else bytes(32)
+    shards = [shard_bytes(encoded(part, tokenizer), maker) for part in (texts[:9], texts[9:])]
+    digests = check(tmp_path, tokenizer, shards)
+    assert list(digests.values()) == ["0.bin", "1.bin"]
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "official"])
+def test_shards_of_another_tokenizer_are_refused(
+    tmp_path, texts, tokenizer, other_tokenizer, named
+):
+    """Of the same size, after a shard that is right: the file and the settings are named."""
+    tables = [t[2] for t in (tokenizer, other_tokenizer)]
+    makers = [bytes.fromhex(t.digest) if named else bytes(32) for t in tables]
+    good = shard_bytes(encoded(texts[:9], tokenizer), makers[0])
+    bad = shard_bytes(encoded(texts[9:], other_tokenizer), makers[1])
+    message = refusal(check, tmp_path, tokenizer, [good, bad])
+    assert message.startswith(f"DATA_PATH: {tmp_path / '1.bin'} was made with another tokenizer")
+    assert "TOKENIZER_PATH" in message
+
+
+def test_digest_alone_refuses_another_tokenizer(tmp_path, texts, tokenizer, other_tokenizer):
+    """Without a processor, as when only the artifact's table is there, shards' own word counts."""
+    tokens = encoded(texts, other_tokenizer)
+    named = shard_bytes(tokens, bytes.fromhex(other_tokenizer[2].digest))
+    assert "another tokenizer" in refusal(check, tmp_path, tokenizer, [named], sp=False)
+    assert check(tmp_path, tokenizer, [shard_bytes(tokens)], sp=False)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_copy_of_a_shard_is_refused(tmp_path, texts, tokenizer, compressed):
+    """The same contents under another number, or in the other split, compressed or not."""
+    data = shard_bytes(encoded(texts, tokenizer))
+    paths = [str(tmp_path / "fineweb_val_000000.bin"), str(tmp_path / "fineweb_train_000003.bin")]
+    paths[1] += ".zst" * compressed
+    for path, contents in zip(paths, (data, zstandard.compress(data) if compressed else data)):
+        (tmp_path / path).write_bytes(contents)
+    message = refusal(train_gpt.check_shards, paths, tokenizer[2], tokenizer[1])
+    assert message.startswith(f"DATA_PATH: {paths[1]} is a copy of fineweb_val_000000.bin")
 
 
 # ---- Validation and training streams -------------------------------------------------------------
@@ -321,6 +475,57 @@ def test_more_than_half_of_the_last_shard_is_refused(tmp_path):
     assert message == "MIXER_CALIBRATION_TOKENS=400: over half of the last shard; lower it"
 
 
+# ---- What a run says of its text -----------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(corpus, tmp_path):
+    """opened(**settings) -> (Run of a training command on the corpus, its log)."""
+    threads = torch.get_num_threads()
+
+    def run(**settings):
+        environ = corpus.settings | dict(
+            PRESET="bench",
+            DEVICE="cpu",
+            LOG_DIR=str(tmp_path / "logs"),
+            EVAL_SEQ_LEN="64",
+            VAL_TOKENS="0",
+        )
+        cfg = train_gpt.config_from_env(environ | settings)
+        return train_gpt.open_run(cfg, {}, "train")
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def test_run_records_its_validation_text(corpus, opened):
+    """Its tokens, bytes and SHA-256, and a digest of each shard under its name."""
+    run = opened()
+    text = "".join(corpus.val).encode()
+    assert run.report.results["validation"] == dict(
+        tokens=len(run.tokens) - 1, bytes=len(text), sha256=hashlib.sha256(text).hexdigest()
+    )
+    names = {path.name for path in (corpus.folder / "shards").iterdir()}
+    assert set(run.report.results["shards"].values()) == names
+
+
+def test_run_with_another_tokenizer_ends_before_training(opened, other_tokenizer):
+    """`tokenize` has written whose the shards are."""
+    message = refusal(opened, TOKENIZER_PATH=str(other_tokenizer[0]))
+    assert "another tokenizer than TOKENIZER_PATH" in message
+
+
+def test_run_on_official_shards_with_another_tokenizer_ends_before_training(
+    corpus, opened, other_tokenizer, tmp_path
+):
+    """Shards without a digest are judged by what encoding their text again gives back."""
+    for path in (corpus.folder / "shards").iterdir():
+        (tmp_path / path.name).write_bytes(shard_bytes(read_shard(path, 400)))
+    assert opened(DATA_PATH=str(tmp_path)).total_bytes
+    settings = dict(DATA_PATH=str(tmp_path), TOKENIZER_PATH=str(other_tokenizer[0]))
+    assert "another tokenizer than TOKENIZER_PATH" in refusal(opened, **settings)
+
+
 # ---- Texts to shards -----------------------------------------------------------------------------
 
 
@@ -375,8 +580,9 @@ def corpus(tmp_path_factory, texts):
     for document in [text for text in plain + many if text.strip()] + cut:
         split[zlib.crc32(document.encode()) % 20 == 0].append(document)
     table = train_gpt.load_tokenizer(folder / "new.model", 400)[0]
+    settings = dict(word.split("=") for word in shown[-1].split() if "=" in word)
     return SimpleNamespace(
-        folder=folder, train=split[False], val=split[True], table=table, last_line=shown[-1]
+        folder=folder, train=split[False], val=split[True], table=table, settings=settings
     )
 
 
@@ -394,6 +600,14 @@ def test_tokenize_loses_nothing(corpus):
     assert decoded(corpus.folder, "val", corpus.table) == corpus.val
 
 
+def test_tokenize_names_its_tokenizer_in_every_shard(corpus):
+    """And no shard is a copy of another."""
+    paths = sorted(map(str, (corpus.folder / "shards").iterdir()))
+    assert len(train_gpt.check_shards(paths, corpus.table, None)) == len(paths)
+    makers = {Path(path).read_bytes()[12:44].hex() for path in paths}
+    assert makers == {corpus.table.digest}
+
+
 def test_tokenize_holds_out_about_one_document_in_twenty(corpus):
     """There is validation text, and far more to train on."""
     assert 0 < len(corpus.val) < len(corpus.train) / 4
@@ -406,13 +620,12 @@ def test_tokenize_writes_shards_of_a_limited_size(corpus):
 
 def test_tokenize_ends_with_the_settings_to_use(corpus):
     """A run with the settings of the last line finds the validation text, with all of its bytes."""
-    settings = dict(word.split("=") for word in corpus.last_line.split() if "=" in word)
-    assert settings == {
+    assert corpus.settings == {
         "DATA_PATH": str(corpus.folder / "shards"),
         "TOKENIZER_PATH": str(corpus.folder / "new.model"),
         "VOCAB_SIZE": "400",
     }
-    environ = settings | {"PRESET": "bench", "VAL_TOKENS": "0", "EVAL_SEQ_LEN": "64"}
+    environ = corpus.settings | {"PRESET": "bench", "VAL_TOKENS": "0", "EVAL_SEQ_LEN": "64"}
     tokens = train_gpt.load_validation(train_gpt.config_from_env(environ))
     total_bytes = sum(len(text.encode()) for text in corpus.val)
     assert train_gpt.audit_bytes(corpus.table, tokens) == total_bytes
@@ -477,7 +690,10 @@ def test_tokenize_refuses_a_folder_with_other_shards(tmp_path, texts):
 GOOD_LINES = jsonl(["one", "two"]) + b"\n"  # three lines
 MALFORMED = {
     "no JSON": ("a.jsonl", GOOD_LINES + b"{broken\n", "line 4"),
-    "no text": ("a.jsonl", GOOD_LINES + b'{"body": "x"}\n', "line 4"),
+    "no text": ("a.jsonl", GOOD_LINES + b'{"body": "x"}\n', 'no string under the key "text"'),
+    "null text": ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', 'no string under the key "text"'),
+    "deep": ("a.jsonl", GOOD_LINES + b"[" * 99_999 + b"\n", "line 4"),
+    "txt, cut character": ("a.txt", b"one\ntwo\ncaf\xc3", "line 3"),
     "text is a number": ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "line 2"),
     "a list": ("a.jsonl", b'["text"]\n', "line 1"),
     "null": ("a.jsonl", b"null", "line 1"),
@@ -487,8 +703,13 @@ MALFORMED = {
     "zst, no JSON": ("a.jsonl.zst", zstandard.compress(GOOD_LINES + b"{broken\n"), "line 4"),
     "no zst": ("a.jsonl.zst", GOOD_LINES, "cannot read"),
     "cut zst": ("a.jsonl.zst", zstandard.compress(GOOD_LINES)[:-4], "cannot read"),
-    "missing": ("a.jsonl", None, "cannot read"),
-    "folder": ("a.txt", "folder", "cannot read"),
+    "missing": ("a.jsonl", None, "a.jsonl: No such file"),
+    "folder": ("a.txt", "folder", "a.txt: Is a directory"),
+    "cut zst after a line": (
+        "a.jsonl.zst",
+        zstandard.compress(GOOD_LINES) + zstandard.compress(GOOD_LINES)[:9],
+        "its end is missing",
+    ),
 }
 
 
@@ -515,3 +736,142 @@ def test_unknown_kind_of_text_is_bad_usage(tmp_path, name):
     """It is found by its ending, before anything is read."""
     files = (tmp_path / "missing.txt", tmp_path / name)
     assert name in refusal(tokenize, tmp_path, *files, kind=UsageError)
+
+
+@pytest.mark.parametrize("ending", ["", "no line end"])
+def test_very_long_line_of_plain_text_is_cut(tmp_path, ending):
+    """Into documents of a limited size, characters whole, nothing lost."""
+    path = tmp_path / "a.txt"
+    text = "zwölf Boxkämpfer 🙂 " * 20_000 + ending
+    path.write_text(text, encoding="utf-8")
+    documents = list(train_gpt.read_documents(str(path)))
+    assert "".join(documents) == text
+    assert max(map(len, documents)) < train_gpt.MOST_DOCUMENT_CHARS + train_gpt.CHUNK_BYTES
+
+
+def test_long_line_of_json_is_one_document(tmp_path):
+    """Even if it is longer than what is read at once."""
+    texts = ["a" * 200_000, "é" * 100_001, "b"]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts))
+    assert list(filter(None, train_gpt.read_documents(str(tmp_path / "a.jsonl")))) == texts
+
+
+def test_json_with_a_long_window_is_read(tmp_path):
+    """Written by zstd --long=28; the usual limit is 2^27."""
+    settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
+    compressor = zstandard.ZstdCompressor(compression_params=settings).compressobj()
+    data = compressor.compress(jsonl(["one", "two"])) + compressor.flush()
+    assert zstandard.get_frame_parameters(data).window_size == 1 << 28
+    (tmp_path / "a.jsonl.zst").write_bytes(data)
+    assert list(train_gpt.read_documents(str(tmp_path / "a.jsonl.zst")))[:2] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["zebra quokka " * 3000, "zebraquokka" * 3000, "a bar \u2585\u2585 of a zebra or quokka"],
+    ids=["long", "without spaces", "reserved character"],
+)
+def test_tokenizer_learns_from_every_line(tmp_path, line):
+    """Long lines and those with SentencePiece's own mark are cut, not left out."""
+    documents = ["the common words"] * 9 + [line] * 40
+    train_gpt.train_tokenizer(documents, 288, tmp_path / "t.model")
+    table, _ = train_gpt.load_tokenizer(tmp_path / "t.model", 288)
+    words = [piece.strip(train_gpt.SPACE) for piece in table.pieces]
+    assert any(len(word) > 2 and word in "zebraquokka" for word in words)
+
+
+@pytest.mark.parametrize("name", ["fineweb_1024_bpe.model", "fineweb_8192_bpe.model"])
+def test_new_tokenizer_does_not_take_an_official_name(tmp_path, texts, name):
+    """It is written beside the shards, and the official path stays free for the official file."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:9]))
+    tokenize(tmp_path, tmp_path / "a.jsonl", tokenizer_path=tmp_path / name)
+    assert not (tmp_path / name).exists()
+    new = tmp_path / "shards" / "tokenizer.model"
+    assert train_gpt.load_tokenizer(new, 400)[0].bos_id == 1
+
+
+@pytest.mark.parametrize("bad", ["shards", "file/new.model"])
+def test_tokenize_finds_a_place_that_cannot_be_written_before_work(tmp_path, monkeypatch, bad):
+    """OUT is a file, or the tokenizer's folder is one; no text has been read."""
+    (tmp_path / bad.split("/")[0]).write_text("a file")
+    monkeypatch.setattr(train_gpt, "read_documents", None)
+    tokenizer = tmp_path / bad if "/" in bad else None
+    message = refusal(tokenize, tmp_path, tmp_path / "a.txt", tokenizer_path=tokenizer)
+    assert "cannot write" in message
+
+
+def test_memory_does_not_grow_with_the_text(tmp_path, monkeypatch, tokenizer):
+    """Eight times as many documents take as much."""
+    monkeypatch.setattr(train_gpt, "SHARD_TOKENS", 1000)
+    monkeypatch.setattr(train_gpt, "BATCH_DOCUMENTS", 10)
+    cfg = tiny_config(vocab_size=400, tokenizer_path=str(tokenizer[0]))
+
+    def peak(count):
+        def documents():
+            return (f"{number} is a number in a row. " * 4 for number in range(count))
+
+        tracemalloc.start()
+        train_gpt.write_shards(documents, tmp_path / str(count), cfg, lambda line: None)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(100)
+    assert peak(801) < 1.2 * peak(101)
+
+
+# ---- The demo's cache ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch, texts):
+    """demo() prepares a small demo in tmp_path and returns {name: contents} of its cache."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_gpt, "demo_documents", lambda: texts)
+    cfg = train_gpt.config_from_env(dict(PRESET="demo", VOCAB_SIZE="400"))
+
+    def prepare():
+        train_gpt.prepare_demo(cfg, lambda line: None)
+        return {path.name: path.read_bytes() for path in Path(cfg.data_path).iterdir()}
+
+    return prepare
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.model", "fineweb_val_000000.bin", "fineweb_train_000000.bin"]
+)
+def test_broken_cache_of_the_demo_is_mended(demo, name):
+    """A part that is gone comes back, to the byte; so would two first demos write the same."""
+    before = demo()
+    assert len(before) == 3
+    Path(train_gpt.DEMO_CACHE, name).unlink()
+    assert demo() == before
+
+
+def test_files_of_others_in_the_cache_stay(demo):
+    """The demo deletes nothing that it has not made."""
+    Path(train_gpt.DEMO_CACHE).mkdir(parents=True)
+    Path(train_gpt.DEMO_CACHE, "thesis.txt").write_text("years of work")
+    assert demo()["thesis.txt"] == b"years of work"
+
+
+def test_whole_cache_of_the_demo_is_left_alone(demo, monkeypatch):
+    """A second demo has nothing to gather."""
+    before = demo()
+    monkeypatch.setattr(train_gpt, "demo_documents", None)
+    assert demo() == before
+
+
+# ---- Packages ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.bin.zst", "a.jsonl.zst"])
+def test_missing_zstandard_is_not_a_fault_of_the_file(tmp_path, monkeypatch, name):
+    """The package's name reaches the command line, which says how to install it."""
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    path = tmp_path / name
+    path.write_bytes(zstandard.compress(GOOD_SHARD))
+    with pytest.raises(ImportError, match="zstandard"):
+        read_shard(path, VOCAB)
+    with pytest.raises(ImportError, match="zstandard"):
+        list(train_gpt.read_documents(str(path)))

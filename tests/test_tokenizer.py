@@ -1,6 +1,7 @@
 """Tokenizer and byte accounting: the count is the length of the text, or there is no BPB."""
 
 import dataclasses
+import hashlib
 import re
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_tokenizer_of_another_size_is_refused(tokenizer):
     assert message.startswith("VOCAB_SIZE=401")
     assert "400 pieces" in message
     assert str(path) in message
+
+
+def test_tokenizer_without_a_lone_space_is_refused(tokenizer, tmp_path):
+    """Its spaces could become the three byte pieces of U+2581, which would count as three bytes."""
+    data = tokenizer[0].read_bytes()
+    lone_space = b"\x0a\x03" + SPACE.encode()
+    assert data.count(lone_space) == 1
+    path = tmp_path / "odd.model"
+    path.write_bytes(data.replace(lone_space, b"\x0a\x03" + "\u2580".encode()))
+    message = refusal(load_tokenizer, path, 400)
+    assert message.startswith(f"TOKENIZER_PATH={path}: no piece for a lone space")
 
 
 def test_words_begin_at_spaces_and_after_boundaries():
@@ -214,6 +226,15 @@ def test_audit_refuses_a_stream_that_does_not_begin_with_bos(tokenizer, stream):
     table = tokenizer[2]
     for bad in (stream[1:], stream[stream != 1], np.array([5, 1, 300])):
         assert "must start with BOS (id 1)" in refusal(audit_bytes, table, bad)
+
+
+def test_audit_digests_the_text(texts, tokenizer, stream):
+    """The SHA-256 of all documents' text, by either decoder."""
+    _, sp, table = tokenizer
+    for decode in (None, sp.decode):
+        digest = hashlib.sha256()
+        audit_bytes(table, stream, decode, digest)
+        assert digest.hexdigest() == hashlib.sha256("".join(texts).encode()).hexdigest()
 
 
 BYTE = 3  # the first byte piece
