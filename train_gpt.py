@@ -33,7 +33,9 @@ width, V vocabulary, R positions, C contexts, M occurrences a context, J candida
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
+import decimal
 import difflib
 import functools
 import hashlib
@@ -112,7 +114,9 @@ class RunSettings:
     verify_enabled: bool = option(
         True, "end a run with a proof: code, and decode in another process"
     )
-    verify_tokens: int = option(1000, "tokens that are proved, from the stream's start", minimum=0)
+    verify_tokens: int = option(
+        1000, "tokens that are proved, from the stream's start; 0: all", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,14 @@ class EvalSettings:
         "rows S scored by each window after the first",
         divides=("eval_seq_len",),
     )
-    eval_batch_windows: int = option(32, "windows in one forward pass")
+    eval_run_tiles: int = option(
+        1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
+    )
+    eval_dtype: str = option(
+        "float64",
+        "what is proved; float32 or bfloat16: a quick look",
+        choices=("float64", "float32", "bfloat16"),
+    )
     ttt_enabled: bool = option(True, "score-first test-time training")
     ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
     ttt_lr: float = option(5e-4, "AdamW")
@@ -271,7 +282,7 @@ SMALL = dict(
     muon_momentum=0.95,
     num_heads=4,
     num_kv_heads=2,
-    eval_batch_windows=1,
+    eval_run_tiles=0,
     ttt_lr=1e-4,
     ttt_epochs=1,
     ttt_schedule_chunks=64,
@@ -412,8 +423,7 @@ def check_config(cfg):
     layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
     need(cfg.value_layers is not None, "ve_layers", layers)
     need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
-    known_rows = cfg.eval_seq_len - cfg.eval_stride
-    need(known_rows != 1, "eval_stride", "must leave no or 2 rows of a window known")
+    need(cfg.eval_stride < cfg.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -499,11 +509,11 @@ def start_runtime(cfg, environ):
     kernel = "SDPA's own kernels"
     if cuda:
         device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
         kernel = attention_kernel()
     torch.set_num_threads(os.cpu_count())
+    keep_freed_memory()
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
@@ -517,6 +527,15 @@ def start_runtime(cfg, environ):
         f"attention: {kernel}",
     )
     return Runtime(rank, world, device, dtype, notes)
+
+
+def keep_freed_memory():
+    """Let glibc keep what torch frees: giving it back costs a small training step a third."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 1 << 28)  # M_TOP_PAD
 
 
 def attention_kernel():
@@ -847,12 +866,14 @@ def micro_batches(tokens, cfg, rt):
 # An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out
 # of a head's output what the position's own value already says; VRL and value embeddings hand early
 # information to late values; BigramHash and SmearGate give the first layer the previous token for
-# nothing. One forward path serves training, scoring and TTT. With `past` it computes only the
-# newest rows over cached keys and values, which is what lets a decoder keep pace.
+# nothing. One forward path serves training, scoring and TTT. It runs on weights that were cast to
+# the compute dtype, with scales folded in and tables projected: once a step, or once until they
+# change.
 
 EMBED_CONTEXT = (
     2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
 )
+RMS_EPS = 2.0**-23  # that of fp32, in every dtype
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
 
@@ -869,60 +890,60 @@ def role(name):
     return "matrix" if leaf in ("q", "k", "v", "attn_out", "mlp_in", "mlp_out") else "vector"
 
 
-def attention(q, k, v):
-    """Return causal attention, its last query seeing every key.
+def attention(q, k, v, bias):
+    """Return softmax(q k' / sqrt(d) + bias) v, (B, H, T, d).
 
-    q (B, T, H, d); k, v (B, T', G, d) with T' >= T; result (B, T, H, d).
+    q (B, H, T, d); k, v (B, G, T', d); bias (T, T'), or None for a fused kernel: each row sees
+    itself and those before. Plain products, since SDPA's own kernel for CPUs takes twice as long.
     """
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    rows, keys = q.size(2), k.size(2)
-    visible = None
-    if 1 < rows < keys:
-        group = q.size(1) // k.size(1)
-        k, v = (z.repeat_interleave(group, 1) for z in (k, v))  # fused GQA takes no mask
-        visible = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-    y = F.scaled_dot_product_attention(
-        q, k, v, visible, is_causal=rows == keys, enable_gqa=visible is None
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    B, H, T, d = q.shape
+    group = H // k.size(1)
+    scores = torch.baddbmm(
+        bias.repeat(group, 1), q.reshape(-1, group * T, d), k.flatten(0, 1).mT, alpha=d**-0.5
     )
-    return y.transpose(1, 2)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, d)
+
+
+def causal_bias(rows, known, reach, like):
+    """Return 0 where row i sees key j, else -inf, (rows, known + rows); row i is key known + i.
+
+    A row sees itself and the `reach` keys before it.
+    """
+    keys = torch.arange(known + rows, device=like.device)
+    back = keys[known:, None] - keys
+    return torch.where((back >= 0) & (back <= reach), 0.0, -math.inf).to(like.dtype)
 
 
 def rms_norm(x):
     """Return RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
-
-
-def linear(x, weight):
-    """Return x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
-    return F.linear(x, weight.to(x.dtype))
+    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
 
 
 def exclude_self(y, v):
-    """Return y (B, T, H, d) less its projection on the position's own value v (B, T, G, d): XSA."""
-    direction = F.normalize(v, dim=-1).unsqueeze(3)
-    grouped = y.view(*v.shape[:3], -1, v.size(-1))
-    along = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - along * direction).view(y.shape)
+    """Return y (B, H, T, d) less its projection on the row's own value v (B, G, T, d): XSA."""
+    grouped = y.unflatten(1, (v.size(1), -1))
+    v = v.unsqueeze(2)
+    along = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
+    return torch.addcmul(grouped, along, v, value=-1).flatten(1, 2)
 
 
-def rotary_turns(dims, train_seq_len, max_len):
-    """Return cosines and sines of the rotary embedding, (2, max_len, dims / 2).
+def rotary_rates(dims, train_seq_len):
+    """Return the rotary embedding's angles a row, float64 (dims / 2,).
 
     Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows.
     """
     base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-    rates = base ** (-torch.arange(0, dims, 2).double() / dims)
-    angle = torch.arange(max_len).double()[:, None] * rates
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    return base ** (-torch.arange(0, dims, 2).double() / dims)
 
 
 def rotate(x, turns):
-    """Turn the leading dims of x (B, T, heads, d) by `turns` (2, T, dims / 2)."""
-    cos, sin = turns[:, :, None].to(x.dtype)
+    """Turn the leading dims of x (B, T, heads, d) by `turns`, each (T, 1, dims / 2)."""
+    cos, sin = turns
     half = cos.size(-1)
-    a = x[..., :half]
-    b = x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], dim=-1)
+    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
 
 
 class Embedding(nn.Module):
@@ -942,13 +963,37 @@ class Embedding(nn.Module):
         hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
         return F.pad(hashed, (1, 0), value=last)
 
-    def forward(self, tokens, dtype):
+    def cast(self, dtype):
+        """Return (token table, projected bigram table, smear gate) in `dtype`."""
+        bigrams = F.linear(self.bigrams.to(dtype), (self.bigram_scale * self.bigram_proj).to(dtype))
+        return self.tokens.to(dtype), bigrams, torch.sigmoid(self.smear).to(dtype)
+
+    def forward(self, tokens, weights):
         """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros."""
-        bigram = F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype)
-        bigram = self.bigram_scale.to(dtype) * linear(bigram, self.bigram_proj)
-        x = rms_norm(F.embedding(tokens, self.tokens).to(dtype) + bigram)
-        gate = torch.sigmoid(self.smear).to(dtype)
-        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        table, bigrams, gate = weights
+        x = F.embedding(tokens, table) + F.embedding(self.bigram_rows(tokens), bigrams)
+        x = rms_norm(x)
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
+
+
+class Pass(NamedTuple):
+    """What all layers need to know of the T rows that go through the model."""
+
+    turns: tuple  # cosines and sines of the rotary embedding, each (T, 1, dims / 2)
+    bias: Tensor  # (T, T') of attention, or None: plainly causal, by a fused kernel
+    cache: object  # Cache of the rows before, or None
+
+
+class BlockWeights(NamedTuple):
+    """A block's weights in the compute dtype; matrices (out, in) have the scales around them in them."""
+
+    mix_x: Tensor
+    mix_x0: Tensor
+    qkv: Tensor
+    gain: Tensor  # (H + G, 1) of normed queries and keys
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
 
 
 class Block(nn.Module):
@@ -956,7 +1001,8 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.head_dim = cfg.head_dim
+        self.layer = layer
+        self.heads = (cfg.num_heads, cfg.num_kv_heads)
         self.norm_scale = 1 / math.sqrt(layer + 1)
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
         D = cfg.model_dim
@@ -974,45 +1020,54 @@ class Block(nn.Module):
         self.attn_scale = nn.Parameter(torch.ones(D))
         self.mlp_scale = nn.Parameter(torch.ones(D))
 
-    def forward(self, x, x0, extra_v, turns, past):
-        """Return (output (B, T, D), own values (B, T, G, d), (k, v) of all rows so far).
+    def cast(self, dtype):
+        """Return the BlockWeights in `dtype`."""
+        gain = torch.cat([self.q_gain, torch.ones_like(self.q_gain[: self.heads[1]])])
+        weights = BlockWeights(
+            self.mix_x,
+            self.mix_x0,
+            torch.cat([self.q, self.k, self.v]) * self.norm_scale,
+            gain[:, None],
+            self.attn_out * self.attn_scale[:, None],
+            self.mlp_in * self.norm_scale,
+            self.mlp_out * self.mlp_scale[:, None],
+        )
+        return BlockWeights(*(w.to(dtype) for w in weights))
 
-        x, x0 (B, T, D); extra_v is added to the values; turns are these rows'; past: (k, v) of the
-        rows before, or None.
+    def forward(self, x, x0, extra_v, rows, weights):
+        """Return (output (B, T, D), own values (B, T, G, d)).
+
+        x, x0 (B, T, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
         """
-        B, T, _ = x.shape
-        x = self.mix_x.to(x.dtype) * x + self.mix_x0.to(x.dtype) * x0
-        h = rms_norm(x) * self.norm_scale
-        q, k, own_v = (linear(h, w).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
-        q = rotate(rms_norm(q), turns) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), turns)
-        v = own_v + extra_v
-        present = (k, v)
-        if past:
-            present = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-        y = attention(q, *present)
+        H, G = self.heads
+        x = torch.addcmul(weights.mix_x * x, weights.mix_x0, x0)
+        qkv = F.linear(rms_norm(x), weights.qkv).unflatten(-1, (H + 2 * G, -1))
+        qk, own_v = qkv.split([H + G, G], 2)
+        qk = rotate(rms_norm(qk) * weights.gain, rows.turns)
+        q, k = qk.transpose(1, 2).split([H, G], 1)
+        v = (own_v + extra_v).transpose(1, 2)
+        keys, values = rows.cache.append(self.layer, k, v) if rows.cache else (k, v)
+        y = attention(q, keys, values, rows.bias)
         if self.xsa:
             y = exclude_self(y, v)
-        x = x + self.attn_scale.to(x.dtype) * linear(y.reshape(B, T, -1), self.attn_out)
-        h = linear(rms_norm(x) * self.norm_scale, self.mlp_in)
-        h = F.leaky_relu(h, 0.5).square()
-        return x + self.mlp_scale.to(x.dtype) * linear(h, self.mlp_out), own_v, present
+        x = x + F.linear(y.transpose(1, 2).flatten(2), weights.attn_out)
+        h = F.leaky_relu(F.linear(rms_norm(x), weights.mlp_in), 0.5).square()
+        return x + F.linear(h, weights.mlp_out), own_v
 
 
 class GPT(nn.Module):
-    """The model: forward(tokens, past) -> (fp32 logits, keys and values of every layer)."""
+    """The model: forward(tokens) -> logits. `dtype` is that of the computation."""
 
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
+        rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
+        self.register_buffer("rotary_rates", rates, persistent=False)
         self.kv_heads = cfg.num_kv_heads
         self.vrl_enabled = cfg.vrl_enabled
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
-        longest = max(cfg.train_seq_len, cfg.eval_seq_len)
-        turns = rotary_turns(cfg.rope_dims, cfg.train_seq_len, longest)
-        self.register_buffer("turns", turns, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
         if self.value_layers:
@@ -1029,52 +1084,118 @@ class GPT(nn.Module):
             elif role(name) in ("matrix", "projection"):
                 nn.init.orthogonal_(p)
 
-    def forward(self, tokens, past=None):
-        """Return (logits (B, T, V) fp32, [(k, v)] per layer) of tokens (B, T), int64.
+    def cast(self):
+        """Return what forward computes with: weights in the compute dtype, tables projected.
 
-        With `past`, the first K rows' keys and values, `tokens` begins EMBED_CONTEXT tokens before
-        row K, and logits come from row K on.
+        (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks').
         """
-        x = self.embed(tokens, self.dtype)
-        known = 0
-        if past:
-            known = past[0][0].size(1)
-            x = x[:, EMBED_CONTEXT:]
-            tokens = tokens[:, EMBED_CONTEXT:]
-        turns = self.turns[:, known:][:, : x.size(1)]
+        values = {}
+        if self.value_layers:
+            table = F.linear(self.ve_table.to(self.dtype), self.ve_proj.to(self.dtype))
+            scales = (self.ve_scale * self.ve_layer_scales).to(self.dtype)
+            values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
+        vrl = self.vrl_scales.to(self.dtype) if self.vrl_enabled else None
+        blocks = [block.cast(self.dtype) for block in self.blocks]
+        embed = self.embed.cast(self.dtype)
+        return embed, values, self.skip_weights.to(self.dtype), vrl, blocks
+
+    def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
+        """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
+
+        tokens (B, T) int64; weights: those of cast(), where they are at hand. With a cache the rows
+        are appended to its own: the first `lead` tokens, those before, are for the embedding only.
+        """
+        embed, values, skip_weights, vrl, blocks = weights or self.cast()
+        x = self.embed(tokens, embed)[:, lead:]
+        tokens = tokens[:, lead:]
+        rows = self.begin_pass(x, cache)
         x0 = x
         v0 = None  # the first layer's values
         skips = []
-        present = []
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
-                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v = self.value_embedding(i, tokens, x.dtype) if i in self.value_layers else 0
+                x = torch.addcmul(x, skip_weights[i - half], skips.pop())
+            extra_v = 0
+            if i in values:
+                extra_v = F.embedding(tokens, values[i]).unflatten(-1, (self.kv_heads, -1))
             if self.vrl_enabled and i:
-                extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
-            x, own_v, kv = block(x, x0, extra_v, turns, past[i] if past else None)
+                extra_v = extra_v + vrl[i - 1] * v0
+            x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
             if i < half:
                 skips.append(x)
-            present.append(kv)
-        z = linear(rms_norm(x), self.embed.tokens).float()
-        return self.softcap * torch.tanh(z / self.softcap), present
+        if wanted is not None:
+            x = x[:, x.size(1) - wanted :]
+        z = F.linear(rms_norm(x), embed[0])
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        return self.softcap * torch.tanh(z / self.softcap)
 
-    def value_embedding(self, layer, tokens, dtype):
-        """Return what layer `layer` adds to the values at tokens (B, T): (B, T, G, d)."""
-        scale = self.ve_scale * self.ve_layer_scales[self.value_layers.index(layer)]
-        values = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
-        return scale.to(dtype) * values.unflatten(-1, (self.kv_heads, -1))
+    def begin_pass(self, x, cache):
+        """Return the Pass of the rows x (B, T, D), appended to the cache's own if there is one."""
+        T = x.size(1)
+        first = 0
+        if cache:
+            first, bias = cache.grow(T)
+        else:
+            bias = None if x.is_cuda else causal_bias(T, 0, T, x)
+        positions = torch.arange(first, first + T, device=x.device).double()
+        angle = positions[:, None, None] * self.rotary_rates
+        return Pass((angle.cos().to(x.dtype), angle.sin().to(x.dtype)), bias, cache)
 
 
-def new_model(cfg, rt, weights=None):
-    """Return a model on the device: of these weights, or of SEED's, alike on all ranks."""
+class Cache:
+    """Keys and values of the last rows of B sequences side by side, for rows that are appended.
+
+    Protocol: the model calls grow() once a pass, then append() in each layer. A row sees itself and
+    the `reach` rows before it, however the sequences were cut into passes.
+    """
+
+    def __init__(self, model, batch, reach, pass_rows):
+        self.reach = reach
+        self.rows = 0  # so far: the number of the next one
+        self.used = 0  # slots; the rows in them are the last ones
+        width = model.blocks[0].k.size(0) // model.kv_heads
+        shape = (len(model.blocks), 2, batch, model.kv_heads, 2 * reach + pass_rows, width)
+        self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
+
+    def grow(self, rows):
+        """Make room for a pass of `rows` rows; return (number of the first one, bias)."""
+        if self.used + rows > self.store.size(4):
+            kept = self.store[..., self.used - self.reach : self.used, :].clone()
+            self.used = self.reach
+            self.store[..., : self.used, :] = kept
+        known = min(self.reach, self.used)
+        self.new = slice(self.used, self.used + rows)
+        self.seen = slice(self.used - known, self.used + rows)
+        self.used += rows
+        self.rows += rows
+        if rows == 1:
+            return self.rows - rows, self.store.new_zeros(1, 1)  # all that is kept is seen
+        return self.rows - rows, causal_bias(rows, known, self.reach, self.store)
+
+    def append(self, layer, k, v):
+        """Take in a layer's new keys and values (B, G, T, d); return all that the pass sees."""
+        self.store[layer, 0, :, :, self.new] = k
+        self.store[layer, 1, :, :, self.new] = v
+        return self.store[layer, :, :, :, self.seen].unbind()
+
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def new_model(cfg, rt, weights=None, dtype=None):
+    """Return a model on the device: of these weights, or of SEED's, alike on all ranks.
+
+    It computes in `dtype`, or in the one that trains. In float64 its parameters are float64 too.
+    """
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, rt.dtype)
+    model = GPT(cfg, dtype or rt.dtype)
     if weights:
         model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
+    if dtype == torch.float64:
+        model.double()
     return model.to(rt.device)
 
 
@@ -1107,8 +1228,55 @@ class BigramCounts:
 
 
 # ---- Optimizers, schedules, averaging ------------------------------------------------------------
-# torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with
-# fp32 state takes tables and vectors. Schedules are pure functions of step and clock.
+# Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024); matrices of one shape go
+# through it together, since one at a time they are all overhead. torch's AdamW with fp32 state
+# takes tables and vectors. Schedules are pure functions of step and clock.
+
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # x -> ax + b(xx')x + c(xx')^2x: singular values to about 1
+
+
+def orthogonalize(matrices, dtype):
+    """Return matrices (n, rows, cols) with all singular values near 1, by five Newton-Schulz steps.
+
+    They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalized, with decoupled weight decay; as torch.optim.Muon, stacked."""
+
+    def __init__(self, groups, dtype):
+        super().__init__(groups, {})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """Move every matrix by -lr sqrt(max(1, rows / cols)) times its orthogonalized momentum."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                grads = torch.stack([p.grad for p in params])
+                state = self.state[params[0]]
+                mean = state.setdefault("momentum", torch.zeros_like(grads))
+                mean.lerp_(grads, 1 - group["momentum"])
+                update = orthogonalize(grads.lerp_(mean, group["momentum"]), self.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * max(1, rows / cols) ** 0.5
+                torch._foreach_add_(params, list(update.unbind()), alpha=-rate)
 
 
 def new_optimizers(model, cfg):
@@ -1118,11 +1286,12 @@ def new_optimizers(model, cfg):
     groups["projection"] = groups["matrix"]
     for name, p in model.named_parameters():
         groups[role(name)]["params"].append(p)
-    adam = [groups["table"], groups["vector"]]
+    groups["matrix"] |= dict(weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
+    adam = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd)
     fused = next(model.parameters()).is_cuda
     return [
-        torch.optim.Muon([groups["matrix"]], weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum),
-        torch.optim.AdamW(adam, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd, fused=fused),
+        Muon([groups["matrix"]], model.dtype),
+        torch.optim.AdamW([groups["table"], groups["vector"]], **adam, fused=fused),
     ]
 
 
@@ -1204,7 +1373,7 @@ def training_loss(model, rt):
     """
 
     def loss(x, y, weights):
-        logits = model(x)[0].flatten(0, 1)
+        logits = model(x).flatten(0, 1)
         nats = F.cross_entropy(logits, y.flatten(), reduction="none")
         plain = nats.mean()
         weighted = plain if weights is None else (weights.flatten() * nats).mean()
@@ -1595,42 +1764,70 @@ class NgramHistory:
         context and whose next token is known; -1 for the others.
         """
         known = ends - ends % self.lanes  # the first position of a row of lanes
-        at = ends.expand(CONTEXTS, -1)
-        contexts = self.contexts(at)
-        found = []
+        chain = [ends.expand(CONTEXTS, -1)]
         for _ in range(self.recent):
-            at = torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1)
-            same = (self.contexts(at) == contexts).all(-1)
-            found.append(torch.where(same & (at < known), at, -1))
-        return torch.stack(found, -1).transpose(0, 1)
+            at = chain[-1]
+            chain.append(torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1))
+        chain = torch.stack(chain, 1)  # (C, 1 + M, R)
+        contexts = self.contexts(chain.flatten(1)).unflatten(1, chain.shape[1:])
+        same = (contexts[:, 1:] == contexts[:, :1]).all(-1)
+        older = chain[:, 1:]
+        return torch.where(same & (older < known), older, -1).permute(2, 0, 1)
 
 
 # ---- Mixers and commitment -----------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24
 # over the vocabulary, so that "normalized" is an equality and a range coder can use the numbers
-# that were scored. The learned mixer re-weights the model's distribution p in the log domain. The
-# tokens that followed a position's contexts before are its candidates; a network of one hidden
-# layer turns what speaks for each into a boost b, and q = softmax(log p + b): p, where nothing
-# speaks. The gradient of -log q[x] in b[v] is q[v] - [v = x]: learning is two small products, once
-# a block is scored; gradients add up as integers, the same on any number of ranks.
+# that were scored. And it becomes the *same* integer on any machine: logits are computed in float64
+# and rounded to multiples of 2^-8, a grid some 10^11 times coarser than what shapes, threads or
+# instruction sets change, and from there on there are integers only: exp from an exact table,
+# shares, frequencies.
+#
+# The learned mixer adds boosts, multiples of 2^-8 too, to those logits. The tokens that followed a
+# position's contexts before are its candidates; a network of one hidden layer turns what speaks for
+# each into a boost: none, where nothing speaks. The gradient of -log q[x] in the boost of v is q[v]
+# - [v = x]: learning is two small products, once a block is scored. Each row's gradient is rounded
+# to integers, which add up the same on any ranks, and the weights to a grid after each step.
 
 TOTAL_BITS = 24
 TOTAL = 1 << TOTAL_BITS
-FIXED_POINT_SCALE = 2.0**36  # of gradients that are summed as int64
+LOGIT_SCALE = 256  # steps of the grid of logits and boosts in a nat
+GRADIENT_SCALE = 2.0**30  # of gradients that are summed as int64
+MIXER_WEIGHT_SCALE = 2.0**16
 MIXER_HIDDEN = 32
 MIXER_FEATURES = 4 * CONTEXTS + 3
 
 
-def commit(p):
-    """Return frequencies int32 (R, V) of probabilities p (R, V), float64.
+@functools.cache
+def exp_table(device):
+    """Return floor(2^38 exp(-d / 256)) for d = 0, 1, ... until it is 0: int64, made with decimals."""
+    with decimal.localcontext(prec=50):
+        step = (decimal.Decimal(-1) / LOGIT_SCALE).exp()
+        value = decimal.Decimal(1 << 38)
+        table = []
+        while value >= 1:
+            table.append(int(value))
+            value *= step
+    return torch.tensor([*table, 0], device=device)
+
+
+def shares(grid):
+    """Return int64 (R, V) in proportion to exp(grid / 256), the largest 2^38; grid int64 (R, V)."""
+    table = exp_table(grid.device)
+    below = grid.amax(-1, keepdim=True) - grid
+    return table[below.clamp_(max=len(table) - 1)]
+
+
+def commit(share):
+    """Return frequencies int32 (R, V) in proportion to int64 shares (R, V) of at most 2^38.
 
     Each is at least 1 and each row sums to exactly 2^24: every token gets 1 plus the floor of its
     share of the rest, and the most likely one also what the floors leave.
     """
-    share = p / p.sum(-1, keepdim=True) * (TOTAL - p.size(-1))
-    freqs = share.floor().long() + 1
+    total = share.sum(-1, keepdim=True)
+    freqs = share * (TOTAL - share.size(-1)) // total + 1
     left = TOTAL - freqs.sum(-1, keepdim=True)
-    freqs.scatter_add_(1, p.argmax(-1, keepdim=True), left)
+    freqs.scatter_add_(1, share.argmax(-1, keepdim=True), left)
     return freqs.int()
 
 
@@ -1649,40 +1846,42 @@ class Evidence(NamedTuple):
 
     tokens: Tensor  # int64 (R, J), J = C * M
     distinct: Tensor  # bool (R, J): a token's first slot, the only one that counts
-    features: Tensor  # fp32 (R, F, J)
+    features: Tensor  # float64 (R, F, J)
 
 
-class Batch(NamedTuple):
-    """R input rows that go through the model at once; row i predicts position i + lanes."""
+class Rows(NamedTuple):
+    """R input rows whose logits are at hand; the row at stream position i predicts i + lanes."""
 
-    index: int  # in its chunk: decides the rank
-    rows: Tensor  # (R,) positions of the rows
-    window_start: Tensor  # (R,) first row that each of them sees
-    committed: slice  # those of the R that are committed now; the others keep the shape
+    positions: Tensor  # int64 (R,)
+    window_start: Tensor  # int64 (R,): the first position that each of them sees
 
 
-def mix_entropy(p, matches, following, cfg):
-    """Return (1 - alpha) p + alpha counts / total (R, V): the rule of PR 1033, on all tokens.
+def mix_entropy(share, matches, following, cfg):
+    """Return the shares of (1 - alpha) p + alpha counts / total: the rule of PR 1033, on all tokens.
 
-    alpha = base + range * sigmoid(2 (H - center)), H the entropy of p (R, V). The counts are of the
-    longest context, no word's, that was seen MIN_COUNT times; matches, following (R, C, M).
+    alpha = base + range * sigmoid(2 (H - center)), rounded to 1 / 2^12, H the entropy of p. The
+    counts are of the longest context, no word's, that was seen MIN_COUNT times. share int64 (R, V);
+    matches, following (R, C, M).
     """
     enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
     longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, matches.size(2))
     tokens = following.gather(1, longest)[:, 0]
-    real = (matches.gather(1, longest)[:, 0] >= 0).double()
-    counts = torch.zeros_like(p).scatter_add_(1, tokens, real)
-    entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
+    real = (matches.gather(1, longest)[:, 0] >= 0).long()
+    counts = torch.zeros_like(share).scatter_add_(1, tokens, real)
+    freqs = commit(share).long()
+    p = freqs.double() / TOTAL
+    entropy = -(p * p.log()).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
-    alpha = alpha * enough.any(1, keepdim=True)
-    return (1 - alpha) * p + alpha * counts / real.sum(1, keepdim=True).clamp(min=1)
+    alpha = (alpha * 4096).round().long() * enough.any(1, keepdim=True)
+    empirical = counts * TOTAL // real.sum(1, keepdim=True).clamp(min=1)
+    return (4096 - alpha) * freqs + alpha * empirical
 
 
-def gather_evidence(p, matches, following, batch, lanes=1):
+def gather_evidence(share, grid, matches, following, rows, lanes=1):
     """Return the Evidence for R positions from what their contexts were followed by.
 
-    p (R, V) float64, the model's; matches, following (R, C, M): occurrences, and the tokens after
-    them. Shapes are fixed, for equal rounding.
+    share, grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens
+    after them.
     """
     tokens = following.flatten(1)
     real = matches >= 0
@@ -1697,17 +1896,16 @@ def gather_evidence(p, matches, following, batch, lanes=1):
     seen = count > 0
     rank = same.argmax(2)
     last = matches.gather(2, rank)
-    distance = batch.rows[:, None, None] - last
-    log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
-    log_distance = seen * (distance / lanes).clamp(min=1).log2() / 8
-    in_window = (last >= batch.window_start[:, None, None]) & (distance % lanes == 0)
+    distance = rows.positions[:, None, None] - last
+    log_odds = ((count + 0.4) / (total - count + 0.4)).double().log() * (total > 0)
+    log_distance = seen * (distance / lanes).clamp(min=1).double().log2() / 8
+    in_window = (last >= rows.window_start[:, None, None]) & (distance % lanes == 0)
     by_context = [log_odds, seen / (1 + rank), log_distance, seen & in_window]
 
-    log_p = p.log().float()
-    top = log_p.amax(1, keepdim=True)
-    own = log_p.gather(1, tokens)
-    by_model = [(top - own) / 4, top.expand_as(own) / 2, torch.ones_like(own)]
-    features = torch.cat([*(f.float() for f in by_context), torch.stack(by_model, 1)], 1)
+    below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
+    top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
+    by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
+    features = torch.cat([*(f.double() for f in by_context), torch.stack(by_model, 1)], 1)
     return Evidence(tokens, distinct, features)
 
 
@@ -1720,7 +1918,7 @@ def new_mixer_weights():
 
 
 class LearnedMixer:
-    """The scorer network and its Adam state. Protocol, for each block: mix, remember, ..., learn.
+    """The scorer network and its Adam state. Protocol, for each block: boost, remember, ..., learn.
 
     `weights` (hidden, F + 1): the hidden layer, and the output weights in the last column. While it
     is calibrated its rate falls from 10 MIXER_LR to MIXER_LR over plan.calibration_blocks.
@@ -1730,53 +1928,56 @@ class LearnedMixer:
         self.rt = rt
         self.plan = plan
         self.lr = cfg.mixer_lr
-        self.weights = weights.to(rt.device, copy=True)
+        self.weights = weights.to(rt.device, torch.float64, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
         self.blocks = 0  # learned from
-        self.remembered = {}  # {batch: [[*Evidence, q of its tokens, positions]]} for learn
+        self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
 
-    def mix(self, p, evidence):
-        """Return q (R, V) float64: p (R, V) with its candidates boosted."""
+    def boost(self, evidence):
+        """Return what is added to the grid logits of evidence.tokens: int64 (R, J)."""
         hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
-        boost = (self.weights[:, -1, None] * hidden).sum(1) * evidence.distinct
-        return torch.softmax(p.log().scatter_add(1, evidence.tokens, boost.double()), -1)
+        boost = (self.weights[:, -1] @ hidden) * LOGIT_SCALE
+        return boost.round().long() * evidence.distinct
 
-    def remember(self, batch, evidence, q, positions):
-        """Keep what was said of the committed positions until their tokens are scored; q (R, V)."""
-        parts = (*evidence, q.gather(1, evidence.tokens), positions)
-        kept = [part[batch.committed].clone() for part in parts]
-        self.remembered.setdefault(batch.index, []).append(kept)
+    def remember(self, evidence, freqs, positions):
+        """Keep what was said of positions (R,), freqs int32 (R, V), until their tokens are scored."""
+        self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), positions])
 
     def gradient(self, evidence, q, targets):
-        """Return d(sum over rows of -log q[target]) / d(weights), fp32; q (R, J), of the tokens."""
-        hit = (evidence.tokens == targets[:, None]).float()
-        error = (q.float() - hit) * evidence.distinct
+        """Return each row's d(-log q[target]) / d(weights), float64 (R, hidden, F + 1).
+
+        q (R, J): the mixture's probabilities of evidence.tokens; targets (R,).
+        """
+        hit = (evidence.tokens == targets[:, None]).double()
+        error = (q - hit) * evidence.distinct
         hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
-        first = torch.einsum("rhj,rfj->hf", back, evidence.features)
-        output = torch.einsum("rhj,rj->h", hidden, error)
-        return torch.cat([first, output[:, None]], 1)
+        return torch.cat([back @ evidence.features.mT, hidden @ error[..., None]], 2)
 
     def learn(self, tokens):
         """Take one Adam step on the remembered block, now that the stream's `tokens` are scored."""
         total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
-        for parts in self.remembered.values():  # a batch each, however it was cut
-            *evidence, q, positions = map(torch.cat, zip(*parts))
-            gradient = self.gradient(Evidence(*evidence), q, tokens[positions])
-            total += (gradient.double() * FIXED_POINT_SCALE).round().long()
-        scale = FIXED_POINT_SCALE * self.plan.block
-        self.weights.grad = (self.rt.sum_over_ranks(total).double() / scale).float()
+        if self.remembered:
+            *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
+            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions].long())
+            total = (rows * GRADIENT_SCALE).round().long().sum(0)
+        mean = self.rt.sum_over_ranks(total).double() / (GRADIENT_SCALE * self.plan.block)
         left = 0.0
         if self.plan.calibration_blocks:
             left = max(0.0, 1 - self.blocks / self.plan.calibration_blocks)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
+        self.weights.grad = mean
         self.optimizer.step()
+        self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
         self.blocks += 1
-        self.remembered = {}
+        self.remembered = []
 
 
 class Mixture:
-    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution."""
+    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution.
+
+    Protocol, for each block: extend, mix, ..., learn.
+    """
 
     def __init__(self, weights, cfg, table, rt, plan):
         self.cfg = cfg
@@ -1784,21 +1985,23 @@ class Mixture:
         self.history = NgramHistory(cfg, table.word_begins, rt.device, self.lanes)
         self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
 
-    def mix(self, p, prefix, batch):
-        """Return q (R, V): p (R, V) re-weighted by what `prefix` says of the batch's contexts."""
-        self.history.extend(prefix)
-        rows = batch.rows[batch.committed]
-        matches = batch.rows.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
-        matches[batch.committed] = self.history.occurrences(rows)
+    def mix(self, grid, rows):
+        """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
+
+        grid int64 (R, V): the model's logits; the history must hold the rows' positions.
+        """
+        share = shares(grid)
+        matches = self.history.occurrences(rows.positions)
         following = self.history.tokens[
             matches + self.lanes
         ].long()  # any token, where there is none
         if self.learner is None:
-            return mix_entropy(p, matches, following, self.cfg)
-        evidence = gather_evidence(p, matches, following, batch, self.lanes)
-        q = self.learner.mix(p, evidence)
-        self.learner.remember(batch, evidence, q, batch.rows + self.lanes)
-        return q
+            return commit(mix_entropy(share, matches, following, self.cfg))
+        evidence = gather_evidence(share, grid, matches, following, rows, self.lanes)
+        boosted = grid.scatter_add(1, evidence.tokens, self.learner.boost(evidence))
+        freqs = commit(shares(boosted))
+        self.learner.remember(evidence, freqs, rows.positions + self.lanes)
+        return freqs
 
     def learn(self, prefix):
         """Let a learned rule take its step on the block that ends `prefix`."""
@@ -1809,11 +2012,14 @@ class Mixture:
 
 # ---- Test-time training --------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
-# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient
-# is rounded to int64: integers add up the same on any ranks. The schedule's length is the
-# artifact's setting, not the text's.
+# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each micro-batch's summed gradient is
+# rounded to int64, which adds up the same on any ranks, and weights are rounded to a grid after
+# each step: it is coarse enough that another machine, whose last bits differ, gets the same
+# weights. The schedule's length is the artifact's setting, not the text's.
 
-TTT_MICRO_BATCH_SEQUENCES = 2
+TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: it decides which sums are rounded
+TTT_GRADIENT_SCALE = 2.0**20
+TTT_WEIGHT_SCALE = 2.0**20
 
 
 class TestTimeTrainer:
@@ -1831,7 +2037,6 @@ class TestTimeTrainer:
         for name, p in self.live.named_parameters():
             p.requires_grad_(name in names)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
-        self.forward = rt.compiled(self.live)
 
     def adapts(self, name, p):
         """Return whether TTT moves a parameter: vectors, token table, last blocks' matrices."""
@@ -1866,54 +2071,62 @@ class TestTimeTrainer:
         sizes = [p.numel() for p in self.params]
         total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
         for x, y, w in batches:
-            logits = self.forward(x)[0].flatten(0, 1)
+            logits = self.live(x).flatten(0, 1)
             nats = F.cross_entropy(logits, y.flatten(), reduction="none")
             grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-            flat = [(g.flatten().double() * FIXED_POINT_SCALE).round().long() for g in grads]
-            total += torch.cat(flat)
+            flat = torch.cat([g.flatten() for g in grads]).double()
+            total += flat.mul_(TTT_GRADIENT_SCALE).round_().long()
         self.rt.sum_over_ranks(total)
-        mean = (total.double() / (FIXED_POINT_SCALE * total_weight)).float()
+        mean = total.double() / (TTT_GRADIENT_SCALE * total_weight)
         for p, grad in zip(self.params, mean.split(sizes)):
-            p.grad = grad.view_as(p)
+            p.grad = grad.view_as(p).to(p.dtype)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
+            for group in (self.params, self.average):
+                torch._foreach_mul_(group, TTT_WEIGHT_SCALE)
+                torch._foreach_round_(group)
+                torch._foreach_div_(group, TTT_WEIGHT_SCALE)
 
 
-# ---- Engines -------------------------------------------------------------------------------------
+# ---- Engine --------------------------------------------------------------------------------------
 # From rows to logits. Positions are numbered as in the stream; position 0 is BOS, which a decoder
-# knows; input row i predicts position i + 1. Five clocks run over them: a *window* of W rows, of
-# which the first scores all its rows and each later one its last S (a *tile*); a *batch* of windows
-# that go through the model at once; a *block* of positions after which the mixer learns; a *chunk*
-# after which TTT does. Blocks and batches divide chunks.
+# knows; input row i predicts position i + 1. A row sees the K = EVAL_SEQ_LEN - EVAL_STRIDE rows
+# before it and is computed once: its keys and values serve the rows after it. A *run* of rows
+# shares them; it begins with the K rows before it, computed anew. EVAL_RUN_TILES tiles of
+# EVAL_STRIDE rows make a run (1: the sliding window of the reference), or it lasts until the
+# weights change (0). Clocks: runs; *blocks* of positions, after which the mixer learns; *chunks*,
+# after which TTT does. How the rows of a run are cut into passes means nothing, since logits are
+# rounded far above what a cut changes.
+
+
+ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 
 class Plan(NamedTuple):
-    """One walk over a stream: what it reports, and its clocks, in positions."""
+    """One walk over a stream: what it reports, and its clocks, in positions of a lane."""
 
     stages: tuple  # the neural one, then "mixer" if there is one
-    stride: int  # rows scored by each window after the first
-    batch: int  # windows in one forward pass
-    chunk: int
-    block: int  # from update to update
+    reach: int  # rows that a row sees before it
+    context: int  # rows computed anew before a run
+    run: int  # rows; 0: until the weights change
+    block: int  # positions from update to update
+    chunk: int  # positions from one TTT update to the next
     lanes: int = 0  # segments side by side; 0: the stream's plain order
     calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
 
 
 def new_plan(cfg, *stages, lanes=0):
     """Return the Plan of a walk that reports `stages` under these settings."""
-    alone = stages[0] in ("pre_quant", "round_trip")  # windows that do not overlap
+    known = cfg.eval_seq_len - cfg.eval_stride
+    clocks = dict(reach=known, context=known, run=cfg.eval_run_tiles * cfg.eval_stride)
+    if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
+        clocks = dict(reach=cfg.eval_seq_len, context=0, run=cfg.eval_seq_len)
     learns = "mixer" in stages and cfg.mixer == "learned"
-    return Plan(
-        stages,
-        stride=cfg.eval_seq_len if alone else cfg.eval_stride,
-        batch=cfg.eval_batch_windows,
-        chunk=cfg.ttt_chunk_tokens,
-        block=cfg.mixer_block if learns else cfg.ttt_chunk_tokens,
-        lanes=lanes,
-    )
+    block = cfg.mixer_block if learns else cfg.ttt_chunk_tokens
+    return Plan(stages, **clocks, block=block, chunk=cfg.ttt_chunk_tokens, lanes=lanes)
 
 
 def last_plan(cfg, lanes=0):
@@ -1932,103 +2145,87 @@ def evaluation_plans(cfg):
     return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
 
 
-class Windows:
-    """Engine of every reported figure: sliding windows, in fixed batches of fixed shape.
+class Engine:
+    """Appends rows to runs and returns their logits: for scoring, decoding, all lanes of `compress`.
 
-    A window is computed in two passes: its known rows, then the tile over their cached keys and
-    values, with dummies where the prefix has no token yet, which no earlier row sees. So the
-    integers depend neither on ranks nor on what is known.
+    Protocol: logits() of ever later rows; forget() when the weights have changed.
     """
 
     def __init__(self, model, cfg, rt, plan):
-        self.forward = model if plan.calibration_blocks else rt.compiled(model)
-        self.window = cfg.eval_seq_len
+        self.model = model
         self.rt = rt
         self.plan = plan
-        self.cache = None  # (known tokens of the last batch, their keys and values), for a decoder
+        self.pass_rows = cfg.eval_seq_len  # at most, of a run
+        self.batch = max(1, ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len)  # runs side by side
+        self.forget(0)
 
-    def forget(self):
-        """Drop what was computed with weights that have changed."""
-        self.cache = None
+    def forget(self, row):
+        """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
+        self.origin = row
+        self.weights = self.model.cast()
+        self.run = None  # first row of the run that goes on
+        self.cache = None  # its keys and values
 
-    def batches(self, updated_to):
-        """Return the batches of the chunk of `updated_to`: each window's first scored row."""
-        chunk = self.plan.chunk
-        origin = (updated_to - 1) // chunk * chunk
-        starts = list(range(origin or self.window, origin + chunk, self.plan.stride))
-        size = self.plan.batch
-        later = [starts[i : i + size] for i in range(0, len(starts), size)]
-        return later if origin else [[0], *later]
+    def logits(self, tokens, first, last):
+        """Yield (Rows, logits (R, V)) of this rank's share of rows first..last-1 of each lane.
 
-    def logits(self, prefix, updated_to, start, stop):
-        """Yield (Batch, logits (R, V)) for this rank's share of positions start..stop-1.
-
-        prefix: the tokens before stop - 1, int64.
+        tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
         """
-        for index, starts in enumerate(self.batches(updated_to)):
-            tile = self.plan.stride if starts[0] else self.window
-            first = max(start - 1, starts[0])
-            last = min(stop - 1, starts[-1] + tile)
-            if first < last and index % self.rt.world == self.rt.rank:
-                rows = starts[0] + torch.arange(len(starts) * tile, device=self.rt.device)
-                window_start = rows - (rows - starts[0]) % tile + tile - self.window
-                committed = slice(first - starts[0], last - starts[0])
-                yield Batch(index, rows, window_start, committed), self.tiles(prefix, starts, tile)
+        group = []  # full runs, not begun yet, that are computed side by side
+        for run, begin, end in self.runs(first, last):
+            if (
+                self.plan.run
+                and (run - self.origin) // self.plan.run % self.rt.world != self.rt.rank
+            ):
+                continue
+            is_full = end - begin == self.plan.run and len(tokens) == 1
+            if group and not (is_full and len(group) < self.batch and run >= self.plan.context):
+                yield self.compute(tokens, group)
+                group = []
+            group.append((run, begin, end))
+            if not is_full or run < self.plan.context:
+                yield self.compute(tokens, group)
+                group = []
+        if group:
+            yield self.compute(tokens, group)
 
-    def tiles(self, prefix, starts, tile):
-        """Return the logits (len(starts) * tile, V) of the windows' last `tile` rows."""
-        size = self.plan.batch if starts[0] else 1
-        known = self.window - tile
-        filled = starts + [starts[-1]] * (size - len(starts))
-        positions = torch.tensor(filled)[:, None] + torch.arange(-known, tile)
-        there = positions < len(prefix)
-        tokens = torch.where(there, prefix[positions.clamp(max=len(prefix) - 1)], 0)
-        tokens = tokens.to(self.rt.device)
-        past = None
-        if known:
-            if not (self.cache and torch.equal(self.cache[0], tokens[:, :known])):
-                self.cache = tokens[:, :known], self.forward(tokens[:, :known])[1]
-            past = self.cache[1]
-            tokens = tokens[:, max(0, known - EMBED_CONTEXT) :]
-        return self.forward(tokens, past)[0][: len(starts)].flatten(0, 1)
+    def runs(self, first, last):
+        """Return (run, begin, end): the rows begin..end-1 of first..last-1 in each run."""
+        if not self.plan.run:
+            return [(self.origin, first, last)] if self.rt.is_main else []
+        size = self.plan.run
+        starts = range(first - (first - self.origin) % size, last, size)
+        return [(run, max(run, first), min(run + size, last)) for run in starts]
 
+    def compute(self, tokens, group):
+        """Return (Rows, logits (R, V)) of the rows in `group`, [(run, begin, end)] of one shape."""
+        lanes = len(tokens)
+        run, begin, end = group[-1]
+        known = min(run, self.plan.context)  # rows before the run, computed anew
+        if self.run != run or len(group) > 1:
+            self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
+            self.run = run if len(group) == 1 else None
+        sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
+        logits = self.append(sequences, wanted=end - begin)
+        rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
+        positions = rows[:, None] * lanes + torch.arange(lanes, device=self.rt.device)
+        window_start = positions - positions % lanes - self.plan.reach * lanes
+        logits = logits.unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
+        return Rows(positions.flatten(), window_start.flatten()), logits
 
-class Lanes:
-    """Engine of `compress`: L segments of a text side by side, position t in lane t % L.
-
-    One pass adds a row to every lane's cached keys and values, in coder and decoder alike, and
-    gives L tokens; in plain order a decoder repeats a tile for each.
-    """
-
-    def __init__(self, model, cfg, rt, plan):
-        self.forward = model.to(rt.dtype)  # not compiled: shapes grow row by row
-        self.window = cfg.eval_seq_len
-        self.rt = rt
-        self.plan = plan
-        self.past = None  # keys and values of the window's rows so far
-
-    def logits(self, prefix, updated_to, start, stop):
-        """Yield (Batch, logits (L, V)) for each row of the lanes; the last row may be cut."""
-        lanes = self.plan.lanes
-        stride = self.plan.stride
-        known_rows = self.window - stride
-        for first in range(start, stop, lanes):
-            row = first // lanes - 1
-            begin = 0  # of the window, as in the sliding stage
-            if row >= self.window:
-                begin = row - (row - self.window) % stride - known_rows
-            tokens = prefix[:first].view(-1, lanes).T[:, begin:].to(self.rt.device)
-            known = row - begin
-            if begin and known == known_rows > 0:  # the window has moved
-                self.past = self.forward(tokens[:, :-1])[1]
-            past = None
-            if known >= EMBED_CONTEXT:
-                past = self.past
-                tokens = tokens[:, -1 - EMBED_CONTEXT :]
-            logits, self.past = self.forward(tokens, past)
-            rows = torch.arange(first - lanes, first, device=self.rt.device)
-            committed = slice(0, min(lanes, stop - first))
-            yield Batch(0, rows, torch.full_like(rows, begin * lanes), committed), logits[:, -1]
+    def append(self, tokens, wanted):
+        """Append to the cache what it lacks of tokens (B, T); return the last `wanted` rows' logits."""
+        logits = []
+        T = tokens.size(1)
+        while self.cache.rows < T:
+            done = self.cache.rows
+            end = min(done + self.pass_rows, T)
+            lead = min(EMBED_CONTEXT, done)
+            asked = max(0, end - max(done, T - wanted))
+            logits.append(
+                self.model(tokens[:, done - lead : end], self.weights, self.cache, lead, asked)
+            )
+        return torch.cat(logits, 1)
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
@@ -2044,10 +2241,9 @@ class OrderError(RuntimeError):
 
 
 class Piece(NamedTuple):
-    """Frequencies {stage: int32 (stop - start, V)} of positions start..stop-1, from one batch."""
+    """Frequencies {stage: int32 (R, V)} of R positions that were computed at once."""
 
-    start: int
-    stop: int
+    positions: Tensor  # int64 (R,)
     freqs: dict
 
 
@@ -2066,10 +2262,8 @@ class Commitment(NamedTuple):
         """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
         freqs = torch.zeros_like(targets)
         for piece in self.pieces:
-            part = slice(piece.start - self.start, piece.stop - self.start)
-            table = piece.freqs[stage]
-            ids = targets[part, None].to(table.device)
-            freqs[part] = table.gather(1, ids)[:, 0].to(freqs.device)
+            at = piece.positions - self.start
+            freqs[at] = piece.freqs[stage].gather(1, targets[at, None])[:, 0].long()
         return freqs
 
 
@@ -2088,7 +2282,7 @@ class Predictor:
         self.committed_to = self.lanes  # first position without a commitment
         self.updated_to = self.lanes  # first position that update has not seen
         self.pending = None  # the commitment that waits for its score
-        self.engine = (Lanes if plan.lanes else Windows)(model, cfg, rt, plan)
+        self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
         self.mixture = None
@@ -2119,21 +2313,26 @@ class Predictor:
                 f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
                 f"{self.committed_to}, once all is scored; update {self.block_end}"
             )
+        last = -(-stop // self.lanes) - 1  # first row that is not needed
+        known = prefix[: last * self.lanes].to(self.rt.device)
+        if self.mixture:
+            self.mixture.history.extend(known)
+        tokens = known.view(-1, self.lanes).T
         pieces = []
         broken = torch.zeros((), device=self.rt.device)
-        for batch, logits in self.engine.logits(prefix, self.updated_to, start, stop):
-            p = torch.softmax(logits.double() / self.temperature, -1)
-            broken += ~p.isfinite().all()
-            first, last = batch.rows[batch.committed][[0, -1]].tolist()
-            first += self.lanes
-            last += self.lanes + 1
-            freqs = {self.plan.stages[0]: commit(p)[batch.committed]}
+        left = stop - start
+        for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
+            rows = Rows(*(r[:left] for r in rows))  # the last row of lanes may be cut
+            logits = logits[:left].double()
+            left -= len(logits)
+            broken += ~logits.isfinite().all()
+            grid = (logits * (LOGIT_SCALE / self.temperature)).round_().long()
+            freqs = {self.plan.stages[0]: commit(shares(grid))}
             if self.mixture:
                 start_s = self.rt.clock()
-                q = self.mixture.mix(p, prefix[: last - self.lanes], batch)
-                freqs["mixer"] = commit(q)[batch.committed]
+                freqs["mixer"] = self.mixture.mix(grid, rows)
                 self.mix_seconds += self.rt.clock() - start_s
-            pieces.append(Piece(first, last, freqs))
+            pieces.append(Piece(rows.positions + self.lanes, freqs))
         if self.rt.sum_over_ranks(broken):
             raise UserError(
                 f"logits are not finite between tokens {start} and {stop}: "
@@ -2145,6 +2344,7 @@ class Predictor:
 
     def score(self, commitment, targets):
         """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
+        targets = targets.to(self.rt.device)
         count = len(targets)
         if commitment is not self.pending or count != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
@@ -2167,7 +2367,7 @@ class Predictor:
             self.mixture.learn(prefix)
         if self.ttt and (self.updated_to - 1) % self.plan.chunk == 0:
             self.ttt.adapt_chunk(prefix[self.updated_to - 1 - self.plan.chunk :])
-            self.engine.forget()
+            self.engine.forget(self.updated_to - 1)
 
 
 class Step(NamedTuple):
@@ -2217,7 +2417,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
     for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
         first = commitment.start - 1
         if first < len(kept):
-            freqs = commitment.chosen(predictor.plan.stages[-1], targets)
+            freqs = commitment.chosen(predictor.plan.stages[-1], targets.to(rt.device)).cpu()
             kept[first : first + len(freqs)] = freqs[: len(kept) - first]
     seconds = rt.clock() - start_s
     added_s = {predictor.plan.stages[0]: seconds - predictor.mix_seconds}
@@ -2240,18 +2440,21 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
 # What was committed can be coded: encoder and decoder narrow one interval by the same integers. The
 # range stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back
 # into the bytes before. A code file, little-endian:
-#    8 bytes  magic "PGOLFTXT"           8 bytes  tokens n, after BOS
-#    4 bytes  format version             8 bytes  bytes of the text
-#    4 bytes  CRC-32 of all that follows 3 x 32   SHA-256 of artifact, settings (JSON) and text
-#    4 bytes  lanes L; 0: plain order    rest     code words
+#    8 bytes  magic "PGOLFTXT"           3 x 32   SHA-256 of artifact, settings (JSON) and text
+#    4 bytes  format version            64        what made it, UTF-8, zeros after it
+#    4 bytes  CRC-32 of all that follows 4 each   checks: CRC-32 of all frequencies up to the first
+#    4 bytes  lanes L; 0: plain order             position, the 4,097th, ...
+#    8 bytes  tokens n, after BOS        rest     code words
+#    8 bytes  bytes of the text
 # With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
-# on.
+# on. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
 CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 2
+CODE_VERSION = 3
 CODE_START = struct.Struct("<8sII")
-CODE_HEAD = struct.Struct("<IQQ32s32s32s")
+CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
+CHECK_EVERY = 4096
 MOST_LANES = 16
 
 
@@ -2317,23 +2520,50 @@ class CodeHead(NamedTuple):
     artifact: bytes  # SHA-256 each
     settings: bytes
     text: bytes
+    maker: bytes  # torch, instruction set, threads
 
-    def pack(self, words):
-        """Return the bytes of a code file of these code words."""
-        body = CODE_HEAD.pack(*self) + words
+    def pack(self, checks, words):
+        """Return the bytes of a code file with these checks, [CRC-32], and code words."""
+        body = CODE_HEAD.pack(*self) + struct.pack(f"<{len(checks)}I", *checks) + words
         return CODE_START.pack(CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body
 
     @classmethod
     def unpack(cls, path, data):
-        """Return (CodeHead, code words) of a code file's bytes; UserError if they are none."""
+        """Return (CodeHead, checks, code words) of a code file's bytes; UserError if they are none.
+
+        No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
+        """
         start = data[: CODE_START.size].ljust(CODE_START.size, b"\0")
         body = data[CODE_START.size :]
         magic, version, checksum = CODE_START.unpack(start)
         if (magic, version) != (CODE_MAGIC, CODE_VERSION):
-            raise UserError(f"{path} is no code file of this version")
+            raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
         if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
-            raise UserError(f"{path} is cut or altered")
-        return cls(*CODE_HEAD.unpack_from(body)), body[CODE_HEAD.size :]
+            raise UserError(f"{path} is cut or altered; copy it again")
+        head = cls(*CODE_HEAD.unpack_from(body))
+        count = -(-head.tokens // CHECK_EVERY)
+        words = body[CODE_HEAD.size + 4 * count :]
+        if len(body) < CODE_HEAD.size + 4 * count or head.tokens > len(words) << 27:
+            raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
+        return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
+
+
+class Trail:
+    """Checks of all frequencies so far, which coder and decoder both leave."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.crc = 0
+        self.checks = []
+
+    def add(self, freqs):
+        """Take in the next position's frequencies, int32 (V,); return whether that made a check."""
+        self.crc = zlib.crc32(freqs, self.crc)
+        made = self.tokens % CHECK_EVERY == 0
+        if made:
+            self.checks.append(self.crc)
+        self.tokens += 1
+        return made
 
 
 def settings_digest(cfg):
@@ -2343,9 +2573,8 @@ def settings_digest(cfg):
 
 
 def new_predictor(artifact, cfg, rt, plan):
-    """Return a Predictor of the artifact's weights, with kernels that repeat their results."""
-    torch.use_deterministic_algorithms(rt.device.type == "cuda")
-    model = new_model(cfg, rt, artifact.weights)
+    """Return a Predictor of the artifact's weights."""
+    model = new_model(cfg, rt, artifact.weights, DTYPES[cfg.eval_dtype])
     return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
 
@@ -2380,6 +2609,12 @@ class Codec:
     rt: Runtime
     log: object
 
+    def __post_init__(self):
+        if self.cfg.eval_dtype != "float64":
+            raise UserError(
+                f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
+            )
+
     def encode(self, tokens, lanes=0):
         """Return tokens, int64 (n + 1,), BOS first, as Coded."""
         table = self.artifact.table
@@ -2389,38 +2624,47 @@ class Codec:
         start = np.full(predictor.lanes, table.bos_id)
         stream = torch.from_numpy(np.append(start, tokens[1:][order]))
         coder = RangeEncoder()
+        trail = Trail()
         coded = []
         bits = dict.fromkeys(predictor.plan.stages, 0.0)  # of an empty text
         for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
-            freqs = commitment.table(stage)
-            ids = targets[:, None].to(freqs.device)
-            ends = freqs.cumsum(1).gather(1, ids)[:, 0].tolist()
-            own = freqs.gather(1, ids)[:, 0].tolist()
-            for end, freq in zip(ends, own):
-                coder.encode(end - freq, freq)
-            coded += own
+            table_rows = commitment.table(stage).cpu().numpy()
+            for freqs, symbol in zip(table_rows, targets.tolist()):
+                trail.add(freqs)
+                coded.append(freqs[symbol])
+                coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
         text = table.decode(tokens)
         digests = self.artifact.digest, settings_digest(self.cfg), hashlib.sha256(text).digest()
-        head = CodeHead(lanes, len(order), len(text), *digests)
-        return Coded(head.pack(coder.finish()), bits[stage], np.array(coded, dtype=np.int64))
+        capability = torch.backends.cpu.get_cpu_capability()
+        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
+        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
+        data = head.pack(trail.checks, coder.finish())
+        return Coded(data, bits[stage], np.array(coded, dtype=np.int64))
 
     def decode(self, path):
         """Return what a code file stands for; UserError if it is not of this artifact."""
-        head, words = CodeHead.unpack(path, read_file(path))
+        head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != settings_digest(self.cfg):
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
-        if head.lanes and plan.block % head.lanes:
-            raise UserError(f"{path} has {head.lanes} lanes, which no block holds")
+        if head.lanes > MOST_LANES or plan.block % max(head.lanes, 1):
+            raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         table = self.artifact.table
         decoder = RangeDecoder(words)
+        trail = Trail()
         coded = []
         stream = torch.full((predictor.lanes + head.tokens,), table.bos_id)
         for commitment, targets, _ in walk(predictor, stream, self.log, step=predictor.lanes):
             for i, freqs in enumerate(commitment.table(plan.stages[-1]).cpu().numpy()):
+                if trail.add(freqs) and trail.checks[-1] != checks[len(trail.checks) - 1]:
+                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                    raise UserError(
+                        f"{path} cannot be followed here beyond token {trail.tokens - 1}: it was "
+                        f"made with {maker}; decode it there"
+                    )
                 symbol = decoder.decode(freqs)
                 targets[i] = symbol
                 coded.append(freqs[symbol])
@@ -2438,7 +2682,7 @@ def verify(run, artifact, scored=None):
     scored: the frequencies under which a run has just scored these tokens, if it has.
     """
     cfg = run.cfg
-    tokens = run.tokens[: cfg.verify_tokens + 1]
+    tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
@@ -2757,7 +3001,7 @@ def train_command(environ):
     if result.stopped:
         keep_last_good(run, weights, result)
     artifact = write_artifact(run, weights, result)
-    model.eval()
+    model = new_model(cfg, run.rt, model.state_dict(), DTYPES[cfg.eval_dtype])
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
     stages, _ = evaluate(predictor, run.tokens, run.total_bytes, run.report.log)
     run.report.add_stages(stages)
@@ -2780,16 +3024,11 @@ def calibrate(run, weights, held_out, limit_s):
         return weights["mixer"], 0.0
     start_s = rt.clock()
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
-    model = new_model(cfg, rt, quantized(weights, coarseness))
+    model = new_model(cfg, rt, quantized(weights, coarseness), DTYPES[cfg.eval_dtype])
     stream = torch.from_numpy(held_out.astype(np.int64))
-    stride = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
-    plan = Plan(
-        ("sliding", "mixer"),
-        stride=stride,
-        batch=1,
-        chunk=math.lcm(stride, cfg.eval_seq_len),
-        block=stride,
-        calibration_blocks=len(stream) // stride,
+    block = max(1, cfg.eval_seq_len // 2)
+    plan = new_plan(cfg, "sliding", "mixer")._replace(
+        block=block, run=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
     for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
