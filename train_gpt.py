@@ -184,12 +184,12 @@ class ModelSettings:
 class EvalSettings:
     """What shapes the code length; the `eval` command may override it."""
 
-    eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
     eval_stride: int = option(
         64,
-        "rows S scored by each window after the first",
+        "rows S of a tile; a row sees the W - S rows before it",
         divides=("eval_seq_len",),
     )
+    eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
     eval_run_tiles: int = option(
         1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
     )
@@ -2890,6 +2890,8 @@ def read_result(path):
             "stage": last["name"],
             "val_tokens": last["tokens"],
         }
+        run["seed"] = str(run["seed"])
+        run["device"] = run["environment"]["device"]
         run["row"] = {
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
@@ -2897,7 +2899,7 @@ def read_result(path):
             "bytes_code": artifact["code_bytes"],
         }
         return run
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, UserError, ValueError, KeyError, IndexError, TypeError) as error:
         message = f"summarize: {path} is not a finished run's results.json ({error!r})"
         raise UserError(message) from error
 
@@ -2908,7 +2910,7 @@ def summarize(paths, out_path):
     first = runs[0]["same"]
     if odd := {n.upper() for run in runs for n, v in run["same"].items() if v != first.get(n)}:
         raise UserError(f"summarize: the runs differ in {', '.join(sorted(odd))}")
-    seeds = {str(run["seed"]): run["row"] for run in runs}
+    seeds = {run["seed"]: run["row"] for run in runs}
     if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
     kept = {}
@@ -2926,7 +2928,7 @@ def summarize(paths, out_path):
         **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
         "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
-        "device": runs[0]["environment"]["device"],
+        "device": runs[0]["device"],
         "seeds": seeds,
     }
     if len(runs) < 3:

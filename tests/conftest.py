@@ -1,4 +1,4 @@
-"""Shared by all tests: a tiny model, tokenizer and stream, and a way to run code on gloo ranks."""
+"""Shared by all tests: tiny models, texts and runs, small helpers, code on gloo ranks."""
 
 import codecs
 import contextlib
@@ -27,11 +27,52 @@ import zstandard  # noqa: E402
 import train_gpt  # noqa: E402
 
 VOCAB = 64
+HERE = train_gpt.Runtime()  # one rank, CPU, float32
 train_gpt.TestTimeTrainer.__test__ = False  # not a test, in spite of its name
 
 
+def pytest_configure(config):
+    """Register the marker of tests that take more than about three seconds."""
+    config.addinivalue_line("markers", "slow: demo, two ranks, whole commands")
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Compute on one thread: tiny matrices gain nothing from two, and ranks compute on one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def refusal(action, *args, kind=train_gpt.UserError, **how):
+    """Return the one-line message with which action(*args) refuses; any other outcome fails."""
+    with pytest.raises(kind) as caught:
+        action(*args, **how)
+    assert caught.type is kind
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def quiet(line=""):
+    """Take a log line and show nothing."""
+
+
+def weights_of(model):
+    """Return a copy of the parameters, {name: tensor}."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def same(a, b):
+    """Return whether two dictionaries of tensors are equal to the last bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---- A tiny model, tokenizer and text ------------------------------------------------------------
+
+
 def tiny_config(**changes):
-    """A Config small enough for every test, with all mechanisms on.
+    """Return a Config small enough for every test, with all mechanisms on.
 
     W 32, S 8, chunks of 64, four layers of width 32.
     """
@@ -81,7 +122,7 @@ def tiny_config(**changes):
 
 
 def tiny_table():
-    """A TokenTable of 64 pieces: unknown, BOS, EOS, three bytes, words with and without a space."""
+    """Return a TokenTable of 64 pieces: specials, three bytes, words with and without a space."""
     pieces = ["<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>", "<0xA9>"]
     pieces += [
         train_gpt.SPACE + w if i % 2 else w
@@ -91,7 +132,7 @@ def tiny_table():
 
 
 def unpacked(data, name="artifact"):
-    """read_artifact of these bytes, from a file of that name in a folder of its own."""
+    """Return the Artifact in these bytes, read from a file of that name in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)
@@ -99,7 +140,7 @@ def unpacked(data, name="artifact"):
 
 
 def tiny_stream(n, seed=0):
-    """n int64 tokens that begin with BOS and repeat themselves enough for n-grams to matter."""
+    """Return n int64 tokens: BOS, then a text whose repetitions make n-grams matter."""
     random = np.random.default_rng(seed)
     phrase = random.integers(6, VOCAB, 23)
     tokens = random.integers(6, VOCAB, n)
@@ -112,7 +153,7 @@ def tiny_stream(n, seed=0):
 
 
 def warm_model(cfg, seed=0):
-    """A GPT with every parameter random, so that nothing is hidden behind a zero."""
+    """Return a GPT with every parameter random, so that nothing is hidden behind a zero."""
     torch.manual_seed(seed)
     model = train_gpt.GPT(cfg)
     with torch.no_grad():
@@ -122,24 +163,14 @@ def warm_model(cfg, seed=0):
 
 
 def warm_weights(cfg, seed=0):
-    """What an artifact holds of a warm model: {name: tensor}, with a random mixer's weights."""
+    """Return what an artifact holds of a warm model and a random mixer, {name: tensor}."""
     weights = warm_model(cfg, seed).state_dict()
     mixer = train_gpt.new_mixer_weights()
     return weights | {"mixer": mixer + torch.randn_like(mixer) * 0.1}
 
 
-def weights_of(model):
-    """A copy of the parameters, {name: tensor}."""
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(a, b):
-    """Whether two dictionaries of tensors are equal to the last bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 def random_tokens(*shape, seed=0):
-    """Random int64 tokens."""
+    """Return random int64 tokens of this shape."""
     return torch.from_numpy(np.random.default_rng(seed).integers(0, VOCAB, shape))
 
 
@@ -151,6 +182,8 @@ def write_shards(folder, shards, compressed=(), split="train"):
             contents, ending = zstandard.compress(contents), ".bin.zst"
         (folder / f"fineweb_{split}_{number:06d}{ending}").write_bytes(contents)
 
+
+# ---- English, odd texts and a tokenizer of SentencePiece -----------------------------------------
 
 ODD_TEXTS = [
     "  two leading spaces, two trailing  ",
@@ -190,36 +223,8 @@ def tokenizer(tmp_path_factory, texts):
     return path, sp, train_gpt.load_tokenizer(path, 400)[0]
 
 
-def refusal(action, *args, kind=train_gpt.UserError, **how):
-    """The one-line message with which action(*args) refuses; any other outcome fails."""
-    with pytest.raises(kind) as caught:
-        action(*args, **how)
-    assert caught.type is kind
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def quiet(line=""):
-    """A log that shows nothing."""
-
-
-def pytest_configure(config):
-    """Name the marker of tests that take more than about three seconds."""
-    config.addinivalue_line("markers", "slow: demo, two ranks, whole commands")
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Compute on one thread: tiny matrices gain nothing from two, and ranks compute on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ---- Walks over a stream: windows of 16, strides of 4, chunks of 32 ------------------------------
 
-HERE = train_gpt.Runtime()
 TABLE = tiny_table()
 BEGINS = np.array(
     [kind in "UCX" or piece[0] == train_gpt.SPACE for piece, kind in zip(TABLE.pieces, TABLE.kinds)]
@@ -233,25 +238,25 @@ WALK_STREAM = tiny_stream(8 * WALK_CFG.ttt_chunk_tokens)
 
 @functools.cache
 def sharp_weights(cfg):
-    """warm_weights of sharp predictions; shared, so not to be changed."""
+    """Return warm_weights of sharp predictions; shared, so not to be changed."""
     weights = warm_weights(cfg)
     weights["embed.tokens"].mul_(4)
     return weights
 
 
 def sharp_model(cfg):
-    """A model of sharp_weights, of one's own."""
+    """Return a new model of sharp_weights."""
     return train_gpt.new_model(cfg, HERE, sharp_weights(cfg))
 
 
 def walker(cfg, plan, model=None):
-    """A predictor at a stream's start; all of one model have the same weights."""
+    """Return a predictor at a stream's start; all of one model have the same weights."""
     model = model or sharp_model(cfg)
     return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
 
 
 def frequencies(commitment):
-    """{stage: frequencies (stop - start, V)} of a lone rank, once they are proved complete."""
+    """Return {stage: frequencies (stop - start, V)} of a lone rank; assert their completeness."""
     borders = [commitment.start, *(piece.stop for piece in commitment.pieces)]
     assert [piece.start for piece in commitment.pieces] == borders[:-1]
     assert borders[-1] == commitment.stop
@@ -265,7 +270,7 @@ def frequencies(commitment):
 
 
 def advance(predictor, tokens, stop, step=None):
-    """{stage: frequencies} of the positions up to stop - 1, `step` at a time, or blocks.
+    """Return {stage: frequencies} up to position stop - 1, `step` at a time, or in blocks.
 
     As for a decoder: no call is given a token that it must not see.
     """
@@ -287,7 +292,7 @@ WORD_BEGINS = np.isin(np.arange(8), (0, 6))  # of the eight tokens in most of th
 
 
 def few_words(n, vocab_size=8, seed=0):
-    """n tokens over a small vocabulary: some strings again and again, and runs of one token."""
+    """Return n tokens of a small vocabulary: some strings again and again, runs of one token."""
     random = np.random.default_rng(seed)
     words = [random.integers(0, vocab_size, random.integers(1, 14)) for _ in range(9)]
     words += [np.full(11, 3), np.full(5, 0), np.tile([1, 2], 6)]
@@ -295,7 +300,7 @@ def few_words(n, vocab_size=8, seed=0):
 
 
 def new_history(order, recent, begins=WORD_BEGINS, bits=20):
-    """An empty history."""
+    """Return an empty history."""
     cfg = tiny_config(ngram_order=order, ngram_recent=recent, min_count=1, ngram_hash_bits=bits)
     return train_gpt.NgramHistory(cfg, begins, "cpu")
 
@@ -334,18 +339,18 @@ def run_ranks(tmp_path_factory):
 
 
 def clean_environment():
-    """This process's environment without any setting of the program or of a process group."""
+    """Return this process's environment without settings of the program or a process group."""
     ours = {name.upper() for name in train_gpt.FIELDS} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
     return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def no_leftovers(folder):
-    """Whether no temporary file or probe is anywhere under folder."""
+    """Return whether no temporary file or probe is anywhere under folder."""
     return not [p for p in folder.rglob("*") if ".tmp" in p.name or p.name == ".probe"]
 
 
 def error_line(result, status):
-    """The message of a command that failed with `status`: one line on stderr, after 'error: '."""
+    """Return the one-line message on stderr of a command that failed with `status`."""
     found, stderr = result
     assert found == status
     assert stderr.startswith("error: ")
@@ -432,7 +437,7 @@ def artifacts(tmp_path_factory):
 
 
 def codec(cfg):
-    """The Codec of the artifact at cfg.artifact under cfg."""
+    """Return the Codec of the artifact at cfg.artifact under cfg."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     return train_gpt.Codec(artifact, cfg, train_gpt.start_runtime(cfg, {}), quiet)
 
@@ -457,7 +462,7 @@ def code_files(artifacts, tmp_path_factory):
 
 
 def last_stage_predictor(cfg):
-    """A Predictor of the last stage with the artifact's weights, made without the coder's help."""
+    """Return a last-stage Predictor with the artifact's weights, without the coder's help."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     rt = train_gpt.start_runtime(cfg, {})
     model = train_gpt.new_model(cfg, rt, artifact.weights)
@@ -466,12 +471,12 @@ def last_stage_predictor(cfg):
 
 
 def bits_of(freqs):
-    """The sum of -log2(freq / 2^24)."""
+    """Return the sum of -log2(freq / 2^24)."""
     return float((24 - np.log2(np.asarray(freqs, dtype=np.float64))).sum())
 
 
 def assert_size(words, bits):
-    """Code words take what was predicted, within 0.01 % and 16 bytes."""
+    """Assert that code words take what was predicted, within 0.01 % and 16 bytes."""
     assert abs(len(words) - bits / 8) <= 1e-4 * bits / 8 + 16
 
 

@@ -1,6 +1,5 @@
-"""The program as its users run it: whole runs on one rank and on two, and what it says when something is wrong."""
+"""Whole commands as users run them, on one rank and on two, and what is said when they fail."""
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, clean_environment, error_line, no_leftovers
 
 import train_gpt
 
@@ -41,21 +40,12 @@ MODEL = dict(
     EVAL_STRIDE="32",
     XSA_LAST_N="1",
     TTT_FREEZE_BLOCKS="1",
-    TTT_CHUNK_TOKENS="512",
+    TTT_CHUNK_TOKENS="256",
     TTT_EPOCHS="2",
     NGRAM_ORDER="5",
     VAL_TOKENS="1500",
+    VERIFY_TOKENS="300",
 )
-
-
-def clean_environment():
-    """This process's environment without any setting of the program or of a process group."""
-    ours = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)} | {
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-    }
-    return {name: value for name, value in os.environ.items() if name not in ours}
 
 
 def start(folder, *args, launcher=(), **settings):
@@ -71,11 +61,6 @@ def finished(process):
     return process.returncode, out, err
 
 
-def no_leftovers(folder):
-    """Whether no temporary file or probe is anywhere under folder."""
-    return not [p for p in folder.rglob("*") if ".tmp" in p.name or p.name == ".probe"]
-
-
 def results_of(folder):
     """The results.json of a run's folder."""
     return json.loads((folder / "results.json").read_text())
@@ -86,56 +71,78 @@ def bpb_of(results):
     return {s["name"]: s["val_bpb"] for s in results["stages"] if s["name"] != "pre_quant"}
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Whole runs of the demo
-# ----------------------------------------------------------------------------------------------------------
+# ---- Whole runs of the demo ----------------------------------------------------------------------
+
+RUNS = {"one": 1, "two": 2, "one on two": 2, "two on one": 1}  # {name: ranks}
+
+
+def is_evaluation(name):
+    """Whether a run of RUNS only evaluates what another has trained."""
+    return " on " in name
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The demo trained on one rank and on two, and each artifact evaluated on the other number of ranks."""
+    """The demo trained on one rank and on two; each artifact also evaluated on the other number."""
     folder = tmp_path_factory.mktemp("demo")
-    settings = dict(MODEL, PRESET="demo")
     runs = {}
-    for name, launcher, artifact in (
-        ("one", (), ""),
-        ("two", TORCHRUN, ""),
-        ("one on two", TORCHRUN, "one"),
-        ("two on one", (), "two"),
-    ):
-        extra = {"ARTIFACT_PATH": f"logs/{artifact}/model.int6.lzma"} if artifact else {}
-        changes = dict(settings, RUN_ID=name, **extra)
-        process = start(folder, *(["eval"] if artifact else []), launcher=launcher, **changes)
-        status, out, err = finished(process)
+    for name, world in RUNS.items():
+        settings = dict(MODEL, PRESET="demo", RUN_ID=name)
+        args = []
+        if is_evaluation(name):
+            args = ["eval"]
+            settings["ARTIFACT_PATH"] = f"logs/{name.split()[0]}/model.int6.lzma"
+        launcher = TORCHRUN if world == 2 else ()
+        status, out, err = finished(start(folder, *args, launcher=launcher, **settings))
         runs[name] = SimpleNamespace(status=status, out=out, err=err, results=None)
         if status == 0:
             runs[name].results = results_of(folder / "logs" / name)
     return SimpleNamespace(folder=folder, runs=runs)
 
 
-def test_demo_runs_to_the_end(demo):
-    """No data, one command: exit status 0 on one rank and on two, nothing on stderr, nothing half-written."""
-    assert [
-        (name, run.status, run.err[-500:]) for name, run in demo.runs.items() if run.status
-    ] == []
-    assert demo.runs["one"].err == demo.runs["two on one"].err == ""
-    assert "demo: gathering English" in demo.runs["one"].out
-    assert not any(
-        "gathering" in demo.runs[name].out for name in ("two", "one on two", "two on one")
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_demo_runs_to_the_end(demo, name):
+    """No data, one command: exit status 0, on one rank and on two."""
+    run = demo.runs[name]
+    assert run.status == 0, run.err[-500:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "two on one"])
+def test_stderr_of_a_good_run_is_empty(demo, name):
+    """On one rank; torchrun may have its own to say."""
+    assert demo.runs[name].err == ""
+
+
+@pytest.mark.slow
+def test_demo_gathers_its_text_once(demo):
+    """The first run makes the cache; the others find it."""
+    gathering = [name for name, run in demo.runs.items() if "gathering English" in run.out]
+    assert gathering == ["one"]
+
+
+@pytest.mark.slow
+def test_demo_leaves_nothing_half_written(demo):
+    """No temporary file or probe."""
     assert no_leftovers(demo.folder)
-    for name, run in demo.runs.items():
-        log = "eval.log" if " on " in name else "train.log"
-        assert (demo.folder / "logs" / name / log).read_text() == run.out  # no rank but one speaks
 
 
-@pytest.mark.parametrize(
-    "name, world", [("one", 1), ("two", 2), ("one on two", 2), ("two on one", 1)]
-)
-def test_results_have_every_field(demo, name, world):
-    """results.json has all that others read from it, and its numbers agree with each other and with the file."""
-    results, evaluated = demo.runs[name].results, " on " in name
-    assert set(results) == {
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_only_one_rank_speaks(demo, name):
+    """What is printed is what is logged, once."""
+    log = "eval.log" if is_evaluation(name) else "train.log"
+    assert (demo.folder / "logs" / name / log).read_text() == demo.runs[name].out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_results_say_what_ran(demo, name):
+    """Keys, run, settings and environment of results.json, as others read it."""
+    results = demo.runs[name].results
+    proof = set() if is_evaluation(name) else {"proof"}
+    assert set(results) == proof | {
         "run_id",
         "seed",
         "command",
@@ -145,81 +152,93 @@ def test_results_have_every_field(demo, name, world):
         "artifact",
         "stages",
         "val_bpb",
-    } | (set() if evaluated else {"proof"})
-    assert (results["run_id"], results["seed"], results["command"]) == (
-        name,
-        1337,
-        "eval" if evaluated else "train",
-    )
-    settings, environment, artifact = (
-        results["settings"],
-        results["environment"],
-        results["artifact"],
-    )
-    assert set(settings) == {f.name for f in dataclasses.fields(train_gpt.Config)}
-    assert settings["preset"] == "demo" and settings["model_dim"] == 32
-    assert {"python", "torch", "device", "world_size"} <= set(environment) and environment[
-        "world_size"
-    ] == world
-    assert environment["torch"] == torch.__version__ and environment["device"].startswith(
-        ("cpu", "cuda")
-    )
-    if evaluated:
-        assert results["train"] is None
-    else:
-        proof = results["proof"]
-        assert (
-            proof["tokens"] == 1100
-            and 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
-        )
-        train = results["train"]
-        assert (train["steps"], train["tokens"]) == (4, 4 * 256) and train["seconds"] > 0
-        assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
+    }
+    assert results["run_id"] == name
+    assert results["seed"] == 1337
+    assert results["command"] == ("eval" if is_evaluation(name) else "train")
+    assert set(results["settings"]) == set(train_gpt.FIELDS)
+    assert results["settings"]["preset"] == "demo"
+    assert results["settings"]["model_dim"] == 32
+    environment = results["environment"]
+    assert set(environment) >= {"python", "torch", "device", "world_size"}
+    assert environment["world_size"] == RUNS[name]
+    assert environment["torch"] == torch.__version__
+    assert environment["device"].startswith(("cpu", "cuda"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one", "two"])
+def test_results_of_training_agree_with_each_other(demo, name):
+    """Steps, tokens and rate; the proof's bytes are its bits."""
+    train = demo.runs[name].results["train"]
+    assert train["steps"] == 4
+    assert train["tokens"] == 4 * 256
+    assert train["seconds"] > 0
+    assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
+    proof = demo.runs[name].results["proof"]
+    assert proof["tokens"] == 300
+    assert 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one on two", "two on one"])
+def test_results_of_evaluation_have_no_training(demo, name):
+    """There was none."""
+    assert demo.runs[name].results["train"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_results_have_the_bytes_of_artifact_and_code(demo, name):
+    """They are those of the files."""
+    artifact = demo.runs[name].results["artifact"]
     data = (demo.folder / artifact["path"]).read_bytes()
-    assert (
-        artifact["weights_bytes"] == len(data)
-        and artifact["sha256"] == hashlib.sha256(data).hexdigest()
-    )
-    assert artifact["code_bytes"] == len((ROOT / "train_gpt.py").read_bytes())
-    assert (
-        artifact["total_bytes"]
-        == artifact["weights_bytes"] + artifact["code_bytes"]
-        <= artifact["limit_bytes"]
-    )
+    assert artifact["weights_bytes"] == len(data)
+    assert artifact["sha256"] == hashlib.sha256(data).hexdigest()
+    assert artifact["code_bytes"] == len(Path(SCRIPT).read_bytes())
+    assert artifact["total_bytes"] == artifact["weights_bytes"] + artifact["code_bytes"]
+    assert artifact["total_bytes"] <= artifact["limit_bytes"]
     assert artifact["limit_bytes"] == 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_results_have_every_stage(demo, name):
+    """In order, all of one text, with a BPB that follows from the loss; the last is the score."""
+    results = demo.runs[name].results
     stages = results["stages"]
-    assert [s["name"] for s in stages] == STAGES[evaluated:] and results["val_bpb"] == stages[-1][
-        "val_bpb"
-    ]
+    assert [s["name"] for s in stages] == STAGES[is_evaluation(name) :]
+    assert results["val_bpb"] == stages[-1]["val_bpb"]
     for stage in stages:
-        assert (
-            set(stage) == {"name", "val_loss", "val_bpb", "tokens", "bytes", "seconds"}
-            and stage["seconds"] > 0
-        )
-        assert stage["tokens"] == 1500 and stage["bytes"] == stages[0]["bytes"] > 1500
+        assert set(stage) == {"name", "val_loss", "val_bpb", "tokens", "bytes", "seconds"}
+        assert stage["seconds"] > 0
+        assert stage["tokens"] == 1500
+        assert stage["bytes"] == stages[0]["bytes"] > 1500
         bits = stage["val_loss"] * stage["tokens"] / math.log(2)
         assert stage["val_bpb"] == pytest.approx(bits / stage["bytes"], rel=1e-12)
         assert 0 < stage["val_loss"] < 2 * math.log(1024)
 
 
-def test_an_artifact_has_one_score(demo):
-    """The same artifact on one rank and on two: every stage's val_bpb is equal to the last bit."""
-    for trained, evaluated in (("one", "one on two"), ("two", "two on one")):
-        assert bpb_of(demo.runs[trained].results) == bpb_of(demo.runs[evaluated].results)
-    digests = {name: demo.runs[name].results["artifact"]["sha256"] for name in demo.runs}
-    assert digests["one"] == digests["one on two"] and digests["two"] == digests["two on one"]
+@pytest.mark.slow
+@pytest.mark.parametrize("trained, evaluated", [("one", "one on two"), ("two", "two on one")])
+def test_artifact_has_one_score_on_any_number_of_ranks(demo, trained, evaluated):
+    """On one rank and on two: every stage's val_bpb is equal to the last bit."""
+    first = demo.runs[trained].results
+    second = demo.runs[evaluated].results
+    assert first["artifact"]["sha256"] == second["artifact"]["sha256"]
+    assert bpb_of(first) == bpb_of(second)
 
 
+@pytest.mark.slow
 def test_training_does_not_depend_on_the_ranks(demo):
-    """From one seed, one rank and two take the same steps up to rounding, and score the same text."""
+    """From one seed, one rank and two take the same steps, up to rounding, and score one text."""
     one, two = (demo.runs[name].results["stages"] for name in ("one", "two"))
     assert [s["val_bpb"] for s in two] == pytest.approx([s["val_bpb"] for s in one], rel=2e-3)
-    assert one[0]["bytes"] == two[0]["bytes"] and one[0]["val_bpb"] != one[1]["val_bpb"]
+    assert one[0]["bytes"] == two[0]["bytes"]
+    assert one[0]["val_bpb"] != one[1]["val_bpb"]
 
 
-# ----------------------------------------------------------------------------------------------------------
-# In this process, on a corpus made once
-# ----------------------------------------------------------------------------------------------------------
+# ---- In this process, on a corpus made once ------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -249,135 +268,124 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
     """The folder of a finished run on that corpus."""
-    folder, threads = tmp_path_factory.mktemp("trained"), torch.get_num_threads()
-    train_gpt.dispatch([], dict(corpus, LOG_DIR=str(folder), RUN_ID="run"))
+    folder = tmp_path_factory.mktemp("trained")
+    threads = torch.get_num_threads()
+    settings = dict(corpus, LOG_DIR=str(folder), RUN_ID="run", VERIFY_ENABLED="0")
+    train_gpt.dispatch([], settings)
     torch.set_num_threads(threads)
     return folder / "run"
 
 
 @pytest.fixture
-def command(corpus, tmp_path, monkeypatch, capfd):
-    """command(*args, **settings) -> (exit status, stderr) of a command line on the corpus, in tmp_path.
-
-    A setting None is left out. Afterwards nothing half-written may be anywhere.
-    """
-    threads = torch.get_num_threads()
-    monkeypatch.chdir(tmp_path)
+def command(corpus, command_line):
+    """command(*args, **settings) -> (exit status, stderr) of a command line on the corpus."""
 
     def run(*args, **settings):
-        environ = {
-            **clean_environment(),
-            **corpus,
-            "LOG_DIR": str(tmp_path / "logs"),
-            "RUN_ID": "run",
-            **settings,
-        }
-        monkeypatch.setattr(
-            os, "environ", {name: value for name, value in environ.items() if value is not None}
-        )
-        monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
-        capfd.readouterr()
-        status = train_gpt.main()
-        return status, capfd.readouterr().err
+        return command_line(*args, **{"DEVICE": None, **corpus, "RUN_ID": "run", **settings})
 
-    yield run
-    torch.set_num_threads(threads)
-    assert no_leftovers(tmp_path)
+    return run
 
 
-def error_line(result, status):
-    """The message of a command that failed with `status`: one line on stderr, which begins with 'error: '."""
-    assert result[0] == status
-    assert (
-        result[1].startswith("error: ") and result[1].count("\n") == 1 and result[1].endswith("\n")
-    )
-    return result[1][7:-1]
+@pytest.fixture
+def run_dir(tmp_path):
+    """The folder of a run by `command`."""
+    return tmp_path / "logs" / "run"
+
+
+def artifact_of(folder):
+    """ARTIFACT_PATH of a finished run."""
+    return str(folder / "model.int6.lzma")
 
 
 def test_evaluation_needs_nothing_but_the_artifact(command, trained, tmp_path):
-    """`eval` without tokenizer, model settings or preset gives the very numbers of the run that trained."""
+    """`eval` without tokenizer, model settings or preset gives the numbers of the training run."""
     shape = dict.fromkeys([*MODEL, "PRESET", "VOCAB_SIZE"])
     settings = {
         **shape,
-        "ARTIFACT_PATH": str(trained / "model.int6.lzma"),
+        "ARTIFACT_PATH": artifact_of(trained),
         "VAL_TOKENS": "300",
         "RUN_ID": None,
         "TOKENIZER_PATH": str(tmp_path / "none.model"),
         "SIZE_LIMIT_BYTES": "1000000",
     }
     assert command("eval", **settings) == (0, "")
-    (results,) = (results_of(path.parent) for path in (tmp_path / "logs").glob("*/results.json"))
+    (path,) = (tmp_path / "logs").glob("*/results.json")
+    results = results_of(path.parent)
     assert bpb_of(results) == bpb_of(results_of(trained))
-    assert results["settings"]["preset"] == "bench" and results["artifact"]["weights_bytes"] > 0
+    assert results["settings"]["preset"] == "bench"
+    assert results["artifact"]["weights_bytes"] > 0
 
 
-def test_settings_of_evaluation_may_change(command, trained, tmp_path):
+def test_settings_of_evaluation_may_change(command, trained, run_dir):
     """Without TTT and mixer these stages are gone and the others stay as they were."""
-    artifact = str(trained / "model.int6.lzma")
-    assert command("eval", ARTIFACT_PATH=artifact, TTT_ENABLED="0", MIXER="none") == (0, "")
+    settings = dict(ARTIFACT_PATH=artifact_of(trained), TTT_ENABLED="0", MIXER="none")
+    assert command("eval", **settings) == (0, "")
     before = bpb_of(results_of(trained))
-    results = results_of(tmp_path / "logs" / "run")
-    assert bpb_of(results) == {n: before[n] for n in ("round_trip", "sliding")}
-    assert (tmp_path / "logs" / "run" / "eval.log").exists()
-    assert results["artifact"]["overridden"] == [
-        "MIXER",
-        "TTT_ENABLED",
-    ]  # no decoder of the file gets these figures
+    assert bpb_of(results_of(run_dir)) == {n: before[n] for n in ("round_trip", "sliding")}
+    assert (run_dir / "eval.log").exists()
+
+
+def test_overridden_settings_are_recorded_and_not_submitted(command, trained, run_dir):
+    """No decoder of the file gets these figures."""
+    settings = dict(ARTIFACT_PATH=artifact_of(trained), TTT_ENABLED="0", MIXER="none")
+    assert command("eval", **settings) == (0, "")
+    assert results_of(run_dir)["artifact"]["overridden"] == ["MIXER", "TTT_ENABLED"]
     assert results_of(trained)["artifact"]["overridden"] == []
-    assert "MIXER, TTT_ENABLED" in error_line(
-        command("summarize", tmp_path / "logs" / "run" / "results.json"), 1
-    )
+    message = error_line(command("summarize", run_dir / "results.json"), 1)
+    assert "MIXER, TTT_ENABLED" in message
 
 
 def test_settings_of_evaluation_are_judged_with_the_artifact(command, trained):
-    """What fits the artifact is right, also where it would not fit the default preset's window of 2,048."""
-    shape = dict.fromkeys([*MODEL, "PRESET", "VOCAB_SIZE"])
+    """What fits the artifact is right, also where it would not fit the default window of 2,048."""
     settings = dict(
-        shape,
-        ARTIFACT_PATH=str(trained / "model.int6.lzma"),
+        dict.fromkeys([*MODEL, "PRESET", "VOCAB_SIZE"]),
+        ARTIFACT_PATH=artifact_of(trained),
         TTT_CHUNK_TOKENS="192",
         VAL_TOKENS="300",
     )
     assert command("eval", **settings) == (0, "")
 
 
-def test_evaluation_keeps_the_results_of_training(command, corpus, tmp_path):
+def test_evaluation_keeps_the_results_of_training(command, run_dir):
     """`eval` under the RUN_ID of the training run does not overwrite what that run has measured."""
-    assert command(TTT_ENABLED="0", MIXER="none") == (0, "")
-    before = (tmp_path / "logs" / "run" / "results.json").read_bytes()
-    assert command("eval", TTT_ENABLED="0", MIXER="none") == (0, "")
-    assert (tmp_path / "logs" / "run" / "results.json").read_bytes() == before
+    settings = dict(TTT_ENABLED="0", MIXER="none", VERIFY_ENABLED="0")
+    assert command(**settings) == (0, "")
+    before = (run_dir / "results.json").read_bytes()
+    assert command("eval", **settings) == (0, "")
+    assert (run_dir / "results.json").read_bytes() == before
+
+
+def test_run_without_a_proof_has_none(command, run_dir):
+    """VERIFY_ENABLED=0 codes and decodes nothing."""
+    assert command(TTT_ENABLED="0", MIXER="none", VERIFY_ENABLED="0") == (0, "")
+    assert "proof" not in results_of(run_dir)
+    assert not list(run_dir.glob("proof.*"))
 
 
 def test_summarize_writes_a_submission(command, trained, tmp_path):
     """`summarize` puts submission.json into the current folder."""
     assert command("summarize", trained / "results.json") == (0, "")
     summary = json.loads((tmp_path / "submission.json").read_text())
-    assert summary["val_bpb"] == results_of(trained)["val_bpb"] and list(summary["seeds"]) == [
-        "1337"
-    ]
+    assert summary["val_bpb"] == results_of(trained)["val_bpb"]
+    assert list(summary["seeds"]) == ["1337"]
 
 
-def test_help_lists_every_setting(command, capfd):
+@pytest.mark.slow
+def test_help_lists_every_setting(tmp_path):
     """--help explains the commands and names each setting, with status 0."""
-    assert command("--help") == (0, "")
-    environ = clean_environment()
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--help"], env=environ, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0 and not done.stderr and "summarize" in done.stdout
-    assert all(
-        f"\n  {f.name.upper()} " in done.stdout for f in dataclasses.fields(train_gpt.Config)
-    )
+    status, out, err = finished(start(tmp_path, "--help"))
+    assert status == 0
+    assert err == ""
+    assert "summarize" in out
+    assert [name for name in train_gpt.FIELDS if f"\n  {name.upper()} " not in out] == []
 
 
-# ----------------------------------------------------------------------------------------------------------
-# What goes wrong
-# ----------------------------------------------------------------------------------------------------------
+# ---- Usage and settings that are refused ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_errors_reach_the_shell(tmp_path):
-    """As processes: one line on stderr, exit status 2 for bad usage and 1 for anything else that can be mended."""
+    """As processes: one line on stderr, status 2 for bad usage, 1 for what else can be mended."""
     (tmp_path / "bad.lzma").write_bytes(b"no artifact")
     first = start(tmp_path, PRESET="fast")
     second = start(tmp_path, "eval", ARTIFACT_PATH="bad.lzma")
@@ -387,42 +395,65 @@ def test_errors_reach_the_shell(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args", ["train", "eval x", "tokenize", "tokenize out", "summarize", "-v", "eval eval"]
+    "args",
+    [
+        "train",
+        "eval x",
+        "tokenize",
+        "tokenize out",
+        "summarize",
+        "-v",
+        "eval eval",
+        "compress in",
+        "decompress in",
+        "decompress in out freqs.npz more",
+    ],
 )
-def test_unknown_commands(command, args):
-    """An unknown or incomplete command line is bad usage, named in the error; --help is pointed to."""
+def test_unknown_command_is_bad_usage(command, args):
+    """Unknown or incomplete: it is named in the error, and --help is pointed to."""
     message = error_line(command(*args.split()), 2)
-    assert f"'{args}'" in message and "--help" in message
+    assert f"'{args}'" in message
+    assert "--help" in message
 
 
-def test_no_shards(command, tmp_path):
+def test_folder_without_shards_is_named(command, tmp_path):
     """A DATA_PATH without shards is named before any training, and so is the demo."""
     message = error_line(command(DATA_PATH=str(tmp_path / "nowhere")), 1)
-    assert message.startswith("DATA_PATH") and "nowhere" in message and "PRESET=demo" in message
+    assert message.startswith("DATA_PATH")
+    assert "nowhere" in message
+    assert "PRESET=demo" in message
 
 
-def test_no_training_shards(command, corpus, tmp_path):
-    """Validation shards alone do not train."""
+def test_validation_shards_alone_do_not_train(command, corpus, tmp_path):
+    """The error says which shards are missing."""
     (tmp_path / "data").mkdir()
     shard = next(Path(corpus["DATA_PATH"]).glob("fineweb_val_*"))
     (tmp_path / "data" / shard.name).write_bytes(shard.read_bytes())
     assert "fineweb_train_" in error_line(command(DATA_PATH=str(tmp_path / "data")), 1)
 
 
-def test_no_tokenizer(command, tmp_path):
-    """A missing TOKENIZER_PATH is named when training, which needs it."""
+def test_missing_tokenizer_is_named_when_training(command, tmp_path):
+    """Training needs it."""
     message = error_line(command(TOKENIZER_PATH=str(tmp_path / "none.model")), 1)
-    assert message.startswith("TOKENIZER_PATH") and "none.model" in message
+    assert message.startswith("TOKENIZER_PATH")
+    assert "none.model" in message
 
 
-def test_record_without_cuda(command, monkeypatch):
-    """The record preset does not start a hopeless run on a CPU unless DEVICE=cpu insists; cuda must be there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+def test_record_preset_refuses_a_cpu(command, monkeypatch):
+    """It does not start a hopeless run, unless DEVICE=cpu insists."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = error_line(command(PRESET="record"), 2)
-    assert "PRESET=record" in message and "CUDA" in message and "DEVICE=cpu" in message
+    assert "PRESET=record" in message
+    assert "CUDA" in message
+    assert "DEVICE=cpu" in message
+    insisting = command(PRESET="record", DEVICE="cpu", DATA_PATH="nowhere")
+    assert "DATA_PATH" in error_line(insisting, 1)
+
+
+def test_missing_cuda_is_named(command, monkeypatch):
+    """DEVICE=cuda needs it."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "DEVICE=cuda" in error_line(command(DEVICE="cuda"), 2)
-    shape = dict(PRESET="record", DEVICE="cpu", DATA_PATH="nowhere")
-    assert "DATA_PATH" in error_line(command(**shape), 1)
 
 
 @pytest.mark.parametrize(
@@ -433,138 +464,147 @@ def test_record_without_cuda(command, monkeypatch):
         (dict(ALPHA_BAES="1"), ["ALPHA_BAES", "ALPHA_BASE"]),
     ],
 )
-def test_bad_settings(command, settings, words):
-    """A setting that cannot be meant is bad usage."""
+def test_setting_that_cannot_be_meant_is_bad_usage(command, settings, words):
+    """The error has the setting and what is allowed."""
     message = error_line(command(**settings), 2)
-    assert all(word in message for word in words)
+    assert [word for word in words if word not in message] == []
 
 
-def test_vocabulary_of_another_tokenizer(command, tmp_path):
+def test_vocabulary_of_another_tokenizer_is_refused(command, run_dir):
     """VOCAB_SIZE and tokenizer must agree; nothing is trained."""
     message = error_line(command(VOCAB_SIZE="401"), 1)
-    assert "VOCAB_SIZE=401" in message and "400 pieces" in message
-    assert not (tmp_path / "logs" / "run" / "model.int6.lzma").exists()
+    assert "VOCAB_SIZE=401" in message
+    assert "400 pieces" in message
+    assert not (run_dir / "model.int6.lzma").exists()
 
 
-def test_bad_artifacts(command, trained, tmp_path):
-    """`eval` of a missing, damaged or foreign artifact names it and scores nothing."""
-    data = (trained / "model.int6.lzma").read_bytes()
+def test_bad_artifacts_are_named(command, trained, tmp_path):
+    """`eval` of a missing, cut, altered or empty artifact scores nothing."""
+    data = Path(artifact_of(trained)).read_bytes()
     path = tmp_path / "bad.lzma"
     assert str(path) in error_line(command("eval", ARTIFACT_PATH=str(path)), 1)
-    for contents in (data[:-1], data[:1000] + bytes([data[1000] ^ 1]) + data[1001:], b""):
+    flipped = data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
+    for contents in (data[:-1], flipped, b""):
         path.write_bytes(contents)
         assert str(path) in error_line(command("eval", ARTIFACT_PATH=str(path)), 1)
     assert not (tmp_path / "logs").exists()
 
 
-def test_an_artifact_of_another_tokenizer(command, trained, corpus, tmp_path):
-    """The tokenizer on disk must be the artifact's, of the same size too, or bytes and tokens mean nothing."""
+def test_tokenizer_must_be_the_artifacts_own(command, trained, run_dir, tmp_path):
+    """One of the same size will not do: bytes and tokens would mean nothing."""
     other = tmp_path / "other.model"
     train_gpt.train_tokenizer([Path(SCRIPT).read_text(encoding="utf-8")], 400, other)
-    artifact = str(trained / "model.int6.lzma")
-    message = error_line(command("eval", ARTIFACT_PATH=artifact, TOKENIZER_PATH=str(other)), 1)
-    assert str(other) in message and "artifact" in message
-    assert not (tmp_path / "logs" / "run" / "results.json").exists()
+    settings = dict(ARTIFACT_PATH=artifact_of(trained), TOKENIZER_PATH=str(other))
+    message = error_line(command("eval", **settings), 1)
+    assert str(other) in message
+    assert "artifact" in message
+    assert not (run_dir / "results.json").exists()
 
 
-def test_settings_against_the_artifact(command, trained):
-    """A model setting in the environment that is not the artifact's is an error that names both values."""
-    message = error_line(
-        command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma"), MLP_MULT="2"), 2
-    )
-    assert "MLP_MULT=2" in message and "3" in message
+def test_model_setting_that_is_not_the_artifacts_is_refused(command, trained):
+    """The error names both values."""
+    message = error_line(command("eval", ARTIFACT_PATH=artifact_of(trained), MLP_MULT="2"), 2)
+    assert "MLP_MULT=2" in message
+    assert "3" in message
 
 
-def test_an_unwritable_log_folder(command, tmp_path):
-    """LOG_DIR under a regular file is found before training, and so is an artifact's folder of that kind."""
+def test_unwritable_log_folder_is_found_before_training(command, tmp_path):
+    """LOG_DIR under a regular file."""
     (tmp_path / "file").write_bytes(b"")
-    assert str(tmp_path / "file") in error_line(command(LOG_DIR=str(tmp_path / "file" / "logs")), 1)
+    message = error_line(command(LOG_DIR=str(tmp_path / "file" / "logs")), 1)
+    assert str(tmp_path / "file") in message
     assert (tmp_path / "file").read_bytes() == b""
 
 
-def test_ranks_that_do_not_fit_the_batch(command, monkeypatch):
-    """Four sequences over three ranks: bad usage, told before any step."""
-    monkeypatch.setattr(
-        train_gpt,
-        "start_runtime",
-        lambda cfg, environ: train_gpt.Runtime(world=3, notes=("cpu", "", "")),
-    )
+def test_unwritable_artifact_folder_is_found_before_training(command, tmp_path):
+    """ARTIFACT_PATH under a regular file."""
+    (tmp_path / "file").write_bytes(b"")
+    message = error_line(command(ARTIFACT_PATH=str(tmp_path / "file" / "model")), 1)
+    assert str(tmp_path / "file") in message
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_ranks_that_do_not_fit_the_batch_are_bad_usage(command, monkeypatch):
+    """Four sequences over three ranks, told before any step."""
+    rt = train_gpt.Runtime(world=3, notes=("cpu", "", ""))
+    monkeypatch.setattr(train_gpt, "start_runtime", lambda cfg, environ: rt)
     monkeypatch.setattr(train_gpt.Runtime, "sum_over_ranks", lambda self, tensor: tensor)
     message = error_line(command(), 2)
-    assert (
-        "TRAIN_BATCH_TOKENS=256" in message
-        and "3 ranks" in message
-        and "--nproc_per_node" in message
-    )
+    assert "TRAIN_BATCH_TOKENS=256" in message
+    assert "3 ranks" in message
+    assert "--nproc_per_node" in message
+
+
+# ---- Training that ends early --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", ["MATRIX_LR", "SCALAR_LR", "TIED_EMBED_LR"])
-def test_nan_stops_training(command, tmp_path, rate):
-    """A rate that blows the model up: the error has the step and the rate; weights that it names can be read."""
-    message, path = (
-        error_line(command(**{rate: "1e30"}), 1),
-        tmp_path / "logs" / "run" / "stopped.int6.lzma",
-    )
-    assert message.startswith("step ") and rate in message
+def test_rate_that_blows_up_is_named(command, tmp_path, run_dir, rate):
+    """The error has the step and the rate; weights that it names can be read."""
+    message = error_line(command(**{rate: "1e30"}), 1)
+    assert message.startswith("step ")
+    assert rate in message
+    path = run_dir / "stopped.int6.lzma"
     assert path.exists() == (str(path.relative_to(tmp_path)) in message)
-    assert (
-        path.exists() or rate != "TIED_EMBED_LR"
-    )  # after one step the others' weights may be beyond fp16
+    # After one step the others' weights may be beyond fp16.
+    assert path.exists() or rate != "TIED_EMBED_LR"
     if path.exists():
-        assert all(w.isfinite().all() for w in train_gpt.read_artifact(path)[2].values())
-    assert (
-        not (path.parent / "results.json").exists()
-        and not (path.parent / "model.int6.lzma").exists()
-    )
+        weights = train_gpt.read_artifact(path).weights
+        assert [name for name, w in weights.items() if not w.isfinite().all()] == []
+    assert not (run_dir / "results.json").exists()
+    assert not (run_dir / "model.int6.lzma").exists()
 
 
-def test_nan_keeps_the_last_good_weights(command, tmp_path, monkeypatch):
+def test_nan_keeps_the_last_good_weights(command, tmp_path, run_dir, monkeypatch):
     """NaN in the third step: the artifact on disk is that of a run which ended after the second."""
-    calls, original = itertools.count(1), torch.nn.functional.cross_entropy
+    calls = itertools.count(1)
+    original = torch.nn.functional.cross_entropy
 
     def spoil(*args, **how):
-        return original(*args, **how) * (
-            math.nan if next(calls) == 6 else 1
-        )  # two micro-batches a step
+        bad = next(calls) == 6  # two micro-batches a step
+        return original(*args, **how) * (math.nan if bad else 1)
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "cross_entropy", spoil)
-        assert error_line(command(WARMDOWN_ITERS="1"), 1).startswith(
-            "step 3: loss nan"
-        )  # nothing is calibrated
-    stopped = train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[2]
-    assert command(
+        message = error_line(command(WARMDOWN_ITERS="1"), 1)
+    assert message.startswith("step 3: loss nan")  # so that nothing is calibrated
+    settings = dict(
         WARMDOWN_ITERS="0",
         ITERATIONS="2",
         TTT_ENABLED="0",
         MIXER_CALIBRATION_TOKENS="0",
+        VERIFY_ENABLED="0",
         RUN_ID="two",
-    ) == (0, "")
-    whole = train_gpt.read_artifact(tmp_path / "logs" / "two" / "model.int6.lzma")[2]
-    assert all(torch.equal(stopped[name], w) for name, w in whole.items())
-
-
-def test_an_artifact_over_the_cap(command, tmp_path):
-    """Too large a model: the error says by how much and what to lower; the file stays; nothing is scored."""
-    code = train_gpt.code_bytes()
-    message = error_line(command(SIZE_LIMIT_BYTES=str(code + 2000)), 1)
-    path = tmp_path / "logs" / "run" / "model.int6.lzma"
-    over = path.stat().st_size - 2000
-    assert (
-        f" {over:,} bytes over SIZE_LIMIT_BYTES={code + 2000:,}" in message
-        and "MODEL_DIM" in message
     )
-    assert train_gpt.read_artifact(path)[0]["model_dim"] == 32
-    assert "val_bpb" not in (tmp_path / "logs" / "run" / "train.log").read_text()
-    assert not (tmp_path / "logs" / "run" / "results.json").exists()
+    assert command(**settings) == (0, "")
+    stopped = train_gpt.read_artifact(run_dir / "stopped.int6.lzma").weights
+    good = train_gpt.read_artifact(tmp_path / "logs" / "two" / "model.int6.lzma").weights
+    assert stopped.keys() == good.keys()
+    assert [name for name, w in good.items() if not torch.equal(stopped[name], w)] == []
 
 
-def test_ctrl_c_while_training(corpus, tmp_path):
-    """SIGINT in the middle of training: one line, a status that is not 0, and weights that `eval` can read."""
-    before = signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a child would inherit "ignored"
-    process = start(tmp_path, **dict(corpus, ITERATIONS="100000", LOG_EVERY="1", RUN_ID="run"))
+def test_artifact_over_the_cap_is_kept_and_not_scored(command, run_dir):
+    """The error says by how much, and what to lower."""
+    limit = train_gpt.code_bytes() + 2000
+    message = error_line(command(SIZE_LIMIT_BYTES=str(limit)), 1)
+    path = run_dir / "model.int6.lzma"
+    over = path.stat().st_size - 2000
+    assert f" {over:,} bytes over SIZE_LIMIT_BYTES={limit:,}" in message
+    assert "MODEL_DIM" in message
+    assert train_gpt.read_artifact(path).settings["model_dim"] == 32
+    assert "val_bpb" not in (run_dir / "train.log").read_text()
+    results = results_of(run_dir)
+    assert results["stages"] == []
+    assert results["val_bpb"] is None
+    assert "not a finished run" in error_line(command("summarize", run_dir / "results.json"), 1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_training_keeps_the_weights(corpus, tmp_path):
+    """SIGINT in the middle of training: one line, status 1, and weights that `eval` can read."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits "ignored"
+    settings = dict(corpus, ITERATIONS="100000", LOG_EVERY="1", RUN_ID="run")
+    process = start(tmp_path, **settings)
     signal.signal(signal.SIGINT, before)
     for line in process.stdout:
         if line.startswith("step 3/"):
@@ -573,100 +613,102 @@ def test_ctrl_c_while_training(corpus, tmp_path):
     status, _, err = finished(process)
     message = error_line((status, err), 1)
     path = tmp_path / "logs" / "run" / "stopped.int6.lzma"
-    assert message.startswith("interrupted at step ") and str(path.relative_to(tmp_path)) in message
-    settings, table, weights = train_gpt.read_artifact(path)
-    assert settings["iterations"] == 100_000 and len(table.pieces) == 400
-    assert all(w.isfinite().all() for w in weights.values()) and any(
-        w.any() for w in weights.values()
-    )
-    assert no_leftovers(tmp_path) and not (path.parent / "model.int6.lzma").exists()
+    assert message.startswith("interrupted at step ")
+    assert str(path.relative_to(tmp_path)) in message
+    artifact = train_gpt.read_artifact(path)
+    assert artifact.settings["iterations"] == 100_000
+    assert len(artifact.table.pieces) == 400
+    assert [name for name, w in artifact.weights.items() if not w.isfinite().all()] == []
+    assert [name for name, w in artifact.weights.items() if w.any()] != []
+    assert no_leftovers(tmp_path)
+    assert not (path.parent / "model.int6.lzma").exists()
 
 
-def test_ctrl_c_while_scoring(command, trained, monkeypatch):
-    """Ctrl-C after training: status 130 and one line."""
+def test_ctrl_c_while_scoring_is_told(command, trained, monkeypatch):
+    """After training: status 130 and one line."""
 
     def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train_gpt, "evaluate", interrupt)
-    assert "interrupted" in error_line(
-        command("eval", ARTIFACT_PATH=str(trained / "model.int6.lzma")), 130
-    )
+    message = error_line(command("eval", ARTIFACT_PATH=artifact_of(trained)), 130)
+    assert "interrupted" in message
 
 
-def test_a_shard_that_goes_bad(command, corpus, tmp_path):
-    """A training shard with a foreign token is named, and no traceback shows."""
+def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
+    """Untrained weights are not offered as the last good ones."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "TrainStream", interrupt)
+    assert "interrupted" in error_line(command(), 130)
+    assert not list(tmp_path.rglob("stopped.int6.lzma"))
+
+
+def test_training_shard_with_a_foreign_token_is_named(command, corpus, tmp_path):
+    """And no traceback shows."""
     (tmp_path / "data").mkdir()
     for path in Path(corpus["DATA_PATH"]).glob("fineweb_val_*"):
         (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
     bad = tmp_path / "data" / "fineweb_train_000000.bin"
     bad.write_bytes(train_gpt.shard_bytes(np.arange(401)))
     message = error_line(command(DATA_PATH=str(tmp_path / "data")), 1)
-    assert str(bad) in message and "VOCAB_SIZE=400" in message
+    assert str(bad) in message
+    assert "VOCAB_SIZE=400" in message
 
 
-def test_a_shard_that_goes_bad_in_mid_run_on_two_ranks(corpus, tmp_path):
-    """The second shard is foreign: the run ends with one line, and rank 0 has kept the weights of the first."""
-    (tmp_path / "data").mkdir()
+@pytest.mark.slow
+def test_shard_that_goes_bad_on_two_ranks_keeps_the_weights(corpus, tmp_path):
+    """The second shard is no shard: one line, and rank 0 has kept the weights of the first."""
+    data = tmp_path / "data"
+    data.mkdir()
     for path in Path(corpus["DATA_PATH"]).glob("fineweb_*_000000.bin"):
-        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
-    good = tmp_path / "data" / "fineweb_train_000000.bin"
+        (data / path.name).write_bytes(path.read_bytes())
+    good = data / "fineweb_train_000000.bin"
     good.write_bytes(train_gpt.shard_bytes(train_gpt.read_shard(good, 400)[:600]))
-    (tmp_path / "data" / "fineweb_train_000001.bin").write_bytes(b"no shard")
-    settings = dict(
-        corpus, DATA_PATH=str(tmp_path / "data"), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0"
-    )
+    (data / "fineweb_train_000001.bin").write_bytes(b"no shard")
+    settings = dict(corpus, DATA_PATH=str(data), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
     (message,) = (line for line in err.splitlines() if line.startswith("error: "))
-    assert status and "fineweb_train_000001.bin" in message and "stopped.int6.lzma" in message
-    assert (
-        train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")[0]["vocab_size"]
-        == 400
-    )
+    assert status != 0
+    assert "fineweb_train_000001.bin" in message
+    assert "stopped.int6.lzma" in message
+    artifact = train_gpt.read_artifact(tmp_path / "logs" / "run" / "stopped.int6.lzma")
+    assert artifact.settings["vocab_size"] == 400
 
 
-def test_a_stopped_run_can_be_evaluated(command, monkeypatch, tmp_path):
+def test_stopped_run_can_be_evaluated(command, monkeypatch, run_dir):
     """What a run leaves when it is stopped fits the cap, so that `eval` takes it."""
     original = train_gpt.Trainer.step
-    monkeypatch.setattr(
-        train_gpt.Trainer,
-        "step",
-        lambda self, batches, step, scale: (
-            original(self, batches, step, scale)
-            if step < 2
-            else (_ for _ in ()).throw(KeyboardInterrupt)
-        ),
-    )
-    budget, path = 180_000, tmp_path / "logs" / "run" / "stopped.int6.lzma"
-    settings = dict(
-        SIZE_LIMIT_BYTES=str(train_gpt.code_bytes() + budget), MODEL_DIM="128", TTT_ENABLED="0"
-    )
+
+    def step(self, batches, number, scale):
+        if number == 2:
+            raise KeyboardInterrupt
+        return original(self, batches, number, scale)
+
+    monkeypatch.setattr(train_gpt.Trainer, "step", step)
+    budget = 180_000
+    limit = str(train_gpt.code_bytes() + budget)
+    settings = dict(SIZE_LIMIT_BYTES=limit, MODEL_DIM="128", TTT_ENABLED="0")
+    path = run_dir / "stopped.int6.lzma"
     assert path.name in error_line(command(**settings), 1)
-    _, table, weights = train_gpt.read_artifact(path)
     cfg = train_gpt.config_from_env(os.environ)
-    model = train_gpt.new_model(cfg, train_gpt.Runtime(), weights)
-    assert len(train_gpt.pack_artifact(model, cfg, table, train_gpt.FINEST)) > budget
-    assert command("eval", ARTIFACT_PATH=str(path), RUN_ID="again", **settings) == (0, "")
+    artifact = train_gpt.read_artifact(path)
+    finest = train_gpt.pack_artifact(artifact.weights, cfg, artifact.table, train_gpt.FINEST)
+    assert len(finest) > budget
+    assert command("eval", ARTIFACT_PATH=str(path), **settings, RUN_ID="again") == (0, "")
 
 
-def test_a_failed_calibration_keeps_the_weights(command, tmp_path, monkeypatch):
+def test_failed_calibration_keeps_the_weights(command, run_dir, monkeypatch):
     """Whatever goes wrong after training, the trained weights are on disk."""
 
     def fail(*args):
         raise train_gpt.UserError("no such luck")
 
-    monkeypatch.setattr(train_gpt, "calibrate_mixer", fail)
-    message, path = error_line(command(), 1), tmp_path / "logs" / "run" / "stopped.int6.lzma"
-    assert "no such luck" in message and path.name in message
-    assert len(train_gpt.read_artifact(path)[2]) > 10
-
-
-def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
-    """Untrained weights are not offered as the last good ones."""
-
-    def interrupt(cfg):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train_gpt, "TrainStream", interrupt)
-    assert "interrupted" in error_line(command(), 130)
-    assert not list(tmp_path.rglob("stopped.int6.lzma"))
+    monkeypatch.setattr(train_gpt, "calibrate", fail)
+    message = error_line(command(), 1)
+    path = run_dir / "stopped.int6.lzma"
+    assert "no such luck" in message
+    assert path.name in message
+    assert len(train_gpt.read_artifact(path).weights) > 10

@@ -135,7 +135,7 @@ def test_plain_words_have_the_tokens_of_sentencepiece(tokenizers):
 
 
 def test_lines_have_the_tokens_of_sentencepiece(tokenizers):
-    """Without a space before a text's first word, lines are joined by the byte piece of their end."""
+    """Where a text's first word gets no space, lines are joined by the byte piece of their end."""
     _, table, sp = tokenizers["bare"]
     line = "the bits of a code that a decoder can read"
     second = f"bits {line}, {line}"
@@ -235,7 +235,7 @@ def in_lanes(name, lanes, block=None, **changes):
 
 
 def interleaved(tokens, lanes):
-    """The coded stream of a text (without BOS) in lanes, int64: a row of BOS, then lanes by turns."""
+    """The coded stream of a text, without BOS, in lanes: a row of BOS, then lanes by turns."""
     start = np.full(lanes, TABLE.bos_id)
     return torch.from_numpy(np.append(start, tokens[lane_order(len(tokens), lanes)]))
 
@@ -264,7 +264,7 @@ def test_rows_see_their_lane_through_sliding_windows(lanes, stride):
 
 @pytest.mark.parametrize("name", ["learned, no ttt", "entropy"])
 def test_no_row_of_lanes_depends_on_itself_or_later_ones(name):
-    """A change of any token of a row leaves it and all before bitwise alone; a later row notices."""
+    """A change of any token of a row leaves it and all before it alone; a later row notices."""
     lanes, n = 4, 200
     stream = interleaved(tiny_stream(n + 1, seed=2)[1:], lanes)
 
@@ -392,26 +392,26 @@ def coders(tokenizers, tmp_path_factory):
     return found
 
 
-def without_tokenizer(settings):
-    """Settings for `decompress`, which needs no tokenizer."""
-    return {"ARTIFACT_PATH": settings["ARTIFACT_PATH"]}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["plain", "folding"])
-def test_files_come_back(name, coders, command_line, tmp_path):
+@pytest.mark.parametrize("kind", [*ODD_FILES, "README"])
+def test_file_comes_back(kind, name, coders, command_line, tmp_path):
     """Byte for byte, whatever they hold; `decompress` needs no tokenizer."""
-    source, code, target = (tmp_path / file for file in ("in", "in.code", "out"))
-    for data in (*ODD_FILES.values(), README[:1500]):
-        source.write_bytes(data)
-        assert command_line("compress", source, code, **coders[name]) == (0, "")
-        settings = without_tokenizer(coders[name])
-        assert command_line("decompress", code, target, **settings) == (0, "")
-        assert target.read_bytes() == data
-        assert source.read_bytes() == data
-        target.unlink()
-    lanes = CodeHead.unpack(code, code.read_bytes())[0].lanes
-    assert lanes == 8  # MIXER_BLOCK of them
+    data = ODD_FILES.get(kind, README[:1500])
+    (tmp_path / "in").write_bytes(data)
+    assert command_line("compress", "in", "code", **coders[name]) == (0, "")
+    settings = {"ARTIFACT_PATH": coders[name]["ARTIFACT_PATH"]}
+    assert command_line("decompress", "code", "out", **settings) == (0, "")
+    assert (tmp_path / "out").read_bytes() == data
+    assert (tmp_path / "in").read_bytes() == data
+
+
+def test_lanes_are_as_many_as_a_block_holds(coders, command_line, tmp_path):
+    """MIXER_BLOCK=8 of them for a text that has two windows a lane."""
+    (tmp_path / "in").write_bytes(README[:1500])
+    assert command_line("compress", "in", "code", **coders["plain"]) == (0, "")
+    head, _ = CodeHead.unpack("code", (tmp_path / "code").read_bytes())
+    assert head.lanes == 8
 
 
 def test_empty_file_comes_back(coders, command_line, tmp_path):
@@ -490,6 +490,7 @@ class Uniform:
         self.block_end += self.plan.block
 
 
+@pytest.mark.slow
 def test_long_run_of_one_letter_comes_back(coders, command_line, monkeypatch, tmp_path):
     """One word of 100 kB is tokenized, coded in 8 lanes and comes back, by a stand-in predictor."""
 

@@ -177,6 +177,17 @@ def test_training_stream_is_sequential_and_cyclic(tmp_path):
     assert stream.epochs == 3
 
 
+def test_epochs_count_how_often_the_text_was_read_over(tmp_path):
+    """A shard that is read a second time begins the first epoch."""
+    write_shards(tmp_path, [np.arange(10), np.arange(20)])
+    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    epochs = []
+    for _ in range(7):
+        stream.take(9)
+        epochs.append(stream.epochs)
+    assert epochs == [0, 0, 0, 1, 1, 1, 2]
+
+
 def test_step_may_be_longer_than_all_text(tmp_path):
     """It reads the text several times over."""
     write_shards(tmp_path, [np.arange(10)])
@@ -369,6 +380,16 @@ def test_tokenize_takes_a_tokenizer_that_exists(tmp_path, texts, tokenizer):
     train, val = (decoded(tmp_path, split, table) for split in ("train", "val"))
     assert sorted(train + val) == sorted(texts[:5])
     assert path.read_bytes() == before
+
+
+def test_tokenize_splits_thousands_of_documents(tmp_path, tokenizer):
+    """They are encoded in batches, and each document still goes where its checksum wants it."""
+    path, _, table = tokenizer
+    documents = [f"number {number}" for number in range(2100)]
+    (tmp_path / "a.jsonl").write_bytes(jsonl(documents))
+    tokenize(tmp_path, tmp_path / "a.jsonl", tokenizer_path=path)
+    held_out = [text for text in documents if zlib.crc32(text.encode()) % 20 == 0]
+    assert decoded(tmp_path, "val", table) == held_out
 
 
 def test_tokenize_refuses_a_tokenizer_of_another_size(tmp_path, texts, tokenizer):

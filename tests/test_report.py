@@ -109,7 +109,7 @@ def write_results(folder, seed, val_bpb, **changes):
         seed=seed,
     )
     artifact = dict(
-        total_bytes=15_000_000 + seed,
+        total_bytes=changes.get("total", 15_000_000 + seed),
         code_bytes=90_000,
         limit_bytes=changes.get("limit", 16_000_000),
         overridden=changes.get("overridden", []),
@@ -214,6 +214,7 @@ def test_new_submission_has_room_for_the_author(tmp_path):
         (dict(seed=1), "same seed"),
         (dict(stage="ttt"), "ends at ttt"),
         (dict(limit=14_000_000), "over the cap"),
+        (dict(limit=17_000_000, total=16_000_001), "over the cap"),
         (dict(ttt_lr=2e-4), "differ in TTT_LR"),
         (dict(overridden=["TTT_LR"]), "TTT_LR overridden"),
     ],
