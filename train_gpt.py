@@ -985,7 +985,7 @@ class Pass(NamedTuple):
 
 
 class BlockWeights(NamedTuple):
-    """A block's weights in the compute dtype; matrices (out, in) have the scales around them in them."""
+    """A block's weights in the compute dtype; matrices (out, in) have their scales in them."""
 
     mix_x: Tensor
     mix_x0: Tensor
@@ -1255,7 +1255,7 @@ def orthogonalize(matrices, dtype):
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalized, with decoupled weight decay; as torch.optim.Muon, stacked."""
+    """Orthogonalized Nesterov momentum, decoupled weight decay: torch.optim.Muon, stacked."""
 
     def __init__(self, groups, dtype):
         super().__init__(groups, {})
@@ -1800,7 +1800,7 @@ MIXER_FEATURES = 4 * CONTEXTS + 3
 
 @functools.cache
 def exp_table(device):
-    """Return floor(2^38 exp(-d / 256)) for d = 0, 1, ... until it is 0: int64, made with decimals."""
+    """Return floor(2^38 exp(-d / 256)), int64, for d = 0, 1, ... until it is 0; exact."""
     with decimal.localcontext(prec=50):
         step = (decimal.Decimal(-1) / LOGIT_SCALE).exp()
         value = decimal.Decimal(1 << 38)
@@ -1857,7 +1857,7 @@ class Rows(NamedTuple):
 
 
 def mix_entropy(share, matches, following, cfg):
-    """Return the shares of (1 - alpha) p + alpha counts / total: the rule of PR 1033, on all tokens.
+    """Return the shares of (1 - alpha) p + alpha counts / total: PR 1033's rule, on all tokens.
 
     alpha = base + range * sigmoid(2 (H - center)), rounded to 1 / 2^12, H the entropy of p. The
     counts are of the longest context, no word's, that was seen MIN_COUNT times. share int64 (R, V);
@@ -1940,7 +1940,7 @@ class LearnedMixer:
         return boost.round().long() * evidence.distinct
 
     def remember(self, evidence, freqs, positions):
-        """Keep what was said of positions (R,), freqs int32 (R, V), until their tokens are scored."""
+        """Keep what was said of positions (R,) until they are scored; freqs int32 (R, V)."""
         self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), positions])
 
     def gradient(self, evidence, q, targets):
@@ -2146,7 +2146,7 @@ def evaluation_plans(cfg):
 
 
 class Engine:
-    """Appends rows to runs and returns their logits: for scoring, decoding, all lanes of `compress`.
+    """Appends rows to runs and returns their logits: for scoring, decoding, `compress`.
 
     Protocol: logits() of ever later rows; forget() when the weights have changed.
     """
@@ -2214,7 +2214,7 @@ class Engine:
         return Rows(positions.flatten(), window_start.flatten()), logits
 
     def append(self, tokens, wanted):
-        """Append to the cache what it lacks of tokens (B, T); return the last `wanted` rows' logits."""
+        """Append what the cache lacks of tokens (B, T); return the last `wanted` rows' logits."""
         logits = []
         T = tokens.size(1)
         while self.cache.rows < T:
