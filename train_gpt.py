@@ -873,7 +873,6 @@ def micro_batches(tokens, cfg, rt):
 EMBED_CONTEXT = (
     2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
 )
-RMS_EPS = 2.0**-23  # that of fp32, in every dtype
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 
 
@@ -893,17 +892,14 @@ def role(name):
 def attention(q, k, v, bias):
     """Return softmax(q k' / sqrt(d) + bias) v, (B, H, T, d).
 
-    q (B, H, T, d); k, v (B, G, T', d); bias (T, T'), or None for a fused kernel: each row sees
-    itself and those before. Plain products, since SDPA's own kernel for CPUs takes twice as long.
+    q (B, H, T, d); k, v (B, G, T', d); bias (H / G * T, T'), or None for a fused kernel: each row
+    sees itself and those before. Plain products, since SDPA's kernel for CPUs takes twice as long.
     """
     if bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    B, H, T, d = q.shape
-    group = H // k.size(1)
-    scores = torch.baddbmm(
-        bias.repeat(group, 1), q.reshape(-1, group * T, d), k.flatten(0, 1).mT, alpha=d**-0.5
-    )
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(B, H, T, d)
+    rows = q.reshape(-1, len(bias), q.size(-1))
+    scores = torch.baddbmm(bias, rows, k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
 def causal_bias(rows, known, reach, like):
@@ -916,17 +912,18 @@ def causal_bias(rows, known, reach, like):
     return torch.where((back >= 0) & (back <= reach), 0.0, -math.inf).to(like.dtype)
 
 
-def rms_norm(x):
-    """Return RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),), eps=RMS_EPS)
+def unit(x):
+    """Return x / |x| over the last dimension: RMSNorm, but for a factor that weights take in."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)).to(x.dtype)
 
 
 def exclude_self(y, v):
-    """Return y (B, H, T, d) less its projection on the row's own value v (B, G, T, d): XSA."""
-    grouped = y.unflatten(1, (v.size(1), -1))
-    v = v.unsqueeze(2)
-    along = (grouped * v).sum(-1, keepdim=True) / v.square().sum(-1, keepdim=True).clamp(min=1e-24)
-    return torch.addcmul(grouped, along, v, value=-1).flatten(1, 2)
+    """Return y (N, H, d) less its projection on the row's own value v (N, G, d): XSA."""
+    grouped = y.view(*v.shape[:2], -1, v.size(-1))
+    direction = unit(v).unsqueeze(2)
+    along = (grouped * direction).sum(-1, keepdim=True)
+    return torch.addcmul(grouped, along, direction, value=-1)
 
 
 def rotary_rates(dims, train_seq_len):
@@ -938,12 +935,19 @@ def rotary_rates(dims, train_seq_len):
     return base ** (-torch.arange(0, dims, 2).double() / dims)
 
 
-def rotate(x, turns):
-    """Turn the leading dims of x (B, T, heads, d) by `turns`, each (T, 1, dims / 2)."""
-    cos, sin = turns
-    half = cos.size(-1)
-    a, b, rest = x.split([half, half, x.size(-1) - 2 * half], -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, rest], dim=-1)
+def rotary_turns(first, rows, rates, width):
+    """Return (cosines, sines) that turn rows first... of heads of `width`, each (rows, 1, width)."""
+    positions = torch.arange(first, first + rows, device=rates.device).double()
+    angle = positions[:, None, None] * rates
+    still = (0, width - 2 * len(rates))  # dimensions that are not turned
+    cos = F.pad(angle.cos().repeat(1, 1, 2), still, value=1.0)
+    return cos, F.pad(torch.cat([-angle.sin(), angle.sin()], -1), still)
+
+
+def rotate(x, cos, sin, half):
+    """Turn dimensions i and i + half of x (N, heads, d), i < half; cos, sin (N, 1, d)."""
+    parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
+    return torch.addcmul(x * cos, torch.cat(parts, -1), sin)
 
 
 class Embedding(nn.Module):
@@ -972,15 +976,16 @@ class Embedding(nn.Module):
         """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros."""
         table, bigrams, gate = weights
         x = F.embedding(tokens, table) + F.embedding(self.bigram_rows(tokens), bigrams)
-        x = rms_norm(x)
+        x = unit(x) * x.size(-1) ** 0.5
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
 
 class Pass(NamedTuple):
-    """What all layers need to know of the T rows that go through the model."""
+    """What all layers need to know of the N = B T rows that go through the model."""
 
-    turns: tuple  # cosines and sines of the rotary embedding, each (T, 1, dims / 2)
-    bias: Tensor  # (T, T') of attention, or None: plainly causal, by a fused kernel
+    batch: int  # B
+    turns: tuple  # cosines and sines of the rotary embedding, each (N, 1, d)
+    bias: Tensor  # of attention; None: plainly causal, by a fused kernel
     cache: object  # Cache of the rows before, or None
 
 
@@ -1003,11 +1008,12 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = (cfg.num_heads, cfg.num_kv_heads)
-        self.norm_scale = 1 / math.sqrt(layer + 1)
+        self.half = cfg.rope_dims // 2
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
         D = cfg.model_dim
         hidden = cfg.mlp_mult * D
         kv = cfg.num_kv_heads * cfg.head_dim
+        self.norm_scale = math.sqrt(D / (layer + 1))
         self.q = nn.Parameter(torch.empty(D, D))
         self.k = nn.Parameter(torch.empty(kv, D))
         self.v = nn.Parameter(torch.empty(kv, D))
@@ -1022,12 +1028,13 @@ class Block(nn.Module):
 
     def cast(self, dtype):
         """Return the BlockWeights in `dtype`."""
-        gain = torch.cat([self.q_gain, torch.ones_like(self.q_gain[: self.heads[1]])])
+        H, G = self.heads
+        gain = torch.cat([self.q_gain, torch.ones_like(self.q_gain[:G])])
         weights = BlockWeights(
             self.mix_x,
             self.mix_x0,
             torch.cat([self.q, self.k, self.v]) * self.norm_scale,
-            gain[:, None],
+            gain[:, None] * (len(self.q) / H) ** 0.5,
             self.attn_out * self.attn_scale[:, None],
             self.mlp_in * self.norm_scale,
             self.mlp_out * self.mlp_scale[:, None],
@@ -1035,24 +1042,27 @@ class Block(nn.Module):
         return BlockWeights(*(w.to(dtype) for w in weights))
 
     def forward(self, x, x0, extra_v, rows, weights):
-        """Return (output (B, T, D), own values (B, T, G, d)).
+        """Return (output (N, D), own values (N, G, d)).
 
-        x, x0 (B, T, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
+        x, x0 (N, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
         """
         H, G = self.heads
         x = torch.addcmul(weights.mix_x * x, weights.mix_x0, x0)
-        qkv = F.linear(rms_norm(x), weights.qkv).unflatten(-1, (H + 2 * G, -1))
-        qk, own_v = qkv.split([H + G, G], 2)
-        qk = rotate(rms_norm(qk) * weights.gain, rows.turns)
-        q, k = qk.transpose(1, 2).split([H, G], 1)
-        v = (own_v + extra_v).transpose(1, 2)
-        keys, values = rows.cache.append(self.layer, k, v) if rows.cache else (k, v)
-        y = attention(q, keys, values, rows.bias)
+        qkv = F.linear(unit(x), weights.qkv).view(len(x), H + 2 * G, -1)
+        qk = rotate(unit(qkv[:, : H + G]) * weights.gain, *rows.turns, self.half)
+        own_v = qkv[:, H + G :]
+        v = own_v + extra_v
+        q, keys, values = (
+            z.unflatten(0, (rows.batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
+        )
+        if rows.cache:
+            keys, values = rows.cache.append(self.layer, keys, values)
+        y = attention(q, keys, values, rows.bias).transpose(1, 2).flatten(0, 1)
         if self.xsa:
             y = exclude_self(y, v)
-        x = x + F.linear(y.transpose(1, 2).flatten(2), weights.attn_out)
-        h = F.leaky_relu(F.linear(rms_norm(x), weights.mlp_in), 0.5).square()
-        return x + F.linear(h, weights.mlp_out), own_v
+        x = torch.addmm(x, y.reshape(x.shape), weights.attn_out.T)
+        h = F.leaky_relu(F.linear(unit(x), weights.mlp_in), 0.5).square()
+        return torch.addmm(x, h, weights.mlp_out.T), own_v
 
 
 class GPT(nn.Module):
@@ -1062,12 +1072,12 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
-        rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
-        self.register_buffer("rotary_rates", rates, persistent=False)
-        self.kv_heads = cfg.num_kv_heads
+        self.heads = (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
         self.vrl_enabled = cfg.vrl_enabled
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
+        rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
+        self.register_buffer("rotary_rates", rates, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
         if self.value_layers:
@@ -1087,17 +1097,19 @@ class GPT(nn.Module):
     def cast(self):
         """Return what forward computes with: weights in the compute dtype, tables projected.
 
-        (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks').
+        (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks', head).
         """
+        embed = self.embed.cast(self.dtype)
         values = {}
         if self.value_layers:
             table = F.linear(self.ve_table.to(self.dtype), self.ve_proj.to(self.dtype))
+            table = table.unflatten(-1, self.heads[1:])
             scales = (self.ve_scale * self.ve_layer_scales).to(self.dtype)
             values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
         vrl = self.vrl_scales.to(self.dtype) if self.vrl_enabled else None
         blocks = [block.cast(self.dtype) for block in self.blocks]
-        embed = self.embed.cast(self.dtype)
-        return embed, values, self.skip_weights.to(self.dtype), vrl, blocks
+        head = embed[0] * embed[0].size(1) ** 0.5
+        return embed, values, self.skip_weights.to(self.dtype), vrl, blocks, head
 
     def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
         """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
@@ -1105,44 +1117,42 @@ class GPT(nn.Module):
         tokens (B, T) int64; weights: those of cast(), where they are at hand. With a cache the rows
         are appended to its own: the first `lead` tokens, those before, are for the embedding only.
         """
-        embed, values, skip_weights, vrl, blocks = weights or self.cast()
+        embed, values, skip_weights, vrl, blocks, head = weights or self.cast()
         x = self.embed(tokens, embed)[:, lead:]
-        tokens = tokens[:, lead:]
         rows = self.begin_pass(x, cache)
-        x0 = x
+        x = x0 = x.flatten(0, 1)
+        tokens = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
-            extra_v = 0
+            extra_v = vrl[i - 1] * v0 if self.vrl_enabled and i else 0
             if i in values:
-                extra_v = F.embedding(tokens, values[i]).unflatten(-1, (self.kv_heads, -1))
-            if self.vrl_enabled and i:
-                extra_v = extra_v + vrl[i - 1] * v0
+                extra_v = extra_v + values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
             if i < half:
                 skips.append(x)
+        x = x.unflatten(0, (rows.batch, -1))
         if wanted is not None:
             x = x[:, x.size(1) - wanted :]
-        z = F.linear(rms_norm(x), embed[0])
+        z = F.linear(unit(x), head)
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         return self.softcap * torch.tanh(z / self.softcap)
 
     def begin_pass(self, x, cache):
         """Return the Pass of the rows x (B, T, D), appended to the cache's own if there is one."""
-        T = x.size(1)
-        first = 0
-        if cache:
-            first, bias = cache.grow(T)
-        else:
-            bias = None if x.is_cuda else causal_bias(T, 0, T, x)
-        positions = torch.arange(first, first + T, device=x.device).double()
-        angle = positions[:, None, None] * self.rotary_rates
-        return Pass((angle.cos().to(x.dtype), angle.sin().to(x.dtype)), bias, cache)
+        B, T, _ = x.shape
+        H, G, width = self.heads
+        first, known, reach = cache.grow(T) if cache else (0, 0, T)
+        bias = None
+        if cache or not x.is_cuda:
+            bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
+        turns = rotary_turns(first, T, self.rotary_rates, width)
+        return Pass(B, tuple(t.to(x.dtype).repeat(B, 1, 1) for t in turns), bias, cache)
 
 
 class Cache:
@@ -1156,12 +1166,12 @@ class Cache:
         self.reach = reach
         self.rows = 0  # so far: the number of the next one
         self.used = 0  # slots; the rows in them are the last ones
-        width = model.blocks[0].k.size(0) // model.kv_heads
-        shape = (len(model.blocks), 2, batch, model.kv_heads, 2 * reach + pass_rows, width)
+        _, G, width = model.heads
+        shape = (len(model.blocks), 2, batch, G, 2 * reach + pass_rows, width)
         self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
 
     def grow(self, rows):
-        """Make room for a pass of `rows` rows; return (number of the first one, bias)."""
+        """Make room for a pass of `rows` rows; return (first row's number, rows it sees, reach)."""
         if self.used + rows > self.store.size(4):
             kept = self.store[..., self.used - self.reach : self.used, :].clone()
             self.used = self.reach
@@ -1171,9 +1181,7 @@ class Cache:
         self.seen = slice(self.used - known, self.used + rows)
         self.used += rows
         self.rows += rows
-        if rows == 1:
-            return self.rows - rows, self.store.new_zeros(1, 1)  # all that is kept is seen
-        return self.rows - rows, causal_bias(rows, known, self.reach, self.store)
+        return self.rows - rows, known, self.reach
 
     def append(self, layer, k, v):
         """Take in a layer's new keys and values (B, G, T, d); return all that the pass sees."""
