@@ -2687,6 +2687,7 @@ class Codec:
 def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS, let another process without shards decode them; UserError if they differ.
 
+    For rank 0 alone: no other rank takes part.
     scored: the frequencies under which a run has just scored these tokens, if it has.
     """
     cfg = run.cfg
@@ -2712,16 +2713,14 @@ def verify(run, artifact, scored=None):
     if complaint:
         raise UserError(f"verify: the decoder gave up: {complaint}")
     size = len(coded.data) - CODE_START.size - CODE_HEAD.size
-    run.report.record(
-        "proof",
-        {
-            "tokens": n,
-            "predicted_bits": coded.bits,
-            "bytes_on_disk": size,
-            "encode_seconds": encode_s,
-            "decode_seconds": decode_s,
-        },
-    )
+    run.report.results["proof"] = {
+        "tokens": n,
+        "predicted_bits": coded.bits,
+        "bytes_on_disk": size,
+        "encode_seconds": encode_s,
+        "decode_seconds": decode_s,
+    }
+    run.report.write()
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
         f"predicted: {coded.bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
@@ -2805,13 +2804,17 @@ class Report:
         for file in self.files:
             print(line, file=file, flush=True)
 
-    def record(self, name, value):
-        """Set one key of results.json and write it."""
-        self.results[name] = value
+    def write(self):
+        """Write results.json; for rank 0 alone."""
         text = json.dumps(self.results, indent=1) + "\n"
+        write_atomically(self.cfg.run_dir / "results.json", text.encode())
+
+    def record(self, name, value):
+        """Set one key of the results, on every rank, and write them."""
+        self.results[name] = value
         with self.rt.fail_together():
             if self.rt.is_main:
-                write_atomically(self.cfg.run_dir / "results.json", text.encode())
+                self.write()
 
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
@@ -3187,7 +3190,9 @@ def decompress_command(source, target, environ, arrays_path=None):
     artifact, cfg = open_artifact(environ)
     decoded = Codec(artifact, cfg, start_runtime(cfg, {}), show).decode(source)
     if arrays_path:
-        np.savez(arrays_path, tokens=decoded.tokens, freqs=decoded.freqs)
+        arrays = io.BytesIO()
+        np.savez(arrays, tokens=decoded.tokens, freqs=decoded.freqs)
+        write_atomically(arrays_path, arrays.getvalue())
     if decoded.text is None:
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"

@@ -535,6 +535,15 @@ def test_decompress_writes_frequencies_beside_the_text(command_line, code_files,
     assert sorted(os.listdir(tmp_path)) == ["freqs.npz", "out.npz"]
 
 
+def test_frequencies_that_cannot_be_written_are_told(command_line, code_files, tmp_path):
+    """Status 1 and one line that names their file."""
+    file = code_files("none, no ttt", 40)
+    (tmp_path / "file").write_bytes(b"")
+    args = ("decompress", file.path, "out", "file/freqs.npz")
+    message = error_line(command_line(*args, ARTIFACT_PATH=file.cfg.artifact_path), 1)
+    assert "file/freqs.npz" in message
+
+
 def test_decompress_refuses_damaged_files(command_line, code_files, tmp_path):
     """Cut, altered, padded, empty: status 1, one line that names the file, nothing written."""
     file = code_files("none, no ttt", 40)

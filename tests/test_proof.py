@@ -182,6 +182,22 @@ def test_scored_frequency_that_differs_is_refused(code_files, proving, here):
     assert_nothing_proved(run)
 
 
+def test_proof_asks_nothing_of_other_ranks(code_files, proving, here, monkeypatch):
+    """Only rank 0 proves: a sum over ranks inside would meet another one of theirs, or none."""
+    here()
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    run.rt.world = 2
+    worlds = set()
+
+    def told(self, tensor):
+        worlds.add(self.world)
+        return tensor
+
+    monkeypatch.setattr(train_gpt.Runtime, "sum_over_ranks", told)
+    verify(run, artifact)
+    assert worlds == {1}
+
+
 # ---- What is refused -----------------------------------------------------------------------------
 
 
