@@ -299,7 +299,7 @@ PRESETS = {
         val_tokens=131_072,
         size_limit_bytes=2_400_000,
         log_every=50,
-        verify_tokens=5000,
+        verify_tokens=20_000,
         iterations=600,
         max_wallclock_seconds=0.0,
         train_batch_tokens=4096,
@@ -326,16 +326,16 @@ PRESETS = {
     | dict(
         data_path=DEMO_CACHE,
         tokenizer_path=DEMO_CACHE + "/tokenizer.model",
-        val_tokens=32_768,
+        val_tokens=12_288,
         size_limit_bytes=1_000_000,
         log_every=10,
-        verify_tokens=1100,
-        iterations=90,
-        max_wallclock_seconds=80.0,
+        verify_tokens=0,
+        iterations=160,
+        max_wallclock_seconds=60.0,
         train_batch_tokens=8192,
         micro_batch_tokens=8192,
         train_seq_len=256,
-        warmdown_iters=60,
+        warmdown_iters=80,
         muon_momentum_warmup_steps=100,
         ema_decay=0.9,
         swa_every=10,
@@ -912,10 +912,15 @@ def causal_bias(rows, known, reach, like):
     return torch.where((back >= 0) & (back <= reach), 0.0, -math.inf).to(like.dtype)
 
 
+def at_least_fp32(dtype):
+    """Return the dtype of norms and logits: float64 stays, all else is fp32."""
+    return dtype if dtype == torch.float64 else torch.float32
+
+
 def unit(x):
     """Return x / |x| over the last dimension: RMSNorm, but for a factor that weights take in."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)).to(x.dtype)
+    dtype = at_least_fp32(x.dtype)
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)).to(x.dtype)
 
 
 def exclude_self(y, v):
@@ -1139,8 +1144,7 @@ class GPT(nn.Module):
         x = x.unflatten(0, (rows.batch, -1))
         if wanted is not None:
             x = x[:, x.size(1) - wanted :]
-        z = F.linear(unit(x), head)
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = F.linear(unit(x), head).to(at_least_fp32(x.dtype))
         return self.softcap * torch.tanh(z / self.softcap)
 
     def begin_pass(self, x, cache):
@@ -2011,6 +2015,7 @@ class Mixture:
         self.learner.remember(evidence, freqs, rows.positions + self.lanes)
         return freqs
 
+    @torch.inference_mode()
     def learn(self, prefix):
         """Let a learned rule take its step on the block that ends `prefix`."""
         if self.learner:
@@ -2167,6 +2172,7 @@ class Engine:
         self.batch = max(1, ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len)  # runs side by side
         self.forget(0)
 
+    @torch.inference_mode()
     def forget(self, row):
         """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
         self.origin = row
@@ -2308,7 +2314,7 @@ class Predictor:
         """First position that cannot be predicted before the next update."""
         return self.updated_to + self.plan.block
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(self, prefix, start, stop):
         """Return the Commitment of positions start..stop-1, each from what is before it.
 
