@@ -41,6 +41,7 @@ import functools
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -403,23 +404,21 @@ def check_config(cfg):
         if not ok:
             raise UsageError(f"{name.upper()}={getattr(cfg, name)!r}: {allowed}")
 
-    for name, field in FIELDS.items():
-        limits = field.metadata
+    for name, value in asdict(cfg).items():
+        limits = FIELDS[name].metadata
         if "choices" in limits:
-            allowed = f"there are {', '.join(limits['choices'])}"
-            need(getattr(cfg, name) in limits["choices"], name, allowed)
-        elif field.type is not str:
-            least = limits.get("minimum", int(field.type is int))
-            need(getattr(cfg, name) >= least, name, f"must be at least {least}")
-    for name, field in FIELDS.items():
-        for multiple in field.metadata.get("divides", ()):
-            whole = getattr(cfg, multiple) % getattr(cfg, name) == 0
-            need(whole, multiple, f"must be a multiple of {name.upper()}={getattr(cfg, name)}")
-    for name, field in FIELDS.items():
-        most = field.metadata.get("maximum", math.inf)
-        most = getattr(cfg, most) if isinstance(most, str) else most
-        if field.type is not str:
-            need(getattr(cfg, name) <= most, name, f"must be at most {most:.9g}")
+            need(value in limits["choices"], name, f"there are {', '.join(limits['choices'])}")
+        if isinstance(value, str):
+            continue
+        least = limits.get("minimum", int(FIELDS[name].type is int))
+        need(value >= least, name, f"must be at least {least}")
+        for multiple in limits.get("divides", ()):
+            whole = getattr(cfg, multiple) % value == 0
+            need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
+        most = limits.get("maximum", math.inf)
+        if isinstance(most, str):
+            most = getattr(cfg, most)  # of a setting above, or what follows from such
+        need(value <= most, name, f"must be at most {most:.9g}")
     layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
     need(cfg.value_layers is not None, "ve_layers", layers)
     need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
@@ -874,6 +873,7 @@ EMBED_CONTEXT = (
     2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
 )
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
+MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 
 
 def role(name):
@@ -885,8 +885,7 @@ def role(name):
         return "table"
     if name.endswith("_proj"):
         return "projection"
-    leaf = name.split(".")[-1]
-    return "matrix" if leaf in ("q", "k", "v", "attn_out", "mlp_in", "mlp_out") else "vector"
+    return "matrix" if name.endswith(MATRICES) else "vector"
 
 
 def attention(q, k, v, bias):
@@ -905,21 +904,15 @@ def attention(q, k, v, bias):
 def causal_bias(rows, known, reach, like):
     """Return 0 where row i sees key j, else -inf, (rows, known + rows); row i is key known + i.
 
-    A row sees itself and the `reach` keys before it.
+    A row sees itself and the `reach` keys before it. Device and dtype are those of `like`.
     """
-    keys = torch.arange(known + rows, device=like.device)
-    back = keys[known:, None] - keys
-    return torch.where((back >= 0) & (back <= reach), 0.0, -math.inf).to(like.dtype)
-
-
-def at_least_fp32(dtype):
-    """Return the dtype of norms and logits: float64 stays, all else is fp32."""
-    return dtype if dtype == torch.float64 else torch.float32
+    seen = like.new_ones(rows, known + rows).tril(known).triu(known - reach)
+    return seen.log()  # of 1 and 0
 
 
 def unit(x):
     """Return x / |x| over the last dimension: RMSNorm, but for a factor that weights take in."""
-    dtype = at_least_fp32(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
     return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)).to(x.dtype)
 
 
@@ -941,12 +934,11 @@ def rotary_rates(dims, train_seq_len):
 
 
 def rotary_turns(first, rows, rates, width):
-    """Return (cosines, sines) that turn rows first... of heads of `width`, each (rows, 1, width)."""
+    """Return (cosines, sines) to turn rows first... of heads of `width`, each (rows, 1, width)."""
+    still = width - 2 * len(rates)  # dimensions that are not turned
     positions = torch.arange(first, first + rows, device=rates.device).double()
-    angle = positions[:, None, None] * rates
-    still = (0, width - 2 * len(rates))  # dimensions that are not turned
-    cos = F.pad(angle.cos().repeat(1, 1, 2), still, value=1.0)
-    return cos, F.pad(torch.cat([-angle.sin(), angle.sin()], -1), still)
+    angle = positions[:, None, None] * F.pad(torch.cat([-rates, rates]), (0, still))
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin, half):
@@ -955,16 +947,21 @@ def rotate(x, cos, sin, half):
     return torch.addcmul(x * cos, torch.cat(parts, -1), sin)
 
 
+def parameter(*shape, fill=0.0):
+    """Return a new parameter of this shape, full of one number."""
+    return nn.Parameter(torch.full(shape, fill))
+
+
 class Embedding(nn.Module):
     """Token table + hashed bigram table, RMS-normed, then smeared with the position before."""
 
     def __init__(self, cfg):
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim) * 0.005)
-        self.bigrams = nn.Parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim))
-        self.bigram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.bigram_dim))
-        self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.bigrams = parameter(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.bigram_proj = parameter(cfg.model_dim, cfg.bigram_dim)
+        self.bigram_scale = parameter(fill=0.05)
+        self.smear = parameter(cfg.model_dim)
 
     def bigram_rows(self, tokens):
         """Return each position's row of the bigram table; the last row at position 0."""
@@ -1019,22 +1016,22 @@ class Block(nn.Module):
         hidden = cfg.mlp_mult * D
         kv = cfg.num_kv_heads * cfg.head_dim
         self.norm_scale = math.sqrt(D / (layer + 1))
-        self.q = nn.Parameter(torch.empty(D, D))
-        self.k = nn.Parameter(torch.empty(kv, D))
-        self.v = nn.Parameter(torch.empty(kv, D))
-        self.attn_out = nn.Parameter(torch.empty(D, D))
-        self.mlp_in = nn.Parameter(torch.empty(hidden, D))
-        self.mlp_out = nn.Parameter(torch.empty(D, hidden))
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.mix_x = nn.Parameter(torch.ones(D))
-        self.mix_x0 = nn.Parameter(torch.zeros(D))
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        self.q = parameter(D, D)
+        self.k = parameter(kv, D)
+        self.v = parameter(kv, D)
+        self.attn_out = parameter(D, D)
+        self.mlp_in = parameter(hidden, D)
+        self.mlp_out = parameter(D, hidden)
+        self.q_gain = parameter(cfg.num_heads, fill=cfg.qk_gain_init)
+        self.mix_x = parameter(D, fill=1.0)
+        self.mix_x0 = parameter(D)
+        self.attn_scale = parameter(D, fill=1.0)
+        self.mlp_scale = parameter(D, fill=1.0)
 
     def cast(self, dtype):
         """Return the BlockWeights in `dtype`."""
         H, G = self.heads
-        gain = torch.cat([self.q_gain, torch.ones_like(self.q_gain[:G])])
+        gain = F.pad(self.q_gain, (0, G), value=1.0)
         weights = BlockWeights(
             self.mix_x,
             self.mix_x0,
@@ -1084,19 +1081,17 @@ class GPT(nn.Module):
         rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
         self.register_buffer("rotary_rates", rates, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
+        self.skip_weights = parameter(cfg.num_layers // 2, cfg.model_dim, fill=1.0)
         if self.value_layers:
-            kv = cfg.num_kv_heads * cfg.head_dim
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
-            self.ve_proj = nn.Parameter(torch.empty(kv, cfg.bigram_dim))
-            self.ve_scale = nn.Parameter(torch.tensor(0.1))
-            self.ve_layer_scales = nn.Parameter(torch.ones(len(self.value_layers)))
+            self.ve_proj = parameter(cfg.num_kv_heads * cfg.head_dim, cfg.bigram_dim)
+            self.ve_scale = parameter(fill=0.1)
+            self.ve_layer_scales = parameter(len(self.value_layers), fill=1.0)
         if self.vrl_enabled:
-            self.vrl_scales = nn.Parameter(torch.zeros(cfg.num_layers - 1))
+            self.vrl_scales = parameter(cfg.num_layers - 1)
         for name, p in self.named_parameters():
-            if name.endswith(("attn_out", "mlp_out")):
-                nn.init.zeros_(p)  # a new block is the identity
-            elif role(name) in ("matrix", "projection"):
+            # attn_out and mlp_out stay zero: a new block is the identity.
+            if role(name) in ("matrix", "projection") and not name.endswith("_out"):
                 nn.init.orthogonal_(p)
 
     def cast(self):
@@ -1144,7 +1139,7 @@ class GPT(nn.Module):
         x = x.unflatten(0, (rows.batch, -1))
         if wanted is not None:
             x = x[:, x.size(1) - wanted :]
-        z = F.linear(unit(x), head).to(at_least_fp32(x.dtype))
+        z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
         return self.softcap * torch.tanh(z / self.softcap)
 
     def begin_pass(self, x, cache):
@@ -1176,10 +1171,10 @@ class Cache:
 
     def grow(self, rows):
         """Make room for a pass of `rows` rows; return (first row's number, rows it sees, reach)."""
-        if self.used + rows > self.store.size(4):
-            kept = self.store[..., self.used - self.reach : self.used, :].clone()
+        if self.used + rows > self.store.size(4):  # then it holds more than 2 `reach` rows
+            last_rows = self.store[..., self.used - self.reach : self.used, :]
+            self.store[..., : self.reach, :] = last_rows
             self.used = self.reach
-            self.store[..., : self.used, :] = kept
         known = min(self.reach, self.used)
         self.new = slice(self.used, self.used + rows)
         self.seen = slice(self.used - known, self.used + rows)
@@ -1222,21 +1217,18 @@ class BigramCounts:
 
     def __init__(self, vocab_size, rt):
         self.rt = rt
-        self.vocab_size = vocab_size
-        self.counts = torch.zeros(vocab_size**2, dtype=torch.int32, device=rt.device)
-        self.totals = torch.zeros(vocab_size, dtype=torch.int64, device=rt.device)
+        self.counts = torch.zeros(vocab_size, vocab_size, dtype=torch.int32, device=rt.device)
 
     def weights(self, x, y, alpha):
         """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)), fp32 (B, T) like x and y."""
-        p = self.counts[x * self.vocab_size + y].double() / (self.totals[x] + 1)
+        p = self.counts[x, y].double() / (self.counts.sum(1)[x] + 1)
         return (1 - alpha * p).clamp(min=0.1).float()
 
     def add(self, batches):
         """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
-        pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
-        new = torch.bincount(pairs, minlength=len(self.counts)).int()
-        self.counts += self.rt.sum_over_ranks(new)
-        self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
+        pairs = torch.cat([(x * len(self.counts) + y).flatten() for x, y in batches])
+        new = torch.bincount(pairs, minlength=self.counts.numel()).int()
+        self.counts += self.rt.sum_over_ranks(new).view_as(self.counts)
 
 
 # ---- Optimizers, schedules, averaging ------------------------------------------------------------
@@ -1282,28 +1274,28 @@ class Muon(torch.optim.Optimizer):
                 by_shape.setdefault(p.shape, []).append(p)
             for (rows, cols), params in by_shape.items():
                 grads = torch.stack([p.grad for p in params])
-                state = self.state[params[0]]
-                mean = state.setdefault("momentum", torch.zeros_like(grads))
+                mean = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
                 mean.lerp_(grads, 1 - group["momentum"])
                 update = orthogonalize(grads.lerp_(mean, group["momentum"]), self.dtype)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, rows / cols) ** 0.5
-                torch._foreach_add_(params, list(update.unbind()), alpha=-rate)
+                torch._foreach_add_(params, update.unbind(), alpha=-rate)
 
 
 def new_optimizers(model, cfg):
     """Return [Muon, AdamW]; a group's rate is its `peak_lr` times the schedule's factor."""
-    rates = dict(matrix=cfg.matrix_lr, table=cfg.tied_embed_lr, vector=cfg.scalar_lr)
-    groups = {name: dict(params=[], peak_lr=rate) for name, rate in rates.items()}
-    groups["projection"] = groups["matrix"]
-    for name, p in model.named_parameters():
-        groups[role(name)]["params"].append(p)
-    groups["matrix"] |= dict(weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
-    adam = dict(betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd)
-    fused = next(model.parameters()).is_cuda
+
+    def group(*roles, **settings):
+        return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
+
+    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
+    tables = group("table", peak_lr=cfg.tied_embed_lr)
+    vectors = group("vector", peak_lr=cfg.scalar_lr)
+    fused = model.skip_weights.is_cuda
+    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=fused)
     return [
-        Muon([groups["matrix"]], model.dtype),
-        torch.optim.AdamW([groups["table"], groups["vector"]], **adam, fused=fused),
+        Muon([group("matrix", "projection", **muon)], model.dtype),
+        torch.optim.AdamW([tables, vectors], **adam),
     ]
 
 
@@ -1334,7 +1326,7 @@ class WeightAverage:
     def __init__(self, model, cfg):
         self.cfg = cfg
         self.params = list(model.parameters())
-        self.mean = [p.detach().clone() for p in self.params]
+        self.mean = copy.deepcopy(self.params)
         self.snapshots = 0  # of SWA
 
     @torch.no_grad()
@@ -1413,14 +1405,13 @@ class Trainer:
             weights = None
             if self.bigrams:
                 weights = self.bigrams.weights(x, y, self.cfg.complement_alpha)
-            weighted, plain = self.loss(x, y, weights)
-            (weighted / len(batches) / self.rt.world).backward()
-            totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
-        params = list(self.model.parameters())
-        flat = self.rt.sum_over_ranks(torch.cat([*(p.grad.flatten() for p in params), totals]))
-        for p, grad in zip(params, flat[:-2].split([p.numel() for p in params])):
-            p.grad = grad.view_as(p)
-        return flat[-2:].tolist()
+            losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
+            losses[0].backward()
+            totals += losses.detach()
+        sums = [*(p.grad for p in self.model.parameters()), totals]
+        flat = self.rt.sum_over_ranks(nn.utils.parameters_to_vector(sums))
+        nn.utils.vector_to_parameters(flat, sums)
+        return totals.tolist()
 
     def step(self, batches, step, scale):
         """Take one optimizer step; return (weighted, plain) loss.
@@ -1434,15 +1425,15 @@ class Trainer:
                 f"step {step + 1}: loss {losses[1]}, gradient norm {norm.item()}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
-        if self.cfg.grad_clip_norm:
-            limit = self.cfg.grad_clip_norm
+        limit = self.cfg.grad_clip_norm
+        if limit:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.bigrams:
             self.bigrams.add(batches)
         self.average.after_step(step + 1, scale)
@@ -1585,9 +1576,8 @@ def estimate_coarseness(weights, budget_bytes):
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
-LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
-]
+LZMA_FILTER = dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[LZMA_FILTER])
 
 
 @dataclass(frozen=True)
@@ -1600,6 +1590,11 @@ class Artifact:
     settings: dict
     table: TokenTable
     weights: dict  # {name: fp32 tensor}: the model's, and "mixer"
+
+
+def sha256(data):
+    """Return the SHA-256 of bytes, 32 bytes."""
+    return hashlib.sha256(data).digest()
 
 
 def stored_settings(cfg):
@@ -1616,25 +1611,24 @@ def pack_artifact(weights, cfg, table, coarseness):
     payload = []
     for name in sorted(weights, key=lambda name: (KINDS[role(name)], name)):
         stored = encode_tensor(name, weights[name], coarseness)
-        if not all(bool(t.isfinite().all()) for t in (weights[name], *stored)):
+        if not all(t.isfinite().all() for t in (weights[name], *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, KINDS[role(name)], list(weights[name].shape)])
-        payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
+        payload += [t.cpu().numpy().tobytes() for t in stored]
     tokenizer = {"sha256": table.digest, **asdict(table)}
     contents = {"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}
     header = json.dumps(contents, sort_keys=True).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
-    body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    digest = hashlib.sha256(body).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
+    body = lzma.compress(raw, **LZMA)
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
 
 
 def read_artifact(path):
     """Return the Artifact in a file; UserError if it is none or damaged."""
     data = read_file(path, "ARTIFACT_PATH: ", "; train first")
-    head = data[: ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0")
+    padded = data.ljust(ARTIFACT_HEAD.size, b"\0")
+    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(padded)
     body = data[ARTIFACT_HEAD.size :]
-    magic, version, length, digest = ARTIFACT_HEAD.unpack(head)
     if magic != ARTIFACT_MAGIC:
         raise UserError(f"artifact {path} is not an artifact of this program")
     if version != ARTIFACT_VERSION:
@@ -1642,16 +1636,15 @@ def read_artifact(path):
     if len(body) != length:
         counts = f"{len(body):,} bytes of {length:,}"
         raise UserError(f"artifact {path} is cut or padded: {counts}; copy it again")
-    if hashlib.sha256(body).digest() != digest:
+    if sha256(body) != digest:
         raise UserError(f"artifact {path} is corrupt: its checksum differs; copy it again")
-    raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    header_end = 4 + struct.unpack_from("<I", raw)[0]
-    header = json.loads(raw[4:header_end])
-    reader = io.BytesIO(raw[header_end:])
+    reader = io.BytesIO(lzma.decompress(body, **LZMA))
+    header_bytes = int.from_bytes(reader.read(4), "little")
+    header = json.loads(reader.read(header_bytes))
 
     def take(dtype, shape):
         data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.from_numpy(np.frombuffer(data, dtype=dtype).reshape(shape).copy())
+        return torch.tensor(np.frombuffer(data, dtype).reshape(shape))
 
     weights = {}
     for name, kind, shape in header["tensors"]:
@@ -1659,8 +1652,7 @@ def read_artifact(path):
         weights[name] = decode_tensor([take(*part) for part in layout])
     tokenizer = header["tokenizer"]
     table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
-    whole = hashlib.sha256(data).digest()
-    return Artifact(Path(path), len(data), whole, header["settings"], table, weights)
+    return Artifact(Path(path), len(data), sha256(data), header["settings"], table, weights)
 
 
 def code_bytes():
@@ -1674,8 +1666,7 @@ def fit_artifact(weights, cfg, table, log):
     A secant in coarseness: a level of a matrix costs about one bit less where it doubles.
     """
     budget = cfg.size_limit_bytes - code_bytes()
-    matrices = [w for name, w in weights.items() if role(name) == "matrix"]
-    bytes_a_bit = sum(w.numel() for w in matrices) / 8
+    bytes_a_bit = sum(w.numel() for name, w in weights.items() if role(name) == "matrix") / 8
     coarseness = estimate_coarseness(weights, budget)
     best = b""
     for _ in range(6):
@@ -1715,13 +1706,13 @@ class NgramHistory:
         self.recent = cfg.ngram_recent
         self.device = device
         self.lanes = lanes
+        int32 = dict(dtype=torch.int32, device=device)
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
         self.size = 0  # tokens so far
-        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)  # with room to grow
-        self.prev = torch.zeros(CONTEXTS, 0, dtype=torch.int32, device=device)
-        slots = 1 << cfg.ngram_hash_bits
-        self.heads = torch.full((CONTEXTS, slots), -1, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(0, **int32)  # with room to grow
+        self.prev = torch.zeros(CONTEXTS, 0, **int32)
+        self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, **int32)
 
     def contexts(self, ends):
         """Return the contexts that end at `ends` (C, n): int32 (C, n, 8), newest token first.
@@ -1747,9 +1738,9 @@ class NgramHistory:
     def extend(self, prefix):
         """Link the tokens of `prefix`, the stream from its start, that are not linked yet."""
         first = self.size
-        self.size = max(first, len(prefix))
-        if first == self.size:
+        if len(prefix) <= first:
             return
+        self.size = len(prefix)
         if self.size > len(self.tokens):
             room = self.size + self.size // 4 + 1024 - len(self.tokens)
             self.tokens = F.pad(self.tokens, (0, room))
@@ -1761,13 +1752,10 @@ class NgramHistory:
         ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
         ends = ends.gather(1, order)
-        changes = slot[:, 1:] != slot[:, :-1]
-        is_first = F.pad(changes, (1, 0), value=True)
-        is_last = F.pad(changes, (0, 1), value=True)
-        neighbour = F.pad(ends[:, :-1], (1, 0)).int()
+        is_first = F.pad(slot.diff() != 0, (1, 0), value=True)
+        neighbour = ends.roll(1, 1).int()
         self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
-        kind, newest = is_last.nonzero(as_tuple=True)
-        self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
+        self.heads.scatter_reduce_(1, slot, ends.int(), "amax")  # the newest
 
     def occurrences(self, ends):
         """Return where the contexts that end at `ends` (R,) ended before: int64 (R, C, M).
@@ -1827,7 +1815,7 @@ def shares(grid):
     """Return int64 (R, V) in proportion to exp(grid / 256), the largest 2^38; grid int64 (R, V)."""
     table = exp_table(grid.device)
     below = grid.amax(-1, keepdim=True) - grid
-    return table[below.clamp_(max=len(table) - 1)]
+    return table[below.clamp_(0, len(table) - 1)]  # NaN, which predict tells of, may be below 0
 
 
 def commit(share):
@@ -1876,9 +1864,10 @@ def mix_entropy(share, matches, following, cfg):
     matches, following (R, C, M).
     """
     enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
-    longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, matches.size(2))
-    tokens = following.gather(1, longest)[:, 0]
-    real = (matches.gather(1, longest)[:, 0] >= 0).long()
+    longest = enough.int().argmax(1)
+    row = torch.arange(len(matches), device=matches.device)
+    tokens = following[row, longest]
+    real = (matches[row, longest] >= 0).long()
     counts = torch.zeros_like(share).scatter_add_(1, tokens, real)
     freqs = commit(share).long()
     p = freqs.double() / TOTAL
@@ -1897,27 +1886,26 @@ def gather_evidence(share, grid, matches, following, rows, lanes=1):
     """
     tokens = following.flatten(1)
     real = matches >= 0
-    same = (
-        (following[..., None] == tokens[:, None, None]) & real[..., None]
-    ).byte()  # (R, C, M, J)
+    same = following[..., None] == tokens[:, None, None]
+    same = (same & real[..., None]).byte()  # (R, C, M, J)
     slots = torch.arange(tokens.size(1), device=tokens.device)
     distinct = (same.flatten(1, 2).argmax(1) == slots) & real.flatten(1)
 
-    count = same.sum(2)  # (R, C, J)
-    total = real.sum(2)[..., None]
+    count = same.sum(2).double()  # (R, C, J)
+    total = real.sum(2)[..., None].double()
     seen = count > 0
     rank = same.argmax(2)
     last = matches.gather(2, rank)
     distance = rows.positions[:, None, None] - last
-    log_odds = ((count + 0.4) / (total - count + 0.4)).double().log() * (total > 0)
-    log_distance = seen * (distance / lanes).clamp(min=1).double().log2() / 8
+    log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
+    log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
     in_window = (last >= rows.window_start[:, None, None]) & (distance % lanes == 0)
-    by_context = [log_odds, seen / (1 + rank), log_distance, seen & in_window]
+    by_context = [log_odds, seen / (1.0 + rank.double()), log_distance, seen & in_window]
 
     below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
     top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
     by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
-    features = torch.cat([*(f.double() for f in by_context), torch.stack(by_model, 1)], 1)
+    features = torch.cat([*by_context, torch.stack(by_model, 1)], 1)  # all to float64
     return Evidence(tokens, distinct, features)
 
 
@@ -1945,10 +1933,13 @@ class LearnedMixer:
         self.blocks = 0  # learned from
         self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
 
+    def hidden(self, evidence):
+        """Return the hidden layer's output for each candidate, float64 (R, hidden, J)."""
+        return (self.weights[:, :-1] @ evidence.features).clamp(min=0)
+
     def boost(self, evidence):
         """Return what is added to the grid logits of evidence.tokens: int64 (R, J)."""
-        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
-        boost = (self.weights[:, -1] @ hidden) * LOGIT_SCALE
+        boost = (self.weights[:, -1] @ self.hidden(evidence)) * LOGIT_SCALE
         return boost.round().long() * evidence.distinct
 
     def remember(self, evidence, freqs, positions):
@@ -1962,23 +1953,23 @@ class LearnedMixer:
         """
         hit = (evidence.tokens == targets[:, None]).double()
         error = (q - hit) * evidence.distinct
-        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
+        hidden = self.hidden(evidence)
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
         return torch.cat([back @ evidence.features.mT, hidden @ error[..., None]], 2)
 
     def learn(self, tokens):
         """Take one Adam step on the remembered block, now that the stream's `tokens` are scored."""
-        total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
+        total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
             rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions].long())
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
-        mean = self.rt.sum_over_ranks(total).double() / (GRADIENT_SCALE * self.plan.block)
+        total = self.rt.sum_over_ranks(total).double()
+        self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
         left = 0.0
         if self.plan.calibration_blocks:
             left = max(0.0, 1 - self.blocks / self.plan.calibration_blocks)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
-        self.weights.grad = mean
         self.optimizer.step()
         self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
         self.blocks += 1
@@ -2004,9 +1995,8 @@ class Mixture:
         """
         share = shares(grid)
         matches = self.history.occurrences(rows.positions)
-        following = self.history.tokens[
-            matches + self.lanes
-        ].long()  # any token, where there is none
+        # Where there is no match, any token follows: `matches` tells.
+        following = self.history.tokens[matches + self.lanes].long()
         if self.learner is None:
             return commit(mix_entropy(share, matches, following, self.cfg))
         evidence = gather_evidence(share, grid, matches, following, rows, self.lanes)
@@ -2043,12 +2033,11 @@ class TestTimeTrainer:
         self.table = table
         self.rt = rt
         self.chunks = 0  # adapted to
+        for name, p in model.named_parameters():
+            p.requires_grad_(self.adapts(name, p))
+        self.average = [p for p in model.parameters() if p.requires_grad]
         self.live = copy.deepcopy(model)
-        names = [name for name, p in model.named_parameters() if self.adapts(name, p)]
-        self.params = [self.live.get_parameter(name) for name in names]
-        self.average = [model.get_parameter(name) for name in names]
-        for name, p in self.live.named_parameters():
-            p.requires_grad_(name in names)
+        self.params = [p for p in self.live.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
 
     def adapts(self, name, p):
@@ -2069,17 +2058,18 @@ class TestTimeTrainer:
         self.chunks += 1
         if lr == 0:
             return
+        self.optimizer.param_groups[0]["lr"] = lr
         weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
         total_weight = max(1, int(weights.sum()))
-        x, y, w = (
+        sequences = (
             t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
             for t in (tokens[:-1], tokens[1:], weights)
         )
-        batches = list(zip(x, y, w))[self.rt.rank :: self.rt.world]
+        batches = list(zip(*sequences))[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            self._step(batches, lr, total_weight)
+            self._step(batches, total_weight)
 
-    def _step(self, batches, lr, total_weight):
+    def _step(self, batches, total_weight):
         """Take one AdamW step on the byte-weighted mean loss over all ranks, then average."""
         sizes = [p.numel() for p in self.params]
         total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
@@ -2092,9 +2082,8 @@ class TestTimeTrainer:
         self.rt.sum_over_ranks(total)
         mean = total.double() / (TTT_GRADIENT_SCALE * total_weight)
         for p, grad in zip(self.params, mean.split(sizes)):
-            p.grad = grad.view_as(p).to(p.dtype)
+            p.grad = grad.view_as(p).to(p)
         nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
@@ -2133,13 +2122,14 @@ class Plan(NamedTuple):
 
 def new_plan(cfg, *stages, lanes=0):
     """Return the Plan of a walk that reports `stages` under these settings."""
-    known = cfg.eval_seq_len - cfg.eval_stride
-    clocks = dict(reach=known, context=known, run=cfg.eval_run_tiles * cfg.eval_stride)
+    reach = context = cfg.eval_seq_len - cfg.eval_stride
+    run = cfg.eval_run_tiles * cfg.eval_stride
     if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
-        clocks = dict(reach=cfg.eval_seq_len, context=0, run=cfg.eval_seq_len)
+        reach = run = cfg.eval_seq_len
+        context = 0
     learns = "mixer" in stages and cfg.mixer == "learned"
     block = cfg.mixer_block if learns else cfg.ttt_chunk_tokens
-    return Plan(stages, **clocks, block=block, chunk=cfg.ttt_chunk_tokens, lanes=lanes)
+    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes)
 
 
 def last_plan(cfg, lanes=0):
@@ -2185,30 +2175,26 @@ class Engine:
 
         tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
         """
-        group = []  # full runs, not begun yet, that are computed side by side
-        for run, begin, end in self.runs(first, last):
-            if (
-                self.plan.run
-                and (run - self.origin) // self.plan.run % self.rt.world != self.rt.rank
-            ):
-                continue
-            is_full = end - begin == self.plan.run and len(tokens) == 1
-            if group and not (is_full and len(group) < self.batch and run >= self.plan.context):
-                yield self.compute(tokens, group)
-                group = []
-            group.append((run, begin, end))
-            if not is_full or run < self.plan.context:
-                yield self.compute(tokens, group)
-                group = []
-        if group:
-            yield self.compute(tokens, group)
+
+        def is_whole(piece):
+            run, begin, end = piece
+            return end - begin == self.plan.run and run >= self.plan.context
+
+        # Whole runs of one lane have the same shape: they are computed side by side.
+        for whole, pieces in itertools.groupby(self.runs(first, last), is_whole):
+            pieces = list(pieces)
+            size = self.batch if whole and len(tokens) == 1 else 1
+            for i in range(0, len(pieces), size):
+                yield self.compute(tokens, pieces[i : i + size])
 
     def runs(self, first, last):
-        """Return (run, begin, end): the rows begin..end-1 of first..last-1 in each run."""
+        """Return [(run, begin, end)]: the rows of first..last-1 in each run of this rank."""
         if not self.plan.run:
             return [(self.origin, first, last)] if self.rt.is_main else []
         size = self.plan.run
-        starts = range(first - (first - self.origin) % size, last, size)
+        number = (first - self.origin) // size  # of the run that `first` is in
+        number += (self.rt.rank - number) % self.rt.world
+        starts = range(self.origin + number * size, last, size * self.rt.world)
         return [(run, max(run, first), min(run + size, last)) for run in starts]
 
     def compute(self, tokens, group):
@@ -2216,9 +2202,9 @@ class Engine:
         lanes = len(tokens)
         run, begin, end = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
-        if self.run != run or len(group) > 1:
+        if self.run != run:
             self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
-            self.run = run if len(group) == 1 else None
+            self.run = run
         sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
         logits = self.append(sequences, wanted=end - begin)
         rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
@@ -2327,7 +2313,7 @@ class Predictor:
                 f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
                 f"{self.committed_to}, once all is scored; update {self.block_end}"
             )
-        last = -(-stop // self.lanes) - 1  # first row that is not needed
+        last = (stop - 1) // self.lanes  # first row that is not needed
         known = prefix[: last * self.lanes].to(self.rt.device)
         if self.mixture:
             self.mixture.history.extend(known)
@@ -2358,17 +2344,15 @@ class Predictor:
 
     def score(self, commitment, targets):
         """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
-        targets = targets.to(self.rt.device)
-        count = len(targets)
-        if commitment is not self.pending or count != commitment.stop - commitment.start:
+        if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        lengths = torch.zeros(len(self.plan.stages), dtype=torch.int64, device=self.rt.device)
-        for i, stage in enumerate(self.plan.stages):
-            freqs = commitment.chosen(stage, targets)
+        lengths = []
+        for stage in self.plan.stages:
+            freqs = commitment.chosen(stage, targets.to(self.rt.device))
             bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
-            lengths[i] = (bits * BITS_SCALE).round().long().sum()
-        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(lengths).tolist()))
+            lengths.append((bits * BITS_SCALE).round().long().sum())
+        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(torch.stack(lengths)).tolist()))
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
@@ -2379,9 +2363,10 @@ class Predictor:
         self.updated_to = self.committed_to
         if self.mixture:
             self.mixture.learn(prefix)
-        if self.ttt and (self.updated_to - 1) % self.plan.chunk == 0:
-            self.ttt.adapt_chunk(prefix[self.updated_to - 1 - self.plan.chunk :])
-            self.engine.forget(self.updated_to - 1)
+        row = self.updated_to - 1  # the next one
+        if self.ttt and row % self.plan.chunk == 0:
+            self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
+            self.engine.forget(row)
 
 
 class Step(NamedTuple):
@@ -2405,9 +2390,10 @@ def walk(predictor, stream, log=None, step=None):
     while stop < len(stream):
         start = stop
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
+        targets = stream[start:stop]
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        yield Step(commitment, stream[start:stop], bits)
-        for stage, length in predictor.score(commitment, stream[start:stop]).items():
+        yield Step(commitment, targets, bits)
+        for stage, length in predictor.score(commitment, targets).items():
             lengths[stage] += length
             bits[stage] = lengths[stage] / BITS_SCALE
         if stop == predictor.block_end < len(stream):
@@ -2425,17 +2411,15 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
     The frequencies are those of the first `keep` targets under the last stage, int64.
     """
     rt = predictor.rt
+    names = predictor.plan.stages
     start_s = rt.clock()
     n = len(tokens) - 1
-    kept = torch.zeros(min(keep, n), dtype=torch.int64)
+    kept = [torch.zeros(0, dtype=torch.int64, device=rt.device)]
     for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
-        first = commitment.start - 1
-        if first < len(kept):
-            freqs = commitment.chosen(predictor.plan.stages[-1], targets.to(rt.device)).cpu()
-            kept[first : first + len(freqs)] = freqs[: len(kept) - first]
-    seconds = rt.clock() - start_s
-    added_s = {predictor.plan.stages[0]: seconds - predictor.mix_seconds}
-    added_s["mixer"] = predictor.mix_seconds
+        if commitment.start <= keep:
+            kept.append(commitment.chosen(names[-1], targets.to(rt.device)))
+    mix_s = predictor.mix_seconds
+    added_s = {names[0]: rt.clock() - start_s - mix_s, "mixer": mix_s}
     stages = [
         {
             "name": stage,
@@ -2445,9 +2429,9 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
             "bytes": total_bytes,
             "seconds": added_s[stage],
         }
-        for stage in predictor.plan.stages
+        for stage in names
     ]
-    return stages, rt.sum_over_ranks(kept.to(rt.device)).cpu().numpy()
+    return stages, rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
 
 
 # ---- Range coder, code files, proof --------------------------------------------------------------
@@ -2486,8 +2470,11 @@ class RangeEncoder:
         self.low += start * unit
         self.range = freq * unit
         if self.low >> 64:  # a carry: into the last byte that is not 255
-            at = len(self.out.rstrip(b"\xff")) - 1
-            self.out[at:] = bytes([self.out[at] + 1]) + bytes(len(self.out) - at - 1)
+            at = -1
+            while self.out[at] == 255:
+                self.out[at] = 0
+                at -= 1
+            self.out[at] += 1
         while self.range < 1 << 48:
             self.out.append(self.low >> 56 & 255)
             self.low <<= 8
@@ -2503,10 +2490,9 @@ class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
 
     def __init__(self, words):
-        self.words = words
-        self.at = 8  # next byte to be read; beyond the end there are zeros
+        self.bytes = itertools.chain(words, itertools.repeat(0))  # zeros beyond the end
         self.range = 1 << 64
-        self.value = int.from_bytes(words[:8].ljust(8, b"\0"), "big")
+        self.value = int.from_bytes(itertools.islice(self.bytes, 8), "big")
 
     def decode(self, freqs):
         """Return the next symbol; freqs (V,) are what the encoder had."""
@@ -2518,10 +2504,8 @@ class RangeDecoder:
         self.value -= (int(ends[symbol]) - freq) * unit
         self.value = min(self.value, self.range - 1)  # foreign words stay in bounds
         while self.range < 1 << 48:
-            byte = self.words[self.at] if self.at < len(self.words) else 0
-            self.value = self.value << 8 | byte
+            self.value = self.value << 8 | next(self.bytes)
             self.range <<= 8
-            self.at += 1
         return symbol
 
 
@@ -2547,17 +2531,17 @@ class CodeHead(NamedTuple):
 
         No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
         """
-        start = data[: CODE_START.size].ljust(CODE_START.size, b"\0")
+        magic, version, checksum = CODE_START.unpack_from(data.ljust(CODE_START.size, b"\0"))
         body = data[CODE_START.size :]
-        magic, version, checksum = CODE_START.unpack(start)
         if (magic, version) != (CODE_MAGIC, CODE_VERSION):
             raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
         if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
             raise UserError(f"{path} is cut or altered; copy it again")
         head = cls(*CODE_HEAD.unpack_from(body))
         count = -(-head.tokens // CHECK_EVERY)
-        words = body[CODE_HEAD.size + 4 * count :]
-        if len(body) < CODE_HEAD.size + 4 * count or head.tokens > len(words) << 27:
+        words_at = CODE_HEAD.size + 4 * count
+        words = body[words_at:]
+        if len(body) < words_at or head.tokens > len(words) << 27:
             raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
         return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
 
@@ -2582,8 +2566,9 @@ class Trail:
 
 def settings_digest(cfg):
     """Return the SHA-256 of all settings that shape the committed integers."""
-    shaping = {name: getattr(cfg, name) for name in sorted(GROUPS) if GROUPS[name] != RunSettings}
-    return hashlib.sha256(json.dumps(shaping).encode()).digest()
+    shaping = stored_settings(cfg)
+    del shaping["preset"]
+    return sha256(json.dumps(shaping, sort_keys=True).encode())
 
 
 def new_predictor(artifact, cfg, rt, plan):
@@ -2640,15 +2625,14 @@ class Codec:
         coder = RangeEncoder()
         trail = Trail()
         coded = []
-        bits = dict.fromkeys(predictor.plan.stages, 0.0)  # of an empty text
+        bits = {stage: 0.0}  # of an empty text
         for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
-            table_rows = commitment.table(stage).cpu().numpy()
-            for freqs, symbol in zip(table_rows, targets.tolist()):
+            for freqs, symbol in zip(commitment.table(stage).cpu().numpy(), targets.tolist()):
                 trail.add(freqs)
                 coded.append(freqs[symbol])
                 coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
         text = table.decode(tokens)
-        digests = self.artifact.digest, settings_digest(self.cfg), hashlib.sha256(text).digest()
+        digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
         head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
@@ -2686,7 +2670,7 @@ class Codec:
         order = lane_order(head.tokens, predictor.lanes)
         tokens[1:][order] = stream[predictor.lanes :].numpy()
         text = table.decode(tokens)
-        same = len(text) == head.text_bytes and hashlib.sha256(text).digest() == head.text
+        same = len(text) == head.text_bytes and sha256(text) == head.text
         return Decoded(tokens, np.array(coded, dtype=np.int64), text if same else None)
 
 
@@ -2750,10 +2734,10 @@ def decode_elsewhere(path, artifact, run):
     text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "decompress", *map(str, (path, text_path, arrays_path))]
+    command = [sys.executable, __file__, "decompress", path, text_path, arrays_path]
     last_line = ""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **pipes) as decoder:
+    into_log = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=env, **into_log) as decoder:
         for line in decoder.stdout:
             last_line = line.strip()
             run.report.log(last_line)
@@ -3101,7 +3085,7 @@ def evaluate_artifact(run, artifact):
     scored = None
     for plan in evaluation_plans(run.cfg):
         predictor = new_predictor(artifact, run.cfg, run.rt, plan)
-        keep = run.cfg.verify_tokens
+        keep = run.cfg.verify_tokens or len(run.tokens)
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
         run.report.add_stages(stages)
     run.report.log_budget()

@@ -105,6 +105,7 @@ def write_results(folder, seed, val_bpb, **changes):
         preset=changes.get("preset", "record"),
         mixer=changes.get("mixer", "entropy"),
         ttt_lr=changes.get("ttt_lr", 1e-4),
+        eval_dtype=changes.get("eval_dtype", "float64"),
         log_dir=f"logs{seed}",
         seed=seed,
     )
@@ -224,6 +225,16 @@ def test_results_that_cannot_be_averaged_are_refused(tmp_path, change, words):
     good = write_results(tmp_path, 1, 1.1)
     other = write_results(tmp_path, **dict(seed=2, val_bpb=1.2) | change)
     assert words in refusal(summarize, [good, other], str(tmp_path / "submission.json"))
+    assert not (tmp_path / "submission.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_that_no_decoder_gets_are_refused(tmp_path, dtype):
+    """Other types than float64 are for a quick look: the file and the setting are named."""
+    paths = [write_results(tmp_path, seed, 1.1, eval_dtype=dtype) for seed in BPB]
+    message = refusal(summarize, paths, str(tmp_path / "submission.json"))
+    assert paths[0] in message
+    assert f"EVAL_DTYPE={dtype}" in message
     assert not (tmp_path / "submission.json").exists()
 
 
