@@ -37,7 +37,9 @@ width, V vocabulary, R positions, C contexts, M occurrences a context, J candida
 import codecs
 import contextlib
 import copy
+import ctypes
 import dataclasses
+import decimal
 import difflib
 import fcntl
 import functools
@@ -71,7 +73,6 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-    from torch.optim import Muon  # noqa: F401 (an older torch has none)
 except ImportError as missing:
     sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
@@ -125,7 +126,9 @@ class RunSettings:
     verify_enabled: bool = option(
         True, "end a run with a proof: code, and decode in another process"
     )
-    verify_tokens: int = option(1000, "tokens that are proved, from the stream's start", minimum=0)
+    verify_tokens: int = option(
+        1000, "tokens that are proved, from the stream's start; 0: all", minimum=0
+    )
 
 
 @dataclass(frozen=True)
@@ -195,11 +198,18 @@ class EvalSettings:
 
     eval_stride: int = option(
         64,
-        "rows S scored by each window after the first",
+        "rows S of a tile; a row sees the W - S rows before it",
         divides=("eval_seq_len",),
     )
     eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
-    eval_batch_windows: int = option(32, "windows in one forward pass")
+    eval_run_tiles: int = option(
+        1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
+    )
+    eval_dtype: str = option(
+        "float64",
+        "what is proved; float32 or bfloat16: a quick look",
+        choices=("float64", "float32", "bfloat16"),
+    )
     ttt_enabled: bool = option(True, "score-first test-time training")
     ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
     ttt_lr: float = option(5e-4, "AdamW")
@@ -293,7 +303,7 @@ SMALL = dict(
     muon_momentum=0.95,
     num_heads=4,
     num_kv_heads=2,
-    eval_batch_windows=1,
+    eval_run_tiles=0,
     ttt_lr=1e-4,
     ttt_epochs=1,
     ttt_schedule_chunks=64,
@@ -310,7 +320,7 @@ PRESETS = {
         val_tokens=131_072,
         size_limit_bytes=2_400_000,
         log_every=50,
-        verify_tokens=5000,
+        verify_tokens=20_000,
         iterations=600,
         max_wallclock_seconds=0.0,
         train_batch_tokens=4096,
@@ -337,16 +347,16 @@ PRESETS = {
     | dict(
         data_path=DEMO_CACHE,
         tokenizer_path=DEMO_CACHE + "/tokenizer.model",
-        val_tokens=32_768,
+        val_tokens=12_288,
         size_limit_bytes=1_000_000,
         log_every=10,
-        verify_tokens=1100,
-        iterations=90,
-        max_wallclock_seconds=80.0,
+        verify_tokens=0,
+        iterations=160,
+        max_wallclock_seconds=60.0,
         train_batch_tokens=8192,
         micro_batch_tokens=8192,
         train_seq_len=256,
-        warmdown_iters=60,
+        warmdown_iters=80,
         muon_momentum_warmup_steps=100,
         ema_decay=0.9,
         swa_every=10,
@@ -412,28 +422,25 @@ def check_config(cfg):
         if not ok:
             raise UsageError(f"{name.upper()}={getattr(cfg, name)!r}: {allowed}")
 
-    for name, field in FIELDS.items():
-        limits = field.metadata
+    for name, value in asdict(cfg).items():
+        limits = FIELDS[name].metadata
         if "choices" in limits:
-            allowed = f"there are {', '.join(limits['choices'])}"
-            need(getattr(cfg, name) in limits["choices"], name, allowed)
-        elif field.type is not str:
-            least = limits.get("minimum", int(field.type is int))
-            need(getattr(cfg, name) >= least, name, f"must be at least {least}")
-    for name, field in FIELDS.items():
-        for multiple in field.metadata.get("divides", ()):
-            whole = getattr(cfg, multiple) % getattr(cfg, name) == 0
-            need(whole, multiple, f"must be a multiple of {name.upper()}={getattr(cfg, name)}")
-    for name, field in FIELDS.items():
-        most = field.metadata.get("maximum", math.inf if field.type is float else 2**63 - 1)
-        most = getattr(cfg, most) if isinstance(most, str) else most
-        if field.type is not str:
-            need(getattr(cfg, name) <= most, name, f"must be at most {most:.9g}")
+            need(value in limits["choices"], name, f"there are {', '.join(limits['choices'])}")
+        if isinstance(value, str):
+            continue
+        least = limits.get("minimum", int(FIELDS[name].type is int))
+        need(value >= least, name, f"must be at least {least}")
+        for multiple in limits.get("divides", ()):
+            whole = getattr(cfg, multiple) % value == 0
+            need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
+        most = limits.get("maximum", math.inf if FIELDS[name].type is float else 2**63 - 1)
+        if isinstance(most, str):
+            most = getattr(cfg, most)  # of a setting above, or what follows from such
+        need(value <= most, name, f"must be at most {most:.9g}")
     layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
     need(cfg.value_layers is not None, "ve_layers", layers)
     need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
-    known_rows = cfg.eval_seq_len - cfg.eval_stride
-    need(known_rows != 1, "eval_stride", "must leave no or 2 rows of a window known")
+    need(cfg.eval_stride < cfg.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -590,7 +597,6 @@ def start_runtime(cfg, environ):
     kernel = "SDPA's own kernels"
     if cuda:
         device = torch.device("cuda", local_rank)
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
         kernel = attention_kernel()
@@ -601,6 +607,7 @@ def start_runtime(cfg, environ):
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     rt = Runtime(rank, world, device, dtype)
     torch.set_num_threads(int(rt.from_main(count_threads())))
+    keep_freed_memory()
     check_arithmetic(cfg, device, dtype)
     rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
@@ -608,6 +615,15 @@ def start_runtime(cfg, environ):
         f"attention: {kernel}",
     )
     return rt
+
+
+def keep_freed_memory():
+    """Let glibc keep what torch frees: giving it back costs a small training step a third."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 1 << 28)  # M_TOP_PAD
 
 
 def attention_kernel():
@@ -1082,13 +1098,15 @@ def micro_batches(tokens, cfg, rt):
 # An 11-layer GQA transformer with a U-Net of skips, 26,993,766 parameters by default. XSA takes out
 # of a head's output what the position's own value already says; VRL and value embeddings hand early
 # information to late values; BigramHash and SmearGate give the first layer the previous token for
-# nothing. One forward path serves training, scoring and TTT. With `past` it computes only the
-# newest rows over cached keys and values, which is what lets a decoder keep pace.
+# nothing. One forward path serves training, scoring and TTT. It runs on weights that were cast to
+# the compute dtype, with scales folded in and tables projected: once a step, or once until they
+# change.
 
 EMBED_CONTEXT = (
     2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
 )
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
+MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 
 
 def role(name):
@@ -1100,64 +1118,71 @@ def role(name):
         return "table"
     if name.endswith("_proj"):
         return "projection"
-    leaf = name.split(".")[-1]
-    return "matrix" if leaf in ("q", "k", "v", "attn_out", "mlp_in", "mlp_out") else "vector"
+    return "matrix" if name.endswith(MATRICES) else "vector"
 
 
-def attention(q, k, v):
-    """Return causal attention, its last query seeing every key.
+def attention(q, k, v, bias):
+    """Return softmax(q k' / sqrt(d) + bias) v, (B, H, T, d).
 
-    q (B, T, H, d); k, v (B, T', G, d) with T' >= T; result (B, T, H, d).
+    q (B, H, T, d); k, v (B, G, T', d); bias (H / G * T, T'), or None for a fused kernel: each row
+    sees itself and those before. Plain products, since SDPA's kernel for CPUs takes twice as long.
     """
-    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
-    rows, keys = q.size(2), k.size(2)
-    visible = None
-    if 1 < rows < keys:
-        group = q.size(1) // k.size(1)
-        k, v = (z.repeat_interleave(group, 1) for z in (k, v))  # fused GQA takes no mask
-        visible = torch.ones(rows, keys, dtype=torch.bool, device=q.device).tril(keys - rows)
-    y = F.scaled_dot_product_attention(
-        q, k, v, visible, is_causal=rows == keys, enable_gqa=visible is None
-    )
-    return y.transpose(1, 2)
+    if bias is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    rows = q.reshape(-1, len(bias), q.size(-1))
+    scores = torch.baddbmm(bias, rows, k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
 
 
-def rms_norm(x):
-    """Return RMSNorm over the last dimension, without weights."""
-    return F.rms_norm(x, (x.size(-1),))
+def causal_bias(rows, known, reach, like):
+    """Return 0 where row i sees key j, else -inf, (rows, known + rows); row i is key known + i.
+
+    A row sees itself and the `reach` keys before it. Device and dtype are those of `like`.
+    """
+    seen = like.new_ones(rows, known + rows).tril(known).triu(known - reach)
+    return seen.log()  # of 1 and 0
 
 
-def linear(x, weight):
-    """Return x @ weight.T in x's dtype: weights are kept in fp32 and cast where they are used."""
-    return F.linear(x, weight.to(x.dtype))
+def unit(x):
+    """Return x / |x| over the last dimension: RMSNorm, but for a factor that weights take in."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)).to(x.dtype)
 
 
 def exclude_self(y, v):
-    """Return y (B, T, H, d) less its projection on the position's own value v (B, T, G, d): XSA."""
-    direction = F.normalize(v, dim=-1).unsqueeze(3)
-    grouped = y.view(*v.shape[:3], -1, v.size(-1))
+    """Return y (N, H, d) less its projection on the row's own value v (N, G, d): XSA."""
+    grouped = y.view(*v.shape[:2], -1, v.size(-1))
+    direction = unit(v).unsqueeze(2)
     along = (grouped * direction).sum(-1, keepdim=True)
-    return (grouped - along * direction).view(y.shape)
+    return torch.addcmul(grouped, along, direction, value=-1)
 
 
-def rotary_turns(dims, train_seq_len, max_len):
-    """Return cosines and sines of the rotary embedding, (2, max_len, dims / 2).
+def rotary_rates(dims, train_seq_len):
+    """Return the rotary embedding's angles a row, float64 (dims / 2,).
 
     Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows.
     """
     base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-    rates = base ** (-torch.arange(0, dims, 2).double() / dims)
-    angle = torch.arange(max_len).double()[:, None] * rates
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    return base ** (-torch.arange(0, dims, 2).double() / dims)
 
 
-def rotate(x, turns):
-    """Turn the leading dims of x (B, T, heads, d) by `turns` (2, T, dims / 2)."""
-    cos, sin = turns[:, :, None].to(x.dtype)
-    half = cos.size(-1)
-    a = x[..., :half]
-    b = x[..., half : 2 * half]
-    return torch.cat([a * cos - b * sin, a * sin + b * cos, x[..., 2 * half :]], dim=-1)
+def rotary_turns(first, rows, rates, width):
+    """Return (cosines, sines) to turn rows first... of heads of `width`, each (rows, 1, width)."""
+    still = width - 2 * len(rates)  # dimensions that are not turned
+    positions = torch.arange(first, first + rows, device=rates.device).double()
+    angle = positions[:, None, None] * F.pad(torch.cat([-rates, rates]), (0, still))
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin, half):
+    """Turn dimensions i and i + half of x (N, heads, d), i < half; cos, sin (N, 1, d)."""
+    parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
+    return torch.addcmul(x * cos, torch.cat(parts, -1), sin)
+
+
+def parameter(*shape, fill=0.0):
+    """Return a new parameter of this shape, full of one number."""
+    return nn.Parameter(torch.full(shape, fill))
 
 
 class Embedding(nn.Module):
@@ -1166,10 +1191,10 @@ class Embedding(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.tokens = nn.Parameter(torch.randn(cfg.vocab_size, cfg.model_dim) * 0.005)
-        self.bigrams = nn.Parameter(torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim))
-        self.bigram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.bigram_dim))
-        self.bigram_scale = nn.Parameter(torch.tensor(0.05))
-        self.smear = nn.Parameter(torch.zeros(cfg.model_dim))
+        self.bigrams = parameter(cfg.bigram_vocab_size, cfg.bigram_dim)
+        self.bigram_proj = parameter(cfg.model_dim, cfg.bigram_dim)
+        self.bigram_scale = parameter(fill=0.05)
+        self.smear = parameter(cfg.model_dim)
 
     def bigram_rows(self, tokens):
         """Return each position's row of the bigram table; the last row at position 0."""
@@ -1177,13 +1202,38 @@ class Embedding(nn.Module):
         hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
         return F.pad(hashed, (1, 0), value=last)
 
-    def forward(self, tokens, dtype):
+    def cast(self, dtype):
+        """Return (token table, projected bigram table, smear gate) in `dtype`."""
+        bigrams = F.linear(self.bigrams.to(dtype), (self.bigram_scale * self.bigram_proj).to(dtype))
+        return self.tokens.to(dtype), bigrams, torch.sigmoid(self.smear).to(dtype)
+
+    def forward(self, tokens, weights):
         """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros."""
-        bigram = F.embedding(self.bigram_rows(tokens), self.bigrams).to(dtype)
-        bigram = self.bigram_scale.to(dtype) * linear(bigram, self.bigram_proj)
-        x = rms_norm(F.embedding(tokens, self.tokens).to(dtype) + bigram)
-        gate = torch.sigmoid(self.smear).to(dtype)
-        return (1 - gate) * x + gate * F.pad(x[:, :-1], (0, 0, 1, 0))
+        table, bigrams, gate = weights
+        x = F.embedding(tokens, table) + F.embedding(self.bigram_rows(tokens), bigrams)
+        x = unit(x) * x.size(-1) ** 0.5
+        return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
+
+
+class Pass(NamedTuple):
+    """What all layers need to know of the N = B T rows that go through the model."""
+
+    batch: int  # B
+    turns: tuple  # cosines and sines of the rotary embedding, each (N, 1, d)
+    bias: Tensor  # of attention; None: plainly causal, by a fused kernel
+    cache: object  # Cache of the rows before, or None
+
+
+class BlockWeights(NamedTuple):
+    """A block's weights in the compute dtype; matrices (out, in) have their scales in them."""
+
+    mix_x: Tensor
+    mix_x0: Tensor
+    qkv: Tensor
+    gain: Tensor  # (H + G, 1) of normed queries and keys
+    attn_out: Tensor
+    mlp_in: Tensor
+    mlp_out: Tensor
 
 
 class Block(nn.Module):
@@ -1191,125 +1241,201 @@ class Block(nn.Module):
 
     def __init__(self, cfg, layer):
         super().__init__()
-        self.head_dim = cfg.head_dim
-        self.norm_scale = 1 / math.sqrt(layer + 1)
+        self.layer = layer
+        self.heads = (cfg.num_heads, cfg.num_kv_heads)
+        self.half = cfg.rope_dims // 2
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
         D = cfg.model_dim
         hidden = cfg.mlp_mult * D
         kv = cfg.num_kv_heads * cfg.head_dim
-        self.q = nn.Parameter(torch.empty(D, D))
-        self.k = nn.Parameter(torch.empty(kv, D))
-        self.v = nn.Parameter(torch.empty(kv, D))
-        self.attn_out = nn.Parameter(torch.empty(D, D))
-        self.mlp_in = nn.Parameter(torch.empty(hidden, D))
-        self.mlp_out = nn.Parameter(torch.empty(D, hidden))
-        self.q_gain = nn.Parameter(torch.full((cfg.num_heads,), cfg.qk_gain_init))
-        self.mix_x = nn.Parameter(torch.ones(D))
-        self.mix_x0 = nn.Parameter(torch.zeros(D))
-        self.attn_scale = nn.Parameter(torch.ones(D))
-        self.mlp_scale = nn.Parameter(torch.ones(D))
+        self.norm_scale = math.sqrt(D / (layer + 1))
+        self.q = parameter(D, D)
+        self.k = parameter(kv, D)
+        self.v = parameter(kv, D)
+        self.attn_out = parameter(D, D)
+        self.mlp_in = parameter(hidden, D)
+        self.mlp_out = parameter(D, hidden)
+        self.q_gain = parameter(cfg.num_heads, fill=cfg.qk_gain_init)
+        self.mix_x = parameter(D, fill=1.0)
+        self.mix_x0 = parameter(D)
+        self.attn_scale = parameter(D, fill=1.0)
+        self.mlp_scale = parameter(D, fill=1.0)
 
-    def forward(self, x, x0, extra_v, turns, past):
-        """Return (output (B, T, D), own values (B, T, G, d), (k, v) of all rows so far).
+    def cast(self, dtype):
+        """Return the BlockWeights in `dtype`."""
+        H, G = self.heads
+        gain = F.pad(self.q_gain, (0, G), value=1.0)
+        weights = BlockWeights(
+            self.mix_x,
+            self.mix_x0,
+            torch.cat([self.q, self.k, self.v]) * self.norm_scale,
+            gain[:, None] * (len(self.q) / H) ** 0.5,
+            self.attn_out * self.attn_scale[:, None],
+            self.mlp_in * self.norm_scale,
+            self.mlp_out * self.mlp_scale[:, None],
+        )
+        return BlockWeights(*(w.to(dtype) for w in weights))
 
-        x, x0 (B, T, D); extra_v is added to the values; turns are these rows'; past: (k, v) of the
-        rows before, or None.
+    def forward(self, x, x0, extra_v, rows, weights):
+        """Return (output (N, D), own values (N, G, d)).
+
+        x, x0 (N, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
         """
-        B, T, _ = x.shape
-        x = self.mix_x.to(x.dtype) * x + self.mix_x0.to(x.dtype) * x0
-        h = rms_norm(x) * self.norm_scale
-        q, k, own_v = (linear(h, w).view(B, T, -1, self.head_dim) for w in (self.q, self.k, self.v))
-        q = rotate(rms_norm(q), turns) * self.q_gain.to(x.dtype)[:, None]
-        k = rotate(rms_norm(k), turns)
+        H, G = self.heads
+        x = torch.addcmul(weights.mix_x * x, weights.mix_x0, x0)
+        qkv = F.linear(unit(x), weights.qkv).view(len(x), H + 2 * G, -1)
+        qk = rotate(unit(qkv[:, : H + G]) * weights.gain, *rows.turns, self.half)
+        own_v = qkv[:, H + G :]
         v = own_v + extra_v
-        present = (k, v)
-        if past:
-            present = torch.cat([past[0], k], 1), torch.cat([past[1], v], 1)
-        y = attention(q, *present)
+        q, keys, values = (
+            z.unflatten(0, (rows.batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
+        )
+        if rows.cache:
+            keys, values = rows.cache.append(self.layer, keys, values)
+        y = attention(q, keys, values, rows.bias).transpose(1, 2).flatten(0, 1)
         if self.xsa:
             y = exclude_self(y, v)
-        x = x + self.attn_scale.to(x.dtype) * linear(y.reshape(B, T, -1), self.attn_out)
-        h = linear(rms_norm(x) * self.norm_scale, self.mlp_in)
-        h = F.leaky_relu(h, 0.5).square()
-        return x + self.mlp_scale.to(x.dtype) * linear(h, self.mlp_out), own_v, present
+        x = torch.addmm(x, y.reshape(x.shape), weights.attn_out.T)
+        h = F.leaky_relu(F.linear(unit(x), weights.mlp_in), 0.5).square()
+        return torch.addmm(x, h, weights.mlp_out.T), own_v
 
 
 class GPT(nn.Module):
-    """The model: forward(tokens, past) -> (fp32 logits, keys and values of every layer)."""
+    """The model: forward(tokens) -> logits. `dtype` is that of the computation."""
 
     def __init__(self, cfg, dtype=torch.float32):
         super().__init__()
         self.dtype = dtype
         self.softcap = cfg.logit_softcap
-        self.kv_heads = cfg.num_kv_heads
+        self.heads = (cfg.num_heads, cfg.num_kv_heads, cfg.head_dim)
         self.vrl_enabled = cfg.vrl_enabled
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
-        longest = max(cfg.train_seq_len, cfg.eval_seq_len)
-        turns = rotary_turns(cfg.rope_dims, cfg.train_seq_len, longest)
-        self.register_buffer("turns", turns, persistent=False)
+        rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
+        self.register_buffer("rotary_rates", rates, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
-        self.skip_weights = nn.Parameter(torch.ones(cfg.num_layers // 2, cfg.model_dim))
+        self.skip_weights = parameter(cfg.num_layers // 2, cfg.model_dim, fill=1.0)
         if self.value_layers:
-            kv = cfg.num_kv_heads * cfg.head_dim
             self.ve_table = nn.Parameter(torch.randn(cfg.vocab_size, cfg.bigram_dim) * 0.01)
-            self.ve_proj = nn.Parameter(torch.empty(kv, cfg.bigram_dim))
-            self.ve_scale = nn.Parameter(torch.tensor(0.1))
-            self.ve_layer_scales = nn.Parameter(torch.ones(len(self.value_layers)))
+            self.ve_proj = parameter(cfg.num_kv_heads * cfg.head_dim, cfg.bigram_dim)
+            self.ve_scale = parameter(fill=0.1)
+            self.ve_layer_scales = parameter(len(self.value_layers), fill=1.0)
         if self.vrl_enabled:
-            self.vrl_scales = nn.Parameter(torch.zeros(cfg.num_layers - 1))
+            self.vrl_scales = parameter(cfg.num_layers - 1)
         for name, p in self.named_parameters():
-            if name.endswith(("attn_out", "mlp_out")):
-                nn.init.zeros_(p)  # a new block is the identity
-            elif role(name) in ("matrix", "projection"):
+            # attn_out and mlp_out stay zero: a new block is the identity.
+            if role(name) in ("matrix", "projection") and not name.endswith("_out"):
                 nn.init.orthogonal_(p)
 
-    def forward(self, tokens, past=None):
-        """Return (logits (B, T, V) fp32, [(k, v)] per layer) of tokens (B, T), int64.
+    def cast(self):
+        """Return what forward computes with: weights in the compute dtype, tables projected.
 
-        With `past`, the first K rows' keys and values, `tokens` begins EMBED_CONTEXT tokens before
-        row K, and logits come from row K on.
+        (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks', head).
         """
-        x = self.embed(tokens, self.dtype)
-        known = 0
-        if past:
-            known = past[0][0].size(1)
-            x = x[:, EMBED_CONTEXT:]
-            tokens = tokens[:, EMBED_CONTEXT:]
-        turns = self.turns[:, known:][:, : x.size(1)]
-        x0 = x
+        embed = self.embed.cast(self.dtype)
+        values = {}
+        if self.value_layers:
+            table = F.linear(self.ve_table.to(self.dtype), self.ve_proj.to(self.dtype))
+            table = table.unflatten(-1, self.heads[1:])
+            scales = (self.ve_scale * self.ve_layer_scales).to(self.dtype)
+            values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
+        vrl = self.vrl_scales.to(self.dtype) if self.vrl_enabled else None
+        blocks = [block.cast(self.dtype) for block in self.blocks]
+        head = embed[0] * embed[0].size(1) ** 0.5
+        return embed, values, self.skip_weights.to(self.dtype), vrl, blocks, head
+
+    def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
+        """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
+
+        tokens (B, T) int64; weights: those of cast(), where they are at hand. With a cache the rows
+        are appended to its own: the first `lead` tokens, those before, are for the embedding only.
+        """
+        embed, values, skip_weights, vrl, blocks, head = weights or self.cast()
+        x = self.embed(tokens, embed)[:, lead:]
+        rows = self.begin_pass(x, cache)
+        x = x0 = x.flatten(0, 1)
+        tokens = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
-        present = []
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             if half <= i < 2 * half:
-                x = x + self.skip_weights[i - half].to(x.dtype) * skips.pop()
-            extra_v = self.value_embedding(i, tokens, x.dtype) if i in self.value_layers else 0
-            if self.vrl_enabled and i:
-                extra_v = extra_v + self.vrl_scales[i - 1].to(x.dtype) * v0
-            x, own_v, kv = block(x, x0, extra_v, turns, past[i] if past else None)
+                x = torch.addcmul(x, skip_weights[i - half], skips.pop())
+            extra_v = vrl[i - 1] * v0 if self.vrl_enabled and i else 0
+            if i in values:
+                extra_v = extra_v + values[i][tokens]
+            x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
             if i < half:
                 skips.append(x)
-            present.append(kv)
-        z = linear(rms_norm(x), self.embed.tokens).float()
-        return self.softcap * torch.tanh(z / self.softcap), present
+        x = x.unflatten(0, (rows.batch, -1))
+        if wanted is not None:
+            x = x[:, x.size(1) - wanted :]
+        z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
+        return self.softcap * torch.tanh(z / self.softcap)
 
-    def value_embedding(self, layer, tokens, dtype):
-        """Return what layer `layer` adds to the values at tokens (B, T): (B, T, G, d)."""
-        scale = self.ve_scale * self.ve_layer_scales[self.value_layers.index(layer)]
-        values = linear(F.embedding(tokens, self.ve_table).to(dtype), self.ve_proj)
-        return scale.to(dtype) * values.unflatten(-1, (self.kv_heads, -1))
+    def begin_pass(self, x, cache):
+        """Return the Pass of the rows x (B, T, D), appended to the cache's own if there is one."""
+        B, T, _ = x.shape
+        H, G, width = self.heads
+        first, known, reach = cache.grow(T) if cache else (0, 0, T)
+        bias = None
+        if cache or not x.is_cuda:
+            bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
+        turns = rotary_turns(first, T, self.rotary_rates, width)
+        return Pass(B, tuple(t.to(x.dtype).repeat(B, 1, 1) for t in turns), bias, cache)
 
 
-def new_model(cfg, rt, weights=None):
-    """Return a model on the device: of these weights, or of SEED's, alike on all ranks."""
+class Cache:
+    """Keys and values of the last rows of B sequences side by side, for rows that are appended.
+
+    Protocol: the model calls grow() once a pass, then append() in each layer. A row sees itself and
+    the `reach` rows before it, however the sequences were cut into passes.
+    """
+
+    def __init__(self, model, batch, reach, pass_rows):
+        self.reach = reach
+        self.rows = 0  # so far: the number of the next one
+        self.used = 0  # slots; the rows in them are the last ones
+        _, G, width = model.heads
+        shape = (len(model.blocks), 2, batch, G, 2 * reach + pass_rows, width)
+        self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
+
+    def grow(self, rows):
+        """Make room for a pass of `rows` rows; return (first row's number, rows it sees, reach)."""
+        if self.used + rows > self.store.size(4):  # then it holds more than 2 `reach` rows
+            last_rows = self.store[..., self.used - self.reach : self.used, :]
+            self.store[..., : self.reach, :] = last_rows
+            self.used = self.reach
+        known = min(self.reach, self.used)
+        self.new = slice(self.used, self.used + rows)
+        self.seen = slice(self.used - known, self.used + rows)
+        self.used += rows
+        self.rows += rows
+        return self.rows - rows, known, self.reach
+
+    def append(self, layer, k, v):
+        """Take in a layer's new keys and values (B, G, T, d); return all that the pass sees."""
+        self.store[layer, 0, :, :, self.new] = k
+        self.store[layer, 1, :, :, self.new] = v
+        return self.store[layer, :, :, :, self.seen].unbind()
+
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def new_model(cfg, rt, weights=None, dtype=None):
+    """Return a model on the device: of these weights, or of SEED's, alike on all ranks.
+
+    It computes in `dtype`, or in the one that trains. In float64 its parameters are float64 too.
+    """
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, rt.dtype)
+    model = GPT(cfg, dtype or rt.dtype)
     if weights:
         model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
+    if dtype == torch.float64:
+        model.double()
     return model.to(rt.device)
 
 
@@ -1324,40 +1450,85 @@ class BigramCounts:
 
     def __init__(self, vocab_size, rt):
         self.rt = rt
-        self.vocab_size = vocab_size
-        self.counts = torch.zeros(vocab_size**2, dtype=torch.int32, device=rt.device)
-        self.totals = torch.zeros(vocab_size, dtype=torch.int64, device=rt.device)
+        self.counts = torch.zeros(vocab_size, vocab_size, dtype=torch.int32, device=rt.device)
 
     def weights(self, x, y, alpha):
         """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)), fp32 (B, T) like x and y."""
-        p = self.counts[x * self.vocab_size + y].double() / (self.totals[x] + 1)
+        p = self.counts[x, y].double() / (self.counts.sum(1)[x] + 1)
         return (1 - alpha * p).clamp(min=0.1).float()
 
     def add(self, batches):
         """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
-        pairs = torch.cat([(x * self.vocab_size + y).flatten() for x, y in batches])
-        new = torch.bincount(pairs, minlength=len(self.counts)).int()
-        self.counts += self.rt.sum_over_ranks(new)
-        self.totals = self.counts.view(self.vocab_size, self.vocab_size).sum(1)
+        pairs = torch.cat([(x * len(self.counts) + y).flatten() for x, y in batches])
+        new = torch.bincount(pairs, minlength=self.counts.numel()).int()
+        self.counts += self.rt.sum_over_ranks(new).view_as(self.counts)
 
 
 # ---- Optimizers, schedules, averaging ------------------------------------------------------------
-# torch's own: Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024), AdamW with
-# fp32 state takes tables and vectors. Schedules are pure functions of step and clock.
+# Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024); matrices of one shape go
+# through it together, since one at a time they are all overhead. torch's AdamW with fp32 state
+# takes tables and vectors. Schedules are pure functions of step and clock.
+
+NEWTON_SCHULZ = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # x -> ax + b(xx')x + c(xx')^2x: singular values to about 1
+
+
+def orthogonalize(matrices, dtype):
+    """Return matrices (n, rows, cols) with all singular values near 1, by five Newton-Schulz steps.
+
+    They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = matrices.size(1) > matrices.size(2)
+    x = (matrices.mT if tall else matrices).to(dtype)
+    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Orthogonalized Nesterov momentum, decoupled weight decay: torch.optim.Muon, stacked."""
+
+    def __init__(self, groups, dtype):
+        super().__init__(groups, {})
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        """Move every matrix by -lr sqrt(max(1, rows / cols)) times its orthogonalized momentum."""
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                by_shape.setdefault(p.shape, []).append(p)
+            for (rows, cols), params in by_shape.items():
+                grads = torch.stack([p.grad for p in params])
+                mean = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
+                mean.lerp_(grads, 1 - group["momentum"])
+                update = orthogonalize(grads.lerp_(mean, group["momentum"]), self.dtype)
+                torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+                rate = group["lr"] * max(1, rows / cols) ** 0.5
+                torch._foreach_add_(params, update.unbind(), alpha=-rate)
 
 
 def new_optimizers(model, cfg):
     """Return [Muon, AdamW]; a group's rate is its `peak_lr` times the schedule's factor."""
-    rates = dict(matrix=cfg.matrix_lr, table=cfg.tied_embed_lr, vector=cfg.scalar_lr)
-    groups = {name: dict(params=[], peak_lr=rate) for name, rate in rates.items()}
-    groups["projection"] = groups["matrix"]
-    for name, p in model.named_parameters():
-        groups[role(name)]["params"].append(p)
-    adam = [groups["table"], groups["vector"]]
-    fused = next(model.parameters()).is_cuda
+
+    def group(*roles, **settings):
+        return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
+
+    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
+    tables = group("table", peak_lr=cfg.tied_embed_lr)
+    vectors = group("vector", peak_lr=cfg.scalar_lr)
+    fused = model.skip_weights.is_cuda
+    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=fused)
     return [
-        torch.optim.Muon([groups["matrix"]], weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum),
-        torch.optim.AdamW(adam, betas=(0.9, 0.95), eps=1e-8, weight_decay=cfg.adam_wd, fused=fused),
+        Muon([group("matrix", "projection", **muon)], model.dtype),
+        torch.optim.AdamW([tables, vectors], **adam),
     ]
 
 
@@ -1388,7 +1559,7 @@ class WeightAverage:
     def __init__(self, model, cfg):
         self.cfg = cfg
         self.params = list(model.parameters())
-        self.mean = [p.detach().clone() for p in self.params]
+        self.mean = copy.deepcopy(self.params)
         self.snapshots = 0  # of SWA
 
     @torch.no_grad()
@@ -1438,7 +1609,7 @@ def training_loss(model, rt):
     """
 
     def loss(x, y, weights):
-        logits = model(x)[0].flatten(0, 1)
+        logits = model(x).flatten(0, 1)
         nats = F.cross_entropy(logits, y.flatten(), reduction="none")
         plain = nats.mean()
         weighted = plain if weights is None else (weights.flatten() * nats).mean()
@@ -1466,14 +1637,13 @@ class Trainer:
             weights = None
             if self.bigrams:
                 weights = self.bigrams.weights(x, y, self.cfg.complement_alpha)
-            weighted, plain = self.loss(x, y, weights)
-            (weighted / len(batches) / self.rt.world).backward()
-            totals += torch.stack([weighted.detach(), plain]) / len(batches) / self.rt.world
-        params = list(self.model.parameters())
-        flat = self.rt.sum_over_ranks(torch.cat([*(p.grad.flatten() for p in params), totals]))
-        for p, grad in zip(params, flat[:-2].split([p.numel() for p in params])):
-            p.grad = grad.view_as(p)
-        return flat[-2:].tolist()
+            losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
+            losses[0].backward()
+            totals += losses.detach()
+        sums = [*(p.grad for p in self.model.parameters()), totals]
+        flat = self.rt.sum_over_ranks(nn.utils.parameters_to_vector(sums))
+        nn.utils.vector_to_parameters(flat, sums)
+        return totals.tolist()
 
     def step(self, batches, step, scale):
         """Take one optimizer step; return (weighted, plain) loss.
@@ -1487,15 +1657,15 @@ class Trainer:
                 f"step {step + 1}: loss {losses[1]}, gradient norm {norm.item()}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
-        if self.cfg.grad_clip_norm:
-            limit = self.cfg.grad_clip_norm
+        limit = self.cfg.grad_clip_norm
+        if limit:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
         self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
         if self.bigrams:
             self.bigrams.add(batches)
         self.average.after_step(step + 1, scale)
@@ -1637,9 +1807,8 @@ WEIGHTS = "weights.pt"  # what a run keeps of its training until all is done
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 1
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
-LZMA_FILTERS = [
-    {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}
-]
+LZMA_FILTER = dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)
+LZMA = dict(format=lzma.FORMAT_RAW, filters=[LZMA_FILTER])
 
 
 @dataclass(frozen=True)
@@ -1659,6 +1828,11 @@ class Artifact:
         return sorted(name.upper() for name in differing - {"preset"})
 
 
+def sha256(data):
+    """Return the SHA-256 of bytes, 32 bytes."""
+    return hashlib.sha256(data).digest()
+
+
 def stored_settings(cfg):
     """Return the settings that an artifact holds: all but where things are on this machine."""
     return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
@@ -1673,25 +1847,24 @@ def pack_artifact(weights, cfg, table, coarseness):
     payload = []
     for name in sorted(weights, key=lambda name: (KINDS[role(name)], name)):
         stored = encode_tensor(name, weights[name], coarseness)
-        if not all(bool(t.isfinite().all()) for t in (weights[name], *stored)):
+        if not all(t.isfinite().all() for t in (weights[name], *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, KINDS[role(name)], list(weights[name].shape)])
-        payload += [t.contiguous().cpu().numpy().tobytes() for t in stored]
+        payload += [t.cpu().numpy().tobytes() for t in stored]
     tokenizer = {"sha256": table.digest, **asdict(table)}
     contents = {"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}
     header = json.dumps(contents, sort_keys=True).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
-    body = lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    digest = hashlib.sha256(body).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), digest) + body
+    body = lzma.compress(raw, **LZMA)
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
 
 
 def read_artifact(path):
     """Return the Artifact in a file; UserError if it is none or damaged."""
     data = read_file(path, "ARTIFACT_PATH: ", "; train first")
-    head = data[: ARTIFACT_HEAD.size].ljust(ARTIFACT_HEAD.size, b"\0")
+    padded = data.ljust(ARTIFACT_HEAD.size, b"\0")
+    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(padded)
     body = data[ARTIFACT_HEAD.size :]
-    magic, version, length, digest = ARTIFACT_HEAD.unpack(head)
     if magic != ARTIFACT_MAGIC:
         raise UserError(f"artifact {path} is not an artifact of this program")
     if version != ARTIFACT_VERSION:
@@ -1699,16 +1872,15 @@ def read_artifact(path):
     if len(body) != length:
         counts = f"{len(body):,} bytes of {length:,}"
         raise UserError(f"artifact {path} is cut or padded: {counts}; copy it again")
-    if hashlib.sha256(body).digest() != digest:
+    if sha256(body) != digest:
         raise UserError(f"artifact {path} is corrupt: its checksum differs; copy it again")
-    raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    header_end = 4 + struct.unpack_from("<I", raw)[0]
-    header = json.loads(raw[4:header_end])
-    reader = io.BytesIO(raw[header_end:])
+    reader = io.BytesIO(lzma.decompress(body, **LZMA))
+    header_bytes = int.from_bytes(reader.read(4), "little")
+    header = json.loads(reader.read(header_bytes))
 
     def take(dtype, shape):
         data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.from_numpy(np.frombuffer(data, dtype=dtype).reshape(shape).copy())
+        return torch.tensor(np.frombuffer(data, dtype).reshape(shape))
 
     weights = {}
     for name, kind, shape in header["tensors"]:
@@ -1716,8 +1888,7 @@ def read_artifact(path):
         weights[name] = decode_tensor([take(*part) for part in layout])
     tokenizer = header["tokenizer"]
     table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
-    whole = hashlib.sha256(data).digest()
-    return Artifact(Path(path), len(data), whole, header["settings"], table, weights)
+    return Artifact(Path(path), len(data), sha256(data), header["settings"], table, weights)
 
 
 def code_bytes():
@@ -1731,8 +1902,7 @@ def fit_artifact(weights, cfg, table, log):
     A secant in coarseness: a level of a matrix costs about one bit less where it doubles.
     """
     budget = cfg.size_limit_bytes - code_bytes()
-    matrices = [w for name, w in weights.items() if role(name) == "matrix"]
-    bytes_a_bit = sum(w.numel() for w in matrices) / 8
+    bytes_a_bit = sum(w.numel() for name, w in weights.items() if role(name) == "matrix") / 8
     coarseness = estimate_coarseness(weights, budget)
     best = b""
     for _ in range(6):
@@ -1772,13 +1942,13 @@ class NgramHistory:
         self.recent = cfg.ngram_recent
         self.device = device
         self.lanes = lanes
+        int32 = dict(dtype=torch.int32, device=device)
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
         self.size = 0  # tokens so far
-        self.tokens = torch.zeros(0, dtype=torch.int32, device=device)  # with room to grow
-        self.prev = torch.zeros(CONTEXTS, 0, dtype=torch.int32, device=device)
-        slots = 1 << cfg.ngram_hash_bits
-        self.heads = torch.full((CONTEXTS, slots), -1, dtype=torch.int32, device=device)
+        self.tokens = torch.zeros(0, **int32)  # with room to grow
+        self.prev = torch.zeros(CONTEXTS, 0, **int32)
+        self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, **int32)
 
     def contexts(self, ends):
         """Return the contexts that end at `ends` (C, n): int32 (C, n, 8), newest token first.
@@ -1804,9 +1974,9 @@ class NgramHistory:
     def extend(self, prefix):
         """Link the tokens of `prefix`, the stream from its start, that are not linked yet."""
         first = self.size
-        self.size = max(first, len(prefix))
-        if first == self.size:
+        if len(prefix) <= first:
             return
+        self.size = len(prefix)
         if self.size > len(self.tokens):
             room = self.size + self.size // 4 + 1024 - len(self.tokens)
             self.tokens = F.pad(self.tokens, (0, room))
@@ -1818,13 +1988,10 @@ class NgramHistory:
         ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
         ends = ends.gather(1, order)
-        changes = slot[:, 1:] != slot[:, :-1]
-        is_first = F.pad(changes, (1, 0), value=True)
-        is_last = F.pad(changes, (0, 1), value=True)
-        neighbour = F.pad(ends[:, :-1], (1, 0)).int()
+        is_first = F.pad(slot.diff() != 0, (1, 0), value=True)
+        neighbour = ends.roll(1, 1).int()
         self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
-        kind, newest = is_last.nonzero(as_tuple=True)
-        self.heads[kind, slot[kind, newest]] = ends[kind, newest].int()
+        self.heads.scatter_reduce_(1, slot, ends.int(), "amax")  # the newest
 
     def occurrences(self, ends):
         """Return where the contexts that end at `ends` (R,) ended before: int64 (R, C, M).
@@ -1833,42 +2000,70 @@ class NgramHistory:
         context and whose next token is known; -1 for the others.
         """
         known = ends - ends % self.lanes  # the first position of a row of lanes
-        at = ends.expand(CONTEXTS, -1)
-        contexts = self.contexts(at)
-        found = []
+        chain = [ends.expand(CONTEXTS, -1)]
         for _ in range(self.recent):
-            at = torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1)
-            same = (self.contexts(at) == contexts).all(-1)
-            found.append(torch.where(same & (at < known), at, -1))
-        return torch.stack(found, -1).transpose(0, 1)
+            at = chain[-1]
+            chain.append(torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1))
+        chain = torch.stack(chain, 1)  # (C, 1 + M, R)
+        contexts = self.contexts(chain.flatten(1)).unflatten(1, chain.shape[1:])
+        same = (contexts[:, 1:] == contexts[:, :1]).all(-1)
+        older = chain[:, 1:]
+        return torch.where(same & (older < known), older, -1).permute(2, 0, 1)
 
 
 # ---- Mixers and commitment -----------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24
 # over the vocabulary, so that "normalized" is an equality and a range coder can use the numbers
-# that were scored. The learned mixer re-weights the model's distribution p in the log domain. The
-# tokens that followed a position's contexts before are its candidates; a network of one hidden
-# layer turns what speaks for each into a boost b, and q = softmax(log p + b): p, where nothing
-# speaks. The gradient of -log q[x] in b[v] is q[v] - [v = x]: learning is two small products, once
-# a block is scored; gradients add up as integers, the same on any number of ranks.
+# that were scored. And it becomes the *same* integer on any machine: logits are computed in float64
+# and rounded to multiples of 2^-8, a grid some 10^11 times coarser than what shapes, threads or
+# instruction sets change, and from there on there are integers only: exp from an exact table,
+# shares, frequencies.
+#
+# The learned mixer adds boosts, multiples of 2^-8 too, to those logits. The tokens that followed a
+# position's contexts before are its candidates; a network of one hidden layer turns what speaks for
+# each into a boost: none, where nothing speaks. The gradient of -log q[x] in the boost of v is q[v]
+# - [v = x]: learning is two small products, once a block is scored. Each row's gradient is rounded
+# to integers, which add up the same on any ranks, and the weights to a grid after each step.
 
 TOTAL_BITS = 24
 TOTAL = 1 << TOTAL_BITS
-FIXED_POINT_SCALE = 2.0**36  # of gradients that are summed as int64
+LOGIT_SCALE = 256  # steps of the grid of logits and boosts in a nat
+GRADIENT_SCALE = 2.0**30  # of gradients that are summed as int64
+MIXER_WEIGHT_SCALE = 2.0**16
 MIXER_HIDDEN = 32
 MIXER_FEATURES = 4 * CONTEXTS + 3
 
 
-def commit(p):
-    """Return frequencies int32 (R, V) of probabilities p (R, V), float64.
+@functools.cache
+def exp_table(device):
+    """Return floor(2^38 exp(-d / 256)), int64, for d = 0, 1, ... until it is 0; exact."""
+    with decimal.localcontext(prec=50):
+        step = (decimal.Decimal(-1) / LOGIT_SCALE).exp()
+        value = decimal.Decimal(1 << 38)
+        table = []
+        while value >= 1:
+            table.append(int(value))
+            value *= step
+    return torch.tensor([*table, 0], device=device)
+
+
+def shares(grid):
+    """Return int64 (R, V) in proportion to exp(grid / 256), the largest 2^38; grid int64 (R, V)."""
+    table = exp_table(grid.device)
+    below = grid.amax(-1, keepdim=True) - grid
+    return table[below.clamp_(0, len(table) - 1)]  # NaN, which predict tells of, may be below 0
+
+
+def commit(share):
+    """Return frequencies int32 (R, V) in proportion to int64 shares (R, V) of at most 2^38.
 
     Each is at least 1 and each row sums to exactly 2^24: every token gets 1 plus the floor of its
     share of the rest, and the most likely one also what the floors leave.
     """
-    share = p / p.sum(-1, keepdim=True) * (TOTAL - p.size(-1))
-    freqs = share.floor().long() + 1
+    total = share.sum(-1, keepdim=True)
+    freqs = share * (TOTAL - share.size(-1)) // total + 1
     left = TOTAL - freqs.sum(-1, keepdim=True)
-    freqs.scatter_add_(1, p.argmax(-1, keepdim=True), left)
+    freqs.scatter_add_(1, share.argmax(-1, keepdim=True), left)
     return freqs.int()
 
 
@@ -1887,65 +2082,66 @@ class Evidence(NamedTuple):
 
     tokens: Tensor  # int64 (R, J), J = C * M
     distinct: Tensor  # bool (R, J): a token's first slot, the only one that counts
-    features: Tensor  # fp32 (R, F, J)
+    features: Tensor  # float64 (R, F, J)
 
 
-class Batch(NamedTuple):
-    """R input rows that go through the model at once; row i predicts position i + lanes."""
+class Rows(NamedTuple):
+    """R input rows whose logits are at hand; the row at stream position i predicts i + lanes."""
 
-    index: int  # in its chunk: decides the rank
-    rows: Tensor  # (R,) positions of the rows
-    window_start: Tensor  # (R,) first row that each of them sees
-    committed: slice  # those of the R that are committed now; the others keep the shape
+    positions: Tensor  # int64 (R,)
+    window_start: Tensor  # int64 (R,): the first position that each of them sees
 
 
-def mix_entropy(p, matches, following, cfg):
-    """Return (1 - alpha) p + alpha counts / total (R, V): the rule of PR 1033, on all tokens.
+def mix_entropy(share, matches, following, cfg):
+    """Return the shares of (1 - alpha) p + alpha counts / total: PR 1033's rule, on all tokens.
 
-    alpha = base + range * sigmoid(2 (H - center)), H the entropy of p (R, V). The counts are of the
-    longest context, no word's, that was seen MIN_COUNT times; matches, following (R, C, M).
+    alpha = base + range * sigmoid(2 (H - center)), rounded to 1 / 2^12, H the entropy of p. The
+    counts are of the longest context, no word's, that was seen MIN_COUNT times. share int64 (R, V);
+    matches, following (R, C, M).
     """
     enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
-    longest = enough.int().argmax(1)[:, None, None].expand(-1, 1, matches.size(2))
-    tokens = following.gather(1, longest)[:, 0]
-    real = (matches.gather(1, longest)[:, 0] >= 0).double()
-    counts = torch.zeros_like(p).scatter_add_(1, tokens, real)
-    entropy = -torch.special.xlogy(p, p).sum(-1, keepdim=True)
+    longest = enough.int().argmax(1)
+    row = torch.arange(len(matches), device=matches.device)
+    tokens = following[row, longest]
+    real = (matches[row, longest] >= 0).long()
+    counts = torch.zeros_like(share).scatter_add_(1, tokens, real)
+    freqs = commit(share).long()
+    p = freqs.double() / TOTAL
+    entropy = -(p * p.log()).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
-    alpha = alpha * enough.any(1, keepdim=True)
-    return (1 - alpha) * p + alpha * counts / real.sum(1, keepdim=True).clamp(min=1)
+    alpha = (alpha * 4096).round().long() * enough.any(1, keepdim=True)
+    empirical = counts * TOTAL // real.sum(1, keepdim=True).clamp(min=1)
+    return (4096 - alpha) * freqs + alpha * empirical
 
 
-def gather_evidence(p, matches, following, batch, lanes=1):
+def gather_evidence(share, grid, matches, following, rows, lanes=1):
     """Return the Evidence for R positions from what their contexts were followed by.
 
-    p (R, V) float64, the model's; matches, following (R, C, M): occurrences, and the tokens after
-    them. Shapes are fixed, for equal rounding.
+    share, grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens
+    after them.
     """
     tokens = following.flatten(1)
     real = matches >= 0
-    same = (
-        (following[..., None] == tokens[:, None, None]) & real[..., None]
-    ).byte()  # (R, C, M, J)
+    same = following[..., None] == tokens[:, None, None]
+    same = (same & real[..., None]).byte()  # (R, C, M, J)
     slots = torch.arange(tokens.size(1), device=tokens.device)
     distinct = (same.flatten(1, 2).argmax(1) == slots) & real.flatten(1)
 
-    count = same.sum(2)  # (R, C, J)
-    total = real.sum(2)[..., None]
+    count = same.sum(2).double()  # (R, C, J)
+    total = real.sum(2)[..., None].double()
     seen = count > 0
     rank = same.argmax(2)
     last = matches.gather(2, rank)
-    distance = batch.rows[:, None, None] - last
+    distance = rows.positions[:, None, None] - last
     log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
-    log_distance = seen * (distance / lanes).clamp(min=1).log2() / 8
-    in_window = (last >= batch.window_start[:, None, None]) & (distance % lanes == 0)
-    by_context = [log_odds, seen / (1 + rank), log_distance, seen & in_window]
+    log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
+    in_window = (last >= rows.window_start[:, None, None]) & (distance % lanes == 0)
+    by_context = [log_odds, seen / (1.0 + rank.double()), log_distance, seen & in_window]
 
-    log_p = p.log().float()
-    top = log_p.amax(1, keepdim=True)
-    own = log_p.gather(1, tokens)
-    by_model = [(top - own) / 4, top.expand_as(own) / 2, torch.ones_like(own)]
-    features = torch.cat([*(f.float() for f in by_context), torch.stack(by_model, 1)], 1)
+    below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
+    top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
+    by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
+    features = torch.cat([*by_context, torch.stack(by_model, 1)], 1)  # all to float64
     return Evidence(tokens, distinct, features)
 
 
@@ -1958,7 +2154,7 @@ def new_mixer_weights():
 
 
 class LearnedMixer:
-    """The scorer network and its Adam state. Protocol, for each block: mix, remember, ..., learn.
+    """The scorer network and its Adam state. Protocol, for each block: boost, remember, ..., learn.
 
     `weights` (hidden, F + 1): the hidden layer, and the output weights in the last column. While it
     is calibrated its rate falls from 10 MIXER_LR to MIXER_LR over plan.calibration_blocks.
@@ -1968,53 +2164,59 @@ class LearnedMixer:
         self.rt = rt
         self.plan = plan
         self.lr = cfg.mixer_lr
-        self.weights = weights.to(rt.device, copy=True)
+        self.weights = weights.to(rt.device, torch.float64, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
         self.blocks = 0  # learned from
-        self.remembered = {}  # {batch: [[*Evidence, q of its tokens, positions]]} for learn
+        self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
 
-    def mix(self, p, evidence):
-        """Return q (R, V) float64: p (R, V) with its candidates boosted."""
-        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
-        boost = (self.weights[:, -1, None] * hidden).sum(1) * evidence.distinct
-        return torch.softmax(p.log().scatter_add(1, evidence.tokens, boost.double()), -1)
+    def hidden(self, evidence):
+        """Return the hidden layer's output for each candidate, float64 (R, hidden, J)."""
+        return (self.weights[:, :-1] @ evidence.features).clamp(min=0)
 
-    def remember(self, batch, evidence, q, positions):
-        """Keep what was said of the committed positions until their tokens are scored; q (R, V)."""
-        parts = (*evidence, q.gather(1, evidence.tokens), positions)
-        kept = [part[batch.committed].clone() for part in parts]
-        self.remembered.setdefault(batch.index, []).append(kept)
+    def boost(self, evidence):
+        """Return what is added to the grid logits of evidence.tokens: int64 (R, J)."""
+        boost = (self.weights[:, -1] @ self.hidden(evidence)) * LOGIT_SCALE
+        return boost.round().long() * evidence.distinct
+
+    def remember(self, evidence, freqs, positions):
+        """Keep what was said of positions (R,) until they are scored; freqs int32 (R, V)."""
+        self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), positions])
 
     def gradient(self, evidence, q, targets):
-        """Return d(sum over rows of -log q[target]) / d(weights), fp32; q (R, J), of the tokens."""
-        hit = (evidence.tokens == targets[:, None]).float()
-        error = (q.float() - hit) * evidence.distinct
-        hidden = (self.weights[:, :-1] @ evidence.features).clamp(min=0)
+        """Return each row's d(-log q[target]) / d(weights), float64 (R, hidden, F + 1).
+
+        q (R, J): the mixture's probabilities of evidence.tokens; targets (R,).
+        """
+        hit = (evidence.tokens == targets[:, None]).double()
+        error = (q - hit) * evidence.distinct
+        hidden = self.hidden(evidence)
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
-        first = torch.einsum("rhj,rfj->hf", back, evidence.features)
-        output = torch.einsum("rhj,rj->h", hidden, error)
-        return torch.cat([first, output[:, None]], 1)
+        return torch.cat([back @ evidence.features.mT, hidden @ error[..., None]], 2)
 
     def learn(self, tokens):
         """Take one Adam step on the remembered block, now that the stream's `tokens` are scored."""
-        total = torch.zeros(self.weights.shape, dtype=torch.int64, device=self.rt.device)
-        for parts in self.remembered.values():  # a batch each, however it was cut
-            *evidence, q, positions = map(torch.cat, zip(*parts))
-            gradient = self.gradient(Evidence(*evidence), q, tokens[positions])
-            total += (gradient.double() * FIXED_POINT_SCALE).round().long()
-        scale = FIXED_POINT_SCALE * self.plan.block
-        self.weights.grad = (self.rt.sum_over_ranks(total).double() / scale).float()
+        total = torch.zeros_like(self.weights, dtype=torch.int64)
+        if self.remembered:
+            *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
+            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions].long())
+            total = (rows * GRADIENT_SCALE).round().long().sum(0)
+        total = self.rt.sum_over_ranks(total).double()
+        self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
         left = 0.0
         if self.plan.calibration_blocks:
             left = max(0.0, 1 - self.blocks / self.plan.calibration_blocks)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
         self.optimizer.step()
+        self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
         self.blocks += 1
-        self.remembered = {}
+        self.remembered = []
 
 
 class Mixture:
-    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution."""
+    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution.
+
+    Protocol, for each block: extend, mix, ..., learn.
+    """
 
     def __init__(self, weights, cfg, table, rt, plan):
         self.cfg = cfg
@@ -2022,22 +2224,24 @@ class Mixture:
         self.history = NgramHistory(cfg, table.word_begins, rt.device, self.lanes)
         self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
 
-    def mix(self, p, prefix, batch):
-        """Return q (R, V): p (R, V) re-weighted by what `prefix` says of the batch's contexts."""
-        self.history.extend(prefix)
-        rows = batch.rows[batch.committed]
-        matches = batch.rows.new_full((len(p), CONTEXTS, self.cfg.ngram_recent), -1)
-        matches[batch.committed] = self.history.occurrences(rows)
-        following = self.history.tokens[
-            matches + self.lanes
-        ].long()  # any token, where there is none
-        if self.learner is None:
-            return mix_entropy(p, matches, following, self.cfg)
-        evidence = gather_evidence(p, matches, following, batch, self.lanes)
-        q = self.learner.mix(p, evidence)
-        self.learner.remember(batch, evidence, q, batch.rows + self.lanes)
-        return q
+    def mix(self, grid, rows):
+        """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
 
+        grid int64 (R, V): the model's logits; the history must hold the rows' positions.
+        """
+        share = shares(grid)
+        matches = self.history.occurrences(rows.positions)
+        # Where there is no match, any token follows: `matches` tells.
+        following = self.history.tokens[matches + self.lanes].long()
+        if self.learner is None:
+            return commit(mix_entropy(share, matches, following, self.cfg))
+        evidence = gather_evidence(share, grid, matches, following, rows, self.lanes)
+        boosted = grid.scatter_add(1, evidence.tokens, self.learner.boost(evidence))
+        freqs = commit(shares(boosted))
+        self.learner.remember(evidence, freqs, rows.positions + self.lanes)
+        return freqs
+
+    @torch.inference_mode()
     def learn(self, prefix):
         """Let a learned rule take its step on the block that ends `prefix`."""
         if self.learner:
@@ -2047,11 +2251,14 @@ class Mixture:
 
 # ---- Test-time training --------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
-# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each fixed micro-batch's summed gradient
-# is rounded to int64: integers add up the same on any ranks. The schedule's length is the
-# artifact's setting, not the text's.
+# next. The first TTT_FREEZE_BLOCKS blocks' matrices stay. Each micro-batch's summed gradient is
+# rounded to int64, which adds up the same on any ranks, and weights are rounded to a grid after
+# each step: it is coarse enough that another machine, whose last bits differ, gets the same
+# weights. The schedule's length is the artifact's setting, not the text's.
 
-TTT_MICRO_BATCH_SEQUENCES = 2
+TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: it decides which sums are rounded
+TTT_GRADIENT_SCALE = 2.0**20
+TTT_WEIGHT_SCALE = 2.0**20
 
 
 class TestTimeTrainer:
@@ -2062,14 +2269,12 @@ class TestTimeTrainer:
         self.table = table
         self.rt = rt
         self.chunks = 0  # adapted to
+        for name, p in model.named_parameters():
+            p.requires_grad_(self.adapts(name, p))
+        self.average = [p for p in model.parameters() if p.requires_grad]
         self.live = copy.deepcopy(model)
-        names = [name for name, p in model.named_parameters() if self.adapts(name, p)]
-        self.params = [self.live.get_parameter(name) for name in names]
-        self.average = [model.get_parameter(name) for name in names]
-        for name, p in self.live.named_parameters():
-            p.requires_grad_(name in names)
+        self.params = [p for p in self.live.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
-        self.forward = rt.compiled(self.live)
 
     def adapts(self, name, p):
         """Return whether TTT moves a parameter: vectors, token table, last blocks' matrices."""
@@ -2089,69 +2294,78 @@ class TestTimeTrainer:
         self.chunks += 1
         if lr == 0:
             return
+        self.optimizer.param_groups[0]["lr"] = lr
         weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
         total_weight = max(1, int(weights.sum()))
-        x, y, w = (
+        sequences = (
             t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
             for t in (tokens[:-1], tokens[1:], weights)
         )
-        batches = list(zip(x, y, w))[self.rt.rank :: self.rt.world]
+        batches = list(zip(*sequences))[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            self._step(batches, lr, total_weight)
+            self._step(batches, total_weight)
 
-    def _step(self, batches, lr, total_weight):
+    def _step(self, batches, total_weight):
         """Take one AdamW step on the byte-weighted mean loss over all ranks, then average."""
         sizes = [p.numel() for p in self.params]
         total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
         for x, y, w in batches:
-            logits = self.forward(x)[0].flatten(0, 1)
+            logits = self.live(x).flatten(0, 1)
             nats = F.cross_entropy(logits, y.flatten(), reduction="none")
             grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-            flat = [(g.flatten().double() * FIXED_POINT_SCALE).round().long() for g in grads]
-            total += torch.cat(flat)
+            flat = torch.cat([g.flatten() for g in grads]).double()
+            total += flat.mul_(TTT_GRADIENT_SCALE).round_().long()
         self.rt.sum_over_ranks(total)
-        mean = (total.double() / (FIXED_POINT_SCALE * total_weight)).float()
+        mean = total.double() / (TTT_GRADIENT_SCALE * total_weight)
         for p, grad in zip(self.params, mean.split(sizes)):
-            p.grad = grad.view_as(p)
+            p.grad = grad.view_as(p).to(p)
         nn.utils.clip_grad_norm_(self.params, 1.0)
-        self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
+            for group in (self.params, self.average):
+                torch._foreach_mul_(group, TTT_WEIGHT_SCALE)
+                torch._foreach_round_(group)
+                torch._foreach_div_(group, TTT_WEIGHT_SCALE)
 
 
-# ---- Engines -------------------------------------------------------------------------------------
+# ---- Engine --------------------------------------------------------------------------------------
 # From rows to logits. Positions are numbered as in the stream; position 0 is BOS, which a decoder
-# knows; input row i predicts position i + 1. Five clocks run over them: a *window* of W rows, of
-# which the first scores all its rows and each later one its last S (a *tile*); a *batch* of windows
-# that go through the model at once; a *block* of positions after which the mixer learns; a *chunk*
-# after which TTT does. Blocks and batches divide chunks.
+# knows; input row i predicts position i + 1. A row sees the K = EVAL_SEQ_LEN - EVAL_STRIDE rows
+# before it and is computed once: its keys and values serve the rows after it. A *run* of rows
+# shares them; it begins with the K rows before it, computed anew. EVAL_RUN_TILES tiles of
+# EVAL_STRIDE rows make a run (1: the sliding window of the reference), or it lasts until the
+# weights change (0). Clocks: runs; *blocks* of positions, after which the mixer learns; *chunks*,
+# after which TTT does. How the rows of a run are cut into passes means nothing, since logits are
+# rounded far above what a cut changes.
+
+
+ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 
 class Plan(NamedTuple):
-    """One walk over a stream: what it reports, and its clocks, in positions."""
+    """One walk over a stream: what it reports, and its clocks, in positions of a lane."""
 
     stages: tuple  # the neural one, then "mixer" if there is one
-    stride: int  # rows scored by each window after the first
-    batch: int  # windows in one forward pass
-    chunk: int
-    block: int  # from update to update
+    reach: int  # rows that a row sees before it
+    context: int  # rows computed anew before a run
+    run: int  # rows; 0: until the weights change
+    block: int  # positions from update to update
+    chunk: int  # positions from one TTT update to the next
     lanes: int = 0  # segments side by side; 0: the stream's plain order
     calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
 
 
 def new_plan(cfg, *stages, lanes=0):
     """Return the Plan of a walk that reports `stages` under these settings."""
-    alone = stages[0] in ("pre_quant", "round_trip")  # windows that do not overlap
+    reach = context = cfg.eval_seq_len - cfg.eval_stride
+    run = cfg.eval_run_tiles * cfg.eval_stride
+    if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
+        reach = run = cfg.eval_seq_len
+        context = 0
     learns = "mixer" in stages and cfg.mixer == "learned"
-    return Plan(
-        stages,
-        stride=cfg.eval_seq_len if alone else cfg.eval_stride,
-        batch=cfg.eval_batch_windows,
-        chunk=cfg.ttt_chunk_tokens,
-        block=cfg.mixer_block if learns else cfg.ttt_chunk_tokens,
-        lanes=lanes,
-    )
+    block = cfg.mixer_block if learns else cfg.ttt_chunk_tokens
+    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes)
 
 
 def last_plan(cfg, lanes=0):
@@ -2170,103 +2384,84 @@ def evaluation_plans(cfg):
     return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
 
 
-class Windows:
-    """Engine of every reported figure: sliding windows, in fixed batches of fixed shape.
+class Engine:
+    """Appends rows to runs and returns their logits: for scoring, decoding, `compress`.
 
-    A window is computed in two passes: its known rows, then the tile over their cached keys and
-    values, with dummies where the prefix has no token yet, which no earlier row sees. So the
-    integers depend neither on ranks nor on what is known.
+    Protocol: logits() of ever later rows; forget() when the weights have changed.
     """
 
     def __init__(self, model, cfg, rt, plan):
-        self.forward = model if plan.calibration_blocks else rt.compiled(model)
-        self.window = cfg.eval_seq_len
+        self.model = model
         self.rt = rt
         self.plan = plan
-        self.cache = None  # (known tokens of the last batch, their keys and values), for a decoder
+        self.pass_rows = cfg.eval_seq_len  # at most, of a run
+        self.batch = max(1, ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len)  # runs side by side
+        self.forget(0)
 
-    def forget(self):
-        """Drop what was computed with weights that have changed."""
-        self.cache = None
+    @torch.inference_mode()
+    def forget(self, row):
+        """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
+        self.origin = row
+        self.weights = self.model.cast()
+        self.run = None  # first row of the run that goes on
+        self.cache = None  # its keys and values
 
-    def batches(self, updated_to):
-        """Return the batches of the chunk of `updated_to`: each window's first scored row."""
-        chunk = self.plan.chunk
-        origin = (updated_to - 1) // chunk * chunk
-        starts = list(range(origin or self.window, origin + chunk, self.plan.stride))
-        size = self.plan.batch
-        later = [starts[i : i + size] for i in range(0, len(starts), size)]
-        return later if origin else [[0], *later]
+    def logits(self, tokens, first, last):
+        """Yield (Rows, logits (R, V)) of this rank's share of rows first..last-1 of each lane.
 
-    def logits(self, prefix, updated_to, start, stop):
-        """Yield (Batch, logits (R, V)) for this rank's share of positions start..stop-1.
-
-        prefix: the tokens before stop - 1, int64.
+        tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
         """
-        for index, starts in enumerate(self.batches(updated_to)):
-            tile = self.plan.stride if starts[0] else self.window
-            first = max(start - 1, starts[0])
-            last = min(stop - 1, starts[-1] + tile)
-            if first < last and index % self.rt.world == self.rt.rank:
-                rows = starts[0] + torch.arange(len(starts) * tile, device=self.rt.device)
-                window_start = rows - (rows - starts[0]) % tile + tile - self.window
-                committed = slice(first - starts[0], last - starts[0])
-                yield Batch(index, rows, window_start, committed), self.tiles(prefix, starts, tile)
 
-    def tiles(self, prefix, starts, tile):
-        """Return the logits (len(starts) * tile, V) of the windows' last `tile` rows."""
-        size = self.plan.batch if starts[0] else 1
-        known = self.window - tile
-        filled = starts + [starts[-1]] * (size - len(starts))
-        positions = torch.tensor(filled)[:, None] + torch.arange(-known, tile)
-        there = positions < len(prefix)
-        tokens = torch.where(there, prefix[positions.clamp(max=len(prefix) - 1)], 0)
-        tokens = tokens.to(self.rt.device)
-        past = None
-        if known:
-            if not (self.cache and torch.equal(self.cache[0], tokens[:, :known])):
-                self.cache = tokens[:, :known], self.forward(tokens[:, :known])[1]
-            past = self.cache[1]
-            tokens = tokens[:, max(0, known - EMBED_CONTEXT) :]
-        return self.forward(tokens, past)[0][: len(starts)].flatten(0, 1)
+        def is_whole(piece):
+            run, begin, end = piece
+            return end - begin == self.plan.run and run >= self.plan.context
 
+        # Whole runs of one lane have the same shape: they are computed side by side.
+        for whole, pieces in itertools.groupby(self.runs(first, last), is_whole):
+            pieces = list(pieces)
+            size = self.batch if whole and len(tokens) == 1 else 1
+            for i in range(0, len(pieces), size):
+                yield self.compute(tokens, pieces[i : i + size])
 
-class Lanes:
-    """Engine of `compress`: L segments of a text side by side, position t in lane t % L.
+    def runs(self, first, last):
+        """Return [(run, begin, end)]: the rows of first..last-1 in each run of this rank."""
+        if not self.plan.run:
+            return [(self.origin, first, last)] if self.rt.is_main else []
+        size = self.plan.run
+        number = (first - self.origin) // size  # of the run that `first` is in
+        number += (self.rt.rank - number) % self.rt.world
+        starts = range(self.origin + number * size, last, size * self.rt.world)
+        return [(run, max(run, first), min(run + size, last)) for run in starts]
 
-    One pass adds a row to every lane's cached keys and values, in coder and decoder alike, and
-    gives L tokens; in plain order a decoder repeats a tile for each.
-    """
+    def compute(self, tokens, group):
+        """Return (Rows, logits (R, V)) of the rows in `group`, [(run, begin, end)] of one shape."""
+        lanes = len(tokens)
+        run, begin, end = group[-1]
+        known = min(run, self.plan.context)  # rows before the run, computed anew
+        if self.run != run:
+            self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
+            self.run = run
+        sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
+        logits = self.append(sequences, wanted=end - begin)
+        rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
+        positions = rows[:, None] * lanes + torch.arange(lanes, device=self.rt.device)
+        window_start = positions - positions % lanes - self.plan.reach * lanes
+        logits = logits.unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
+        return Rows(positions.flatten(), window_start.flatten()), logits
 
-    def __init__(self, model, cfg, rt, plan):
-        self.forward = model.to(rt.dtype)  # not compiled: shapes grow row by row
-        self.window = cfg.eval_seq_len
-        self.rt = rt
-        self.plan = plan
-        self.past = None  # keys and values of the window's rows so far
-
-    def logits(self, prefix, updated_to, start, stop):
-        """Yield (Batch, logits (L, V)) for each row of the lanes; the last row may be cut."""
-        lanes = self.plan.lanes
-        stride = self.plan.stride
-        known_rows = self.window - stride
-        for first in range(start, stop, lanes):
-            row = first // lanes - 1
-            begin = 0  # of the window, as in the sliding stage
-            if row >= self.window:
-                begin = row - (row - self.window) % stride - known_rows
-            tokens = prefix[:first].view(-1, lanes).T[:, begin:].to(self.rt.device)
-            known = row - begin
-            if begin and known == known_rows > 0:  # the window has moved
-                self.past = self.forward(tokens[:, :-1])[1]
-            past = None
-            if known >= EMBED_CONTEXT:
-                past = self.past
-                tokens = tokens[:, -1 - EMBED_CONTEXT :]
-            logits, self.past = self.forward(tokens, past)
-            rows = torch.arange(first - lanes, first, device=self.rt.device)
-            committed = slice(0, min(lanes, stop - first))
-            yield Batch(0, rows, torch.full_like(rows, begin * lanes), committed), logits[:, -1]
+    def append(self, tokens, wanted):
+        """Append what the cache lacks of tokens (B, T); return the last `wanted` rows' logits."""
+        logits = []
+        T = tokens.size(1)
+        while self.cache.rows < T:
+            done = self.cache.rows
+            end = min(done + self.pass_rows, T)
+            lead = min(EMBED_CONTEXT, done)
+            asked = max(0, end - max(done, T - wanted))
+            logits.append(
+                self.model(tokens[:, done - lead : end], self.weights, self.cache, lead, asked)
+            )
+        return torch.cat(logits, 1)
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
@@ -2282,10 +2477,9 @@ class OrderError(RuntimeError):
 
 
 class Piece(NamedTuple):
-    """Frequencies {stage: int32 (stop - start, V)} of positions start..stop-1, from one batch."""
+    """Frequencies {stage: int32 (R, V)} of R positions that were computed at once."""
 
-    start: int
-    stop: int
+    positions: Tensor  # int64 (R,)
     freqs: dict
 
 
@@ -2304,10 +2498,8 @@ class Commitment(NamedTuple):
         """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
         freqs = torch.zeros_like(targets)
         for piece in self.pieces:
-            part = slice(piece.start - self.start, piece.stop - self.start)
-            table = piece.freqs[stage]
-            ids = targets[part, None].to(table.device)
-            freqs[part] = table.gather(1, ids)[:, 0].to(freqs.device)
+            at = piece.positions - self.start
+            freqs[at] = piece.freqs[stage].gather(1, targets[at, None])[:, 0].long()
         return freqs
 
 
@@ -2326,7 +2518,7 @@ class Predictor:
         self.committed_to = self.lanes  # first position without a commitment
         self.updated_to = self.lanes  # first position that update has not seen
         self.pending = None  # the commitment that waits for its score
-        self.engine = (Lanes if plan.lanes else Windows)(model, cfg, rt, plan)
+        self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
         self.mixture = None
@@ -2344,7 +2536,7 @@ class Predictor:
         """First position that cannot be predicted before the next update."""
         return self.updated_to + self.plan.block
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def predict(self, prefix, start, stop):
         """Return the Commitment of positions start..stop-1, each from what is before it.
 
@@ -2357,21 +2549,26 @@ class Predictor:
                 f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
                 f"{self.committed_to}, once all is scored; update {self.block_end}"
             )
+        last = (stop - 1) // self.lanes  # first row that is not needed
+        known = prefix[: last * self.lanes].to(self.rt.device)
+        if self.mixture:
+            self.mixture.history.extend(known)
+        tokens = known.view(-1, self.lanes).T
         pieces = []
         broken = torch.zeros((), device=self.rt.device)
-        for batch, logits in self.engine.logits(prefix, self.updated_to, start, stop):
-            p = torch.softmax(logits.double() / self.temperature, -1)
-            broken += ~p.isfinite().all()
-            first, last = batch.rows[batch.committed][[0, -1]].tolist()
-            first += self.lanes
-            last += self.lanes + 1
-            freqs = {self.plan.stages[0]: commit(p)[batch.committed]}
+        left = stop - start
+        for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
+            rows = Rows(*(r[:left] for r in rows))  # the last row of lanes may be cut
+            logits = logits[:left].double()
+            left -= len(logits)
+            broken += ~logits.isfinite().all()
+            grid = (logits * (LOGIT_SCALE / self.temperature)).round_().long()
+            freqs = {self.plan.stages[0]: commit(shares(grid))}
             if self.mixture:
                 start_s = self.rt.clock()
-                q = self.mixture.mix(p, prefix[: last - self.lanes], batch)
-                freqs["mixer"] = commit(q)[batch.committed]
+                freqs["mixer"] = self.mixture.mix(grid, rows)
                 self.mix_seconds += self.rt.clock() - start_s
-            pieces.append(Piece(first, last, freqs))
+            pieces.append(Piece(rows.positions + self.lanes, freqs))
         if self.rt.sum_over_ranks(broken):
             raise UserError(
                 f"logits are not finite between tokens {start} and {stop}: "
@@ -2383,16 +2580,15 @@ class Predictor:
 
     def score(self, commitment, targets):
         """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
-        count = len(targets)
-        if commitment is not self.pending or count != commitment.stop - commitment.start:
+        if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        lengths = torch.zeros(len(self.plan.stages), dtype=torch.int64, device=self.rt.device)
-        for i, stage in enumerate(self.plan.stages):
-            freqs = commitment.chosen(stage, targets)
+        lengths = []
+        for stage in self.plan.stages:
+            freqs = commitment.chosen(stage, targets.to(self.rt.device))
             bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
-            lengths[i] = (bits * BITS_SCALE).round().long().sum()
-        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(lengths).tolist()))
+            lengths.append((bits * BITS_SCALE).round().long().sum())
+        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(torch.stack(lengths)).tolist()))
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
@@ -2403,9 +2599,10 @@ class Predictor:
         self.updated_to = self.committed_to
         if self.mixture:
             self.mixture.learn(prefix)
-        if self.ttt and (self.updated_to - 1) % self.plan.chunk == 0:
-            self.ttt.adapt_chunk(prefix[self.updated_to - 1 - self.plan.chunk :])
-            self.engine.forget()
+        row = self.updated_to - 1  # the next one
+        if self.ttt and row % self.plan.chunk == 0:
+            self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
+            self.engine.forget(row)
 
 
 class Step(NamedTuple):
@@ -2429,9 +2626,10 @@ def walk(predictor, stream, log=None, step=None):
     while stop < len(stream):
         start = stop
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
+        targets = stream[start:stop]
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        yield Step(commitment, stream[start:stop], bits)
-        for stage, length in predictor.score(commitment, stream[start:stop]).items():
+        yield Step(commitment, targets, bits)
+        for stage, length in predictor.score(commitment, targets).items():
             lengths[stage] += length
             bits[stage] = lengths[stage] / BITS_SCALE
         if stop == predictor.block_end < len(stream):
@@ -2449,17 +2647,15 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
     The frequencies are those of the first `keep` targets under the last stage, int64.
     """
     rt = predictor.rt
+    names = predictor.plan.stages
     start_s = rt.clock()
     n = len(tokens) - 1
-    kept = torch.zeros(min(keep, n), dtype=torch.int64)
+    kept = [torch.zeros(0, dtype=torch.int64, device=rt.device)]
     for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
-        first = commitment.start - 1
-        if first < len(kept):
-            freqs = commitment.chosen(predictor.plan.stages[-1], targets)
-            kept[first : first + len(freqs)] = freqs[: len(kept) - first]
-    seconds = rt.clock() - start_s
-    added_s = {predictor.plan.stages[0]: seconds - predictor.mix_seconds}
-    added_s["mixer"] = predictor.mix_seconds
+        if commitment.start <= keep:
+            kept.append(commitment.chosen(names[-1], targets.to(rt.device)))
+    mix_s = predictor.mix_seconds
+    added_s = {names[0]: rt.clock() - start_s - mix_s, "mixer": mix_s}
     stages = [
         {
             "name": stage,
@@ -2469,27 +2665,30 @@ def evaluate(predictor, tokens, total_bytes, log, keep=0):
             "bytes": total_bytes,
             "seconds": added_s[stage],
         }
-        for stage in predictor.plan.stages
+        for stage in names
     ]
-    return stages, rt.sum_over_ranks(kept.to(rt.device)).cpu().numpy()
+    return stages, rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
 
 
 # ---- Range coder, code files, proof --------------------------------------------------------------
 # What was committed can be coded: encoder and decoder narrow one interval by the same integers. The
 # range stays above 2^48, so cutting it into 2^24 parts wastes next to nothing; a carry runs back
 # into the bytes before. A code file, little-endian:
-#    8 bytes  magic "PGOLFTXT"           8 bytes  tokens n, after BOS
-#    4 bytes  format version             8 bytes  bytes of the text
-#    4 bytes  CRC-32 of all that follows 3 x 32   SHA-256 of artifact, settings (JSON) and text
-#    4 bytes  lanes L; 0: plain order    rest     code words
+#    8 bytes  magic "PGOLFTXT"           3 x 32   SHA-256 of artifact, settings (JSON) and text
+#    4 bytes  format version            64        what made it, UTF-8, zeros after it
+#    4 bytes  CRC-32 of all that follows 4 each   checks: CRC-32 of all frequencies up to the first
+#    4 bytes  lanes L; 0: plain order             position, the 4,097th, ...
+#    8 bytes  tokens n, after BOS        rest     code words
+#    8 bytes  bytes of the text
 # With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
-# on.
+# on. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
 CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 2
+CODE_VERSION = 3
 CODE_START = struct.Struct("<8sII")
-CODE_HEAD = struct.Struct("<IQQ32s32s32s")
+CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
+CHECK_EVERY = 4096
 MOST_LANES = 16
 
 
@@ -2507,8 +2706,11 @@ class RangeEncoder:
         self.low += start * unit
         self.range = freq * unit
         if self.low >> 64:  # a carry: into the last byte that is not 255
-            at = len(self.out.rstrip(b"\xff")) - 1
-            self.out[at:] = bytes([self.out[at] + 1]) + bytes(len(self.out) - at - 1)
+            at = -1
+            while self.out[at] == 255:
+                self.out[at] = 0
+                at -= 1
+            self.out[at] += 1
         while self.range < 1 << 48:
             self.out.append(self.low >> 56 & 255)
             self.low <<= 8
@@ -2524,10 +2726,9 @@ class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
 
     def __init__(self, words):
-        self.words = words
-        self.at = 8  # next byte to be read; beyond the end there are zeros
+        self.bytes = itertools.chain(words, itertools.repeat(0))  # zeros beyond the end
         self.range = 1 << 64
-        self.value = int.from_bytes(words[:8].ljust(8, b"\0"), "big")
+        self.value = int.from_bytes(itertools.islice(self.bytes, 8), "big")
 
     def decode(self, freqs):
         """Return the next symbol; freqs (V,) are what the encoder had."""
@@ -2539,10 +2740,8 @@ class RangeDecoder:
         self.value -= (int(ends[symbol]) - freq) * unit
         self.value = min(self.value, self.range - 1)  # foreign words stay in bounds
         while self.range < 1 << 48:
-            byte = self.words[self.at] if self.at < len(self.words) else 0
-            self.value = self.value << 8 | byte
+            self.value = self.value << 8 | next(self.bytes)
             self.range <<= 8
-            self.at += 1
         return symbol
 
 
@@ -2555,35 +2754,62 @@ class CodeHead(NamedTuple):
     artifact: bytes  # SHA-256 each
     settings: bytes
     text: bytes
+    maker: bytes  # torch, instruction set, threads
 
-    def pack(self, words):
-        """Return the bytes of a code file of these code words."""
-        body = CODE_HEAD.pack(*self) + words
+    def pack(self, checks, words):
+        """Return the bytes of a code file with these checks, [CRC-32], and code words."""
+        body = CODE_HEAD.pack(*self) + struct.pack(f"<{len(checks)}I", *checks) + words
         return CODE_START.pack(CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body
 
     @classmethod
     def unpack(cls, path, data):
-        """Return (CodeHead, code words) of a code file's bytes; UserError if they are none."""
-        start = data[: CODE_START.size].ljust(CODE_START.size, b"\0")
+        """Return (CodeHead, checks, code words) of a code file's bytes; UserError if they are none.
+
+        No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
+        """
+        magic, version, checksum = CODE_START.unpack_from(data.ljust(CODE_START.size, b"\0"))
         body = data[CODE_START.size :]
-        magic, version, checksum = CODE_START.unpack(start)
         if (magic, version) != (CODE_MAGIC, CODE_VERSION):
-            raise UserError(f"{path} is no code file of this version")
+            raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
         if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
-            raise UserError(f"{path} is cut or altered")
-        return cls(*CODE_HEAD.unpack_from(body)), body[CODE_HEAD.size :]
+            raise UserError(f"{path} is cut or altered; copy it again")
+        head = cls(*CODE_HEAD.unpack_from(body))
+        count = -(-head.tokens // CHECK_EVERY)
+        words_at = CODE_HEAD.size + 4 * count
+        words = body[words_at:]
+        if len(body) < words_at or head.tokens > len(words) << 27:
+            raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
+        return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
+
+
+class Trail:
+    """Checks of all frequencies so far, which coder and decoder both leave."""
+
+    def __init__(self):
+        self.tokens = 0
+        self.crc = 0
+        self.checks = []
+
+    def add(self, freqs):
+        """Take in the next position's frequencies, int32 (V,); return whether that made a check."""
+        self.crc = zlib.crc32(freqs, self.crc)
+        made = self.tokens % CHECK_EVERY == 0
+        if made:
+            self.checks.append(self.crc)
+        self.tokens += 1
+        return made
 
 
 def settings_digest(cfg):
     """Return the SHA-256 of all settings that shape the committed integers."""
-    shaping = {name: getattr(cfg, name) for name in sorted(GROUPS) if GROUPS[name] != RunSettings}
-    return hashlib.sha256(json.dumps(shaping).encode()).digest()
+    shaping = stored_settings(cfg)
+    del shaping["preset"]
+    return sha256(json.dumps(shaping, sort_keys=True).encode())
 
 
 def new_predictor(artifact, cfg, rt, plan):
-    """Return a Predictor of the artifact's weights, with kernels that repeat their results."""
-    torch.use_deterministic_algorithms(rt.device.type == "cuda")
-    model = new_model(cfg, rt, artifact.weights)
+    """Return a Predictor of the artifact's weights."""
+    model = new_model(cfg, rt, artifact.weights, DTYPES[cfg.eval_dtype])
     return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
 
@@ -2618,6 +2844,12 @@ class Codec:
     rt: Runtime
     log: object
 
+    def __post_init__(self):
+        if self.cfg.eval_dtype != "float64":
+            raise UserError(
+                f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
+            )
+
     def encode(self, tokens, lanes=0):
         """Return tokens, int64 (n + 1,), BOS first, as Coded."""
         table = self.artifact.table
@@ -2627,38 +2859,46 @@ class Codec:
         start = np.full(predictor.lanes, table.bos_id)
         stream = torch.from_numpy(np.append(start, tokens[1:][order]))
         coder = RangeEncoder()
+        trail = Trail()
         coded = []
-        bits = dict.fromkeys(predictor.plan.stages, 0.0)  # of an empty text
+        bits = {stage: 0.0}  # of an empty text
         for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
-            freqs = commitment.table(stage)
-            ids = targets[:, None].to(freqs.device)
-            ends = freqs.cumsum(1).gather(1, ids)[:, 0].tolist()
-            own = freqs.gather(1, ids)[:, 0].tolist()
-            for end, freq in zip(ends, own):
-                coder.encode(end - freq, freq)
-            coded += own
+            for freqs, symbol in zip(commitment.table(stage).cpu().numpy(), targets.tolist()):
+                trail.add(freqs)
+                coded.append(freqs[symbol])
+                coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
         text = table.decode(tokens)
-        digests = self.artifact.digest, settings_digest(self.cfg), hashlib.sha256(text).digest()
-        head = CodeHead(lanes, len(order), len(text), *digests)
-        return Coded(head.pack(coder.finish()), bits[stage], np.array(coded, dtype=np.int64))
+        digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
+        capability = torch.backends.cpu.get_cpu_capability()
+        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
+        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
+        data = head.pack(trail.checks, coder.finish())
+        return Coded(data, bits[stage], np.array(coded, dtype=np.int64))
 
     def decode(self, path):
         """Return what a code file stands for; UserError if it is not of this artifact."""
-        head, words = CodeHead.unpack(path, read_file(path))
+        head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != settings_digest(self.cfg):
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
-        if head.lanes and plan.block % head.lanes:
-            raise UserError(f"{path} has {head.lanes} lanes, which no block holds")
+        if head.lanes > MOST_LANES or plan.block % max(head.lanes, 1):
+            raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         table = self.artifact.table
         decoder = RangeDecoder(words)
+        trail = Trail()
         coded = []
         stream = torch.full((predictor.lanes + head.tokens,), table.bos_id)
         for commitment, targets, _ in walk(predictor, stream, self.log, step=predictor.lanes):
             for i, freqs in enumerate(commitment.table(plan.stages[-1]).cpu().numpy()):
+                if trail.add(freqs) and trail.checks[-1] != checks[len(trail.checks) - 1]:
+                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                    raise UserError(
+                        f"{path} cannot be followed here beyond token {trail.tokens - 1}: it was "
+                        f"made with {maker}; decode it there"
+                    )
                 symbol = decoder.decode(freqs)
                 targets[i] = symbol
                 coded.append(freqs[symbol])
@@ -2666,7 +2906,7 @@ class Codec:
         order = lane_order(head.tokens, predictor.lanes)
         tokens[1:][order] = stream[predictor.lanes :].numpy()
         text = table.decode(tokens)
-        same = len(text) == head.text_bytes and hashlib.sha256(text).digest() == head.text
+        same = len(text) == head.text_bytes and sha256(text) == head.text
         return Decoded(tokens, np.array(coded, dtype=np.int64), text if same else None)
 
 
@@ -2677,7 +2917,7 @@ def verify(run, artifact, scored=None):
     scored: the frequencies under which a run has just scored these tokens, if it has.
     """
     cfg = run.cfg
-    tokens = run.tokens[: cfg.verify_tokens + 1]
+    tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
@@ -2731,10 +2971,10 @@ def decode_elsewhere(path, artifact, run):
     text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "decompress", *map(str, (path, text_path, arrays_path))]
+    command = [sys.executable, __file__, "decompress", path, text_path, arrays_path]
     last_line = ""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **pipes) as decoder:
+    into_log = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=env, **into_log) as decoder:
         for line in decoder.stdout:
             last_line = line.strip()
             run.report.log(last_line)
@@ -3058,7 +3298,7 @@ def finish(run, model, result, held_out):
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
-    model.eval()
+    model = new_model(cfg, run.rt, model.state_dict(), DTYPES[cfg.eval_dtype])
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
     evaluate_stages(run, predictor)
     scored = evaluate_artifact(run, artifact)
@@ -3078,16 +3318,11 @@ def calibrate(run, weights, held_out, limit_s):
         return weights["mixer"], 0.0
     start_s = rt.clock()
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
-    model = new_model(cfg, rt, quantized(weights, coarseness))
+    model = new_model(cfg, rt, quantized(weights, coarseness), DTYPES[cfg.eval_dtype])
     stream = torch.from_numpy(held_out.astype(np.int64))
-    stride = cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
-    plan = Plan(
-        ("sliding", "mixer"),
-        stride=stride,
-        batch=1,
-        chunk=math.lcm(stride, cfg.eval_seq_len),
-        block=stride,
-        calibration_blocks=len(stream) // stride,
+    block = max(1, cfg.eval_seq_len // 2)
+    plan = new_plan(cfg, "sliding", "mixer")._replace(
+        block=block, run=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
     for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
@@ -3129,7 +3364,7 @@ def write_artifact(run, weights, result):
 
 def evaluate_stages(run, predictor):
     """Score and report a predictor's stages; return the last one's first frequencies."""
-    keep = run.cfg.verify_tokens
+    keep = run.cfg.verify_tokens or len(run.tokens)
     stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
     run.report.add_stages(stages)
     return scored

@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 from dataclasses import replace
@@ -75,7 +76,7 @@ def same(a, b):
 def tiny_config(**changes):
     """Return a Config small enough for every test, with all mechanisms on.
 
-    W 32, S 8, chunks of 64, four layers of width 32.
+    W 32, S 8, runs of 16, chunks of 64, four layers of width 32.
     """
     settings = dict(
         preset="bench",
@@ -92,7 +93,7 @@ def tiny_config(**changes):
         train_seq_len=32,
         eval_seq_len=32,
         eval_stride=8,
-        eval_batch_windows=3,
+        eval_run_tiles=2,
         ttt_chunk_tokens=64,
         ttt_schedule_chunks=8,
         ttt_freeze_blocks=2,
@@ -153,14 +154,32 @@ def tiny_stream(n, seed=0):
     return tokens
 
 
-def warm_model(cfg, seed=0):
-    """Return a GPT with every parameter random, so that nothing is hidden behind a zero."""
+def warm_model(cfg, seed=0, dtype=torch.float32):
+    """Return a GPT with every parameter random, so that nothing is hidden behind a zero.
+
+    Its parameters have the same values in float32 and float64.
+    """
     torch.manual_seed(seed)
-    model = train_gpt.GPT(cfg)
+    model = train_gpt.GPT(cfg, dtype)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
+    return model.to(torch.promote_types(dtype, torch.float32))
+
+
+def lone_attention(cfg, layer):
+    """Return a float64 model that shows which tokens a row sees: one layer attends.
+
+    Nothing else of a row depends on its neighbours.
+    """
+    model = warm_model(cfg, dtype=torch.float64)
+    with torch.no_grad():
+        model.embed.smear.fill_(-1e4)
+        model.embed.bigram_scale.zero_()
+        for block in model.blocks:
+            if block.layer != layer:
+                block.attn_out.zero_()
+    return model
 
 
 def warm_weights(cfg, seed=0):
@@ -233,7 +252,7 @@ def signals_as_before():
         signal.signal(number, handler)
 
 
-# ---- Walks over a stream: windows of 16, strides of 4, chunks of 32 ------------------------------
+# ---- Walks over a stream: windows of 16, tiles of 4, chunks of 32 --------------------------------
 
 TABLE = tiny_table()
 BEGINS = np.array(
@@ -255,21 +274,20 @@ def sharp_weights(cfg):
 
 
 def sharp_model(cfg):
-    """Return a new model of sharp_weights."""
-    return train_gpt.new_model(cfg, HERE, sharp_weights(cfg))
+    """Return a new model of sharp_weights that computes as what is proved does, in float64."""
+    return train_gpt.new_model(cfg, HERE, sharp_weights(cfg), torch.float64)
 
 
-def walker(cfg, plan, model=None):
+def walker(cfg, plan, model=None, rt=HERE):
     """Return a predictor at a stream's start; all of one model have the same weights."""
     model = model or sharp_model(cfg)
-    return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
+    return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, rt, plan)
 
 
 def frequencies(commitment):
     """Return {stage: frequencies (stop - start, V)} of a lone rank; assert their completeness."""
-    borders = [commitment.start, *(piece.stop for piece in commitment.pieces)]
-    assert [piece.start for piece in commitment.pieces] == borders[:-1]
-    assert borders[-1] == commitment.stop
+    positions = [t for piece in commitment.pieces for t in piece.positions.tolist()]
+    assert positions == list(range(commitment.start, commitment.stop))
     tables = {stage: commitment.table(stage) for stage in commitment.pieces[0].freqs}
     for freqs in tables.values():
         assert freqs.dtype == torch.int32
@@ -475,7 +493,7 @@ def last_stage_predictor(cfg):
     """Return a last-stage Predictor with the artifact's weights, without the coder's help."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     rt = train_gpt.start_runtime(cfg, {})
-    model = train_gpt.new_model(cfg, rt, artifact.weights)
+    model = train_gpt.new_model(cfg, rt, artifact.weights, torch.float64)
     plan = train_gpt.evaluation_plans(cfg)[-1]
     return train_gpt.Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
@@ -492,5 +510,80 @@ def assert_size(words, bits):
 
 def forget_the_text(path, target):
     """Write the code file at path to target with another text's checksum, all else in order."""
-    head, words = train_gpt.CodeHead.unpack(path, path.read_bytes())
-    target.write_bytes(head._replace(text=bytes(32)).pack(words))
+    head, checks, words = train_gpt.CodeHead.unpack(path, path.read_bytes())
+    target.write_bytes(head._replace(text=bytes(32)).pack(checks, words))
+
+
+class Uniform:
+    """A stand-in for Predictor that knows nothing, to code long texts quickly: all V are alike.
+
+    At position `altered` the first token has a unit more, the second one less.
+    """
+
+    def __init__(self, V, plan, altered=-1):
+        self.plan = plan._replace(block=1 << 16)
+        self.lanes = max(plan.lanes, 1)
+        self.committed_to = self.lanes
+        self.block_end = self.lanes + self.plan.block
+        self.altered = altered
+        self.freqs = torch.full((1, V), train_gpt.TOTAL // V, dtype=torch.int32)
+        self.freqs[0, 0] += train_gpt.TOTAL - self.freqs.sum().item()
+
+    def predict(self, prefix, start, stop):
+        """Commit the same for every position."""
+        positions = torch.arange(start, stop)
+        freqs = self.freqs.repeat(len(positions), 1)
+        altered = (positions == self.altered).int()
+        freqs[:, 0] += altered
+        freqs[:, 1] -= altered
+        piece = train_gpt.Piece(positions, dict.fromkeys(self.plan.stages, freqs))
+        return train_gpt.Commitment(start, stop, [piece])
+
+    def score(self, commitment, targets):
+        """Return the bits of the same frequencies."""
+        bits = (24 - self.freqs[0][targets].double().log2()).sum().item()
+        return dict.fromkeys(self.plan.stages, round(bits * 2**30))
+
+    def update(self, prefix):
+        """Move on."""
+        self.block_end += self.plan.block
+
+
+# Without AVX, with MKL's and oneDNN's slowest kernels; first on one thread, then on two.
+PLAIN_MACHINE = dict(
+    DEVICE="cpu",
+    ATEN_CPU_CAPABILITY="default",
+    MKL_CBWR="COMPATIBLE",
+    ONEDNN_MAX_CPU_ISA="SSE41",
+)
+DECOMPRESS_THERE = """
+import os, sys
+import torch
+import train_gpt
+assert torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+for threads in (1, 2):
+    os.cpu_count = lambda: threads
+    for path in sys.argv[1:]:
+        target = f"{path}.{threads}"
+        train_gpt.dispatch(["decompress", path, target, f"{target}.npz"], os.environ)
+        assert torch.get_num_threads() == threads
+"""
+
+
+def decompress_on_plain_machine(artifact_path, *paths):
+    """Decode code files in a process without this machine's vector units; return what it found.
+
+    {(path, threads): (the text's bytes, tokens, frequencies)}.
+    """
+    env = clean_environment() | PLAIN_MACHINE | {"ARTIFACT_PATH": artifact_path}
+    env["PYTHONPATH"] = str(ROOT)
+    command = [sys.executable, "-c", DECOMPRESS_THERE, *map(str, paths)]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = {}
+    for path in paths:
+        for threads in (1, 2):
+            target = f"{path}.{threads}"
+            with np.load(f"{target}.npz") as arrays:
+                found[path, threads] = Path(target).read_bytes(), arrays["tokens"], arrays["freqs"]
+    return found

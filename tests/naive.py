@@ -2,8 +2,11 @@
 
 import cmath
 import copy
+import decimal
+import functools
 import math
 from collections import Counter, defaultdict
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 
 def naive_rms(x):
     """Return x over its root mean square."""
-    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 2.0**-23)
+    return x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
 def naive_buckets(tokens, buckets):
@@ -47,18 +50,19 @@ def naive_rotate(x, first, dims, base):
     return out
 
 
-def naive_attention(q, k, v):
+def naive_attention(q, k, v, reach=math.inf):
     """Return causal softmax attention of q (T, H, d) to k and v (T, G, d).
 
-    Query head h reads key and value head h // (H / G).
+    A row sees itself and the `reach` rows before; query head h reads key head h // (H / G).
     """
     y = np.empty_like(q)
     for t in range(q.shape[0]):
+        seen = [s for s in range(t + 1) if t - s <= reach]
         for h in range(q.shape[1]):
             g = h // (q.shape[1] // k.shape[1])
-            score = np.array([q[t, h] @ k[s, g] / math.sqrt(q.shape[2]) for s in range(t + 1)])
+            score = np.array([q[t, h] @ k[s, g] / math.sqrt(q.shape[2]) for s in seen])
             p = np.exp(score - score.max())
-            y[t, h] = sum(p[s] * v[s, g] for s in range(t + 1)) / p.sum()
+            y[t, h] = sum(weight * v[s, g] for weight, s in zip(p, seen)) / p.sum()
     return y
 
 
@@ -85,7 +89,7 @@ def naive_base(cfg):
     return 10_000.0 * scale ** (cfg.rope_dims / (cfg.rope_dims - 2))
 
 
-def naive_block(w, cfg, i, x, x0, extra_v):
+def naive_block(w, cfg, i, x, x0, extra_v, reach):
     """Return layer i's (output, own value projection (T, G, d))."""
     T, d = len(x), cfg.model_dim // cfg.num_heads
     p = {n.removeprefix(f"blocks.{i}."): value for n, value in w.items()}
@@ -94,7 +98,7 @@ def naive_block(w, cfg, i, x, x0, extra_v):
     q, k, own_v = ((h @ p[n].T).reshape(T, -1, d) for n in "qkv")
     q, k = (naive_rotate(naive_rms(z), 0, cfg.rope_dims, naive_base(cfg)) for z in (q, k))
     v = own_v + extra_v
-    y = naive_attention(q * p["q_gain"][:, None], k, v)
+    y = naive_attention(q * p["q_gain"][:, None], k, v, reach)
     if i >= cfg.num_layers - cfg.xsa_last_n:
         y = naive_exclude_self(y, v)
     x = x + p["attn_scale"] * (y.reshape(T, -1) @ p["attn_out"].T)
@@ -113,8 +117,8 @@ def naive_embedding(w, tokens):
     return naive_smear(naive_rms(np.stack(rows)), w["embed.smear"])
 
 
-def naive_logits(model, cfg, tokens):
-    """Return the logits (T, V) of one list of tokens."""
+def naive_logits(model, cfg, tokens, reach=math.inf):
+    """Return the logits (T, V) of one list of tokens; a row sees the `reach` rows before it."""
     w = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
     heads = len(tokens), cfg.num_kv_heads, cfg.model_dim // cfg.num_heads
     x = x0 = naive_embedding(w, tokens)
@@ -129,7 +133,7 @@ def naive_logits(model, cfg, tokens):
             extra_v = extra_v + scale * (w["ve_table"][tokens] @ w["ve_proj"].T).reshape(heads)
         if i and cfg.vrl_enabled:
             extra_v = extra_v + w["vrl_scales"][i - 1] * v0
-        x, own_v = naive_block(w, cfg, i, x, x0, extra_v)
+        x, own_v = naive_block(w, cfg, i, x, x0, extra_v, reach)
         v0 = own_v if i == 0 else v0
         if i < half:
             pushed.append(x)
@@ -150,6 +154,29 @@ def naive_weights(pairs, x, y, alpha):
             for row in zip(x.tolist(), y.tolist())
         ]
     )
+
+
+# ---- Optimizers ----------------------------------------------------------------------------------
+
+
+def naive_orthogonalize(matrix):
+    """Return a matrix after five Newton-Schulz steps, in the order in which papers write them."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+    return x
+
+
+def naive_muon(matrix, grads, momenta, lr, weight_decay):
+    """Return a matrix after a step of Muon on each gradient, with that step's momentum."""
+    mean = np.zeros_like(matrix)
+    for grad, momentum in zip(grads, momenta):
+        mean = momentum * mean + (1 - momentum) * grad
+        update = naive_orthogonalize(momentum * mean + (1 - momentum) * grad)
+        rows, cols = matrix.shape
+        rate = lr * math.sqrt(max(1, rows / cols))
+        matrix = matrix - lr * weight_decay * matrix - rate * update
+    return matrix
 
 
 # ---- N-gram history ------------------------------------------------------------------------------
@@ -211,26 +238,53 @@ def naive_counts(tokens, vocab_size, cfg, begins):
     return counts, used
 
 
-# ---- Mixers and commitment -----------------------------------------------------------------------
+# ---- Mixers and commitment, in Python's integers and fractions -----------------------------------
 
 
-def naive_mix(p, counts, base, span, center):
-    """Return the entropy rule's mixture of one row, in Python's floats; p itself without counts."""
-    entropy = -sum(x * math.log(x) for x in p if x)
+@functools.cache
+def naive_exp(steps):
+    """Return floor(2^38 exp(-steps / 256)), from sixty decimals."""
+    with decimal.localcontext(prec=60):
+        return math.floor((decimal.Decimal(-steps) / 256).exp() * 2**38)
+
+
+def naive_shares(row):
+    """Return the shares, a list, of one row of grid logits."""
+    top = max(row)
+    return [naive_exp(top - k) for k in row]
+
+
+def naive_commit(shares):
+    """Return the frequencies, a list, of one row of shares: 1 + floor(share of 2^24 - V).
+
+    The first of the largest also gets what the floors leave.
+    """
+    total = sum(shares)
+    freqs = [1 + share * (2**24 - len(shares)) // total for share in shares]
+    freqs[shares.index(max(shares))] += 2**24 - sum(freqs)
+    return freqs
+
+
+def naive_mix(shares, counts, base, span, center):
+    """Return (the entropy rule's mixture of one row, in fractions, and its alpha)."""
+    p = [Fraction(freq, 2**24) for freq in naive_commit(shares)]
+    entropy = -sum(float(x) * math.log(x) for x in p)
     alpha = base + span / (1 + math.exp(-2 * (entropy - center))) if sum(counts) else 0.0
-    return [(1 - alpha) * x + alpha * c / max(sum(counts), 1) for x, c in zip(p, counts)]
+    alpha = Fraction(round(alpha * 4096), 4096)
+    seen = max(sum(counts), 1)
+    return [(1 - alpha) * x + alpha * Fraction(c, seen) for x, c in zip(p, counts)], alpha
 
 
-def naive_evidence(log_p, row, tokens, t, window_start):
-    """Return {candidate: its 27 features} of position t.
+def naive_evidence(row, ends_of, tokens, t, window_start):
+    """Return {candidate: its 27 features} of position t, whose grid logits are `row`.
 
-    row: its six lists of occurrences, newest first, -1 where one is another context's.
+    ends_of: its six lists of occurrences, newest first, -1 where one is another context's.
     """
     candidates = {}
-    top = max(log_p)
-    for token in {tokens[end + 1] for ends in row for end in ends if end >= 0}:
+    top = -math.log(sum(math.exp((k - max(row)) / 256) for k in row))
+    for token in {tokens[end + 1] for ends in ends_of for end in ends if end >= 0}:
         odds, ranks, distances, flags = [], [], [], []
-        for ends in row:
+        for ends in ends_of:
             same_context = [end for end in ends if end >= 0]
             hits = [end for end in same_context if tokens[end + 1] == token]
             misses = len(same_context) - len(hits)
@@ -238,28 +292,59 @@ def naive_evidence(log_p, row, tokens, t, window_start):
             ranks.append(1 / (1 + ends.index(hits[0])) if hits else 0)
             distances.append(math.log2(t - 1 - hits[0]) / 8 if hits else 0)
             flags.append(float(bool(hits) and hits[0] >= window_start))
-        by_model = [(top - log_p[token]) / 4, top / 2, 1]
+        by_model = [(max(row) - row[token]) / 256 / 4, top / 2, 1]
         candidates[token] = [*odds, *ranks, *distances, *flags, *by_model]
     return candidates
 
 
-def naive_log_q(p, candidates, weights):
-    """Return log q (V,) of one position: log p (V,) boosted at its candidates and normalized."""
-    boost = torch.zeros(len(p), dtype=torch.float64)
-    if candidates:
-        features = torch.tensor(list(candidates.values()), dtype=torch.float64)
-        hidden = torch.relu(features @ weights[:, :-1].T)
-        boost = boost.index_add(0, torch.tensor(list(candidates)), hidden @ weights[:, -1])
-    return torch.log_softmax(p.log() + boost, 0)
+def naive_boosts(candidates, weights):
+    """Return {candidate: boost} as tensors, before they are rounded."""
+    if not candidates:
+        return {}
+    features = torch.tensor(list(candidates.values()), dtype=torch.float64)
+    hidden = torch.relu(features @ weights[:, :-1].T)
+    return dict(zip(candidates, hidden @ weights[:, -1]))
+
+
+def naive_boosted(row, candidates, weights):
+    """Return the grid logits, a list, of one row with its candidates' boosts on the same grid."""
+    boosted = list(row)
+    for token, boost in naive_boosts(candidates, weights).items():
+        boosted[token] += round(256 * boost.item())
+    return boosted
+
+
+def naive_log_q(row, candidates, weights):
+    """Return log q (V,) of one row by autograd: nothing is rounded but the logits."""
+    boosted = torch.tensor(row, dtype=torch.float64) / 256
+    for token, boost in naive_boosts(candidates, weights).items():
+        boosted = boosted.index_add(0, torch.tensor([token]), boost[None])
+    return torch.log_softmax(boosted, 0)
+
+
+def naive_gradient(row, candidates, target, weights):
+    """Return the gradient of one row's code length in units of 2^-30, whole numbers.
+
+    Each candidate's boost is pulled by its committed probability, less 1 for the target.
+    """
+    freqs = naive_commit(naive_shares(naive_boosted(row, candidates, weights.detach())))
+    pull = 0 * weights.sum()  # there may be no evidence at all
+    for token, boost in naive_boosts(candidates, weights).items():
+        pull = pull + (freqs[token] / 2**24 - (token == target)) * boost
+    (gradient,) = torch.autograd.grad(pull, weights)
+    return torch.round(gradient * 2**30)
 
 
 def naive_learn(positions, targets, weights, optimizer):
-    """Take a step of torch's Adam on the mean code length of [(p, candidates)], by autograd."""
-    optimizer.zero_grad()
-    lengths = [-naive_log_q(*place, weights)[target] for place, target in zip(positions, targets)]
-    mean = sum(lengths) / len(targets) + 0 * weights.sum()  # there may be no evidence at all
-    mean.backward()
+    """Take a step of torch's Adam on the mean gradient of [(row, candidates)]; round the weights.
+
+    The weights lie on a grid of 2^-16.
+    """
+    gradients = [naive_gradient(*place, x, weights) for place, x in zip(positions, targets)]
+    weights.grad = sum(gradients) / 2**30 / len(targets)
     optimizer.step()
+    with torch.no_grad():
+        weights.copy_(torch.round(weights * 2**16) / 2**16)
 
 
 # ---- Test-time training --------------------------------------------------------------------------
@@ -296,19 +381,40 @@ def naive_byte_weights(table, tokens):
     return torch.tensor([naive_bytes(table, *pair) for pair in pairs])
 
 
-def naive_chunk_loss(model, cfg, tokens, weights):
-    """Return the mean nats of tokens[1:], by these weights; sequences do not see each other."""
-    logits = model(tokens[:-1].view(-1, cfg.eval_seq_len))[0].flatten(0, 1)
-    nats = F.cross_entropy(logits, tokens[1:], reduction="none")
-    return (weights * nats).sum() / weights.sum()
+def naive_loss(model, cfg, tokens, weights):
+    """Return the summed nats of tokens[1:], by these weights; sequences do not see each other."""
+    logits = model(tokens[:-1].view(-1, cfg.eval_seq_len)).flatten(0, 1)
+    return (weights * F.cross_entropy(logits, tokens[1:], reduction="none")).sum()
 
 
-def naive_ttt(model, cfg, table, chunks, weighted=True):
-    """Return the (live, average) weights after all chunks, by autograd and torch's AdamW."""
+def naive_ttt_gradients(model, params, cfg, tokens, weights, rounded):
+    """Return the gradients of the mean nats of tokens[1:], by these weights.
+
+    Rounded: the sum of each two sequences, to a grid of 2^-20.
+    """
+    n = 2 * cfg.eval_seq_len if rounded else len(weights)
+    total = [torch.zeros_like(p) for p in params]
+    for start in range(0, len(weights), n):
+        part = tokens[start : start + n + 1], weights[start : start + n]
+        grads = torch.autograd.grad(naive_loss(model, cfg, *part), params)
+        total = [a + (naive_grid(g) if rounded else g) for a, g in zip(total, grads)]
+    return [grad / weights.sum() for grad in total]
+
+
+def naive_grid(x):
+    """Return x rounded to multiples of 2^-20."""
+    return torch.round(x * 2**20) / 2**20
+
+
+def naive_ttt(model, cfg, table, chunks, weighted=True, rounded=True):
+    """Return the (live, average) weights after all chunks, by autograd and torch's AdamW.
+
+    Rounded: the gradients, and both weights after each step.
+    """
     live = copy.deepcopy(model)
     average = {name: p.detach().clone() for name, p in live.named_parameters()}
-    params = [p for name, p in live.named_parameters() if naive_adapts(name)]
-    optimizer = torch.optim.AdamW(params, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)
+    params = {name: p for name, p in live.named_parameters() if naive_adapts(name)}
+    optimizer = torch.optim.AdamW(params.values(), weight_decay=0, foreach=False)
     decay = cfg.polyak_decay
     for number, tokens in enumerate(chunks):
         optimizer.param_groups[0]["lr"] = naive_rate(number, cfg)
@@ -316,30 +422,36 @@ def naive_ttt(model, cfg, table, chunks, weighted=True):
         if not weighted:
             weights = torch.ones_like(weights)
         for _ in range(cfg.ttt_epochs):
-            optimizer.zero_grad()
-            naive_chunk_loss(live, cfg, tokens, weights).backward()
-            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            args = live, list(params.values()), cfg, tokens, weights, rounded
+            for p, grad in zip(params.values(), naive_ttt_gradients(*args)):
+                p.grad = grad
+            torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
             optimizer.step()
-            for name, p in live.named_parameters():
+            for name, p in params.items():
                 average[name] = decay * average[name] + (1 - decay) * p.detach()
+                if rounded:
+                    average[name] = naive_grid(average[name])
+                    p.data = naive_grid(p.data)
     return {name: p.detach() for name, p in live.named_parameters()}, average
 
 
-# ---- Engines -------------------------------------------------------------------------------------
+# ---- Engine --------------------------------------------------------------------------------------
 
 
-def naive_window_start(t, window, stride):
-    """Return the first row of the one window that scores position t."""
-    return 0 if t <= window else ((t - 1 - window) // stride + 1) * stride
+def naive_rows(model, cfg, tokens, plan, first=0):
+    """Return the logits (n, V) of rows first, ... of a list of tokens, run by run.
 
-
-def naive_probabilities(model, tokens, window, stride):
-    """Return p (n, V) of tokens[1:], each by a forward pass over its window, cut off before it."""
-    stream = torch.from_numpy(tokens)
+    Runs begin at `first`, each by a plain forward pass over plan.context rows before it and itself.
+    """
+    size = plan.run or len(tokens)
     rows = []
-    for t in range(1, len(tokens)):
-        begin = naive_window_start(t, window, stride)
-        with torch.no_grad():
-            logits = model(stream[None, begin:t])[0][0, -1]
-        rows.append(torch.softmax(logits.double(), -1))
-    return torch.stack(rows).numpy()
+    for start in range(first, len(tokens), size):
+        begin = max(0, start - plan.context)
+        logits = naive_logits(model, cfg, tokens[begin : start + size], plan.reach)
+        rows.append(logits[start - begin :])
+    return np.concatenate(rows)
+
+
+def naive_logit_grid(logits, temperature=1.0):
+    """Return logits over the temperature in whole steps of 1 / 256, nested lists."""
+    return np.rint(logits * 256 / temperature).astype(int).tolist()

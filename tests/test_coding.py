@@ -1,9 +1,9 @@
 """Range coder and code files: what was committed comes back, and whatever is amiss is refused."""
 
 import hashlib
-import math
 import re
 import struct
+import tracemalloc
 import zlib
 from dataclasses import replace
 
@@ -16,17 +16,18 @@ from conftest import (
     CODED_TOKENS,
     TABLE,
     VOCAB,
+    Uniform,
     assert_size,
     bits_of,
     codec,
-    forget_the_text,
     last_stage_predictor,
     quiet,
     refusal,
+    tiny_stream,
 )
 
 import train_gpt
-from train_gpt import CODE_HEAD, CODE_START, TOTAL, RangeDecoder, RangeEncoder, walk
+from train_gpt import CODE_HEAD, CODE_START, TOTAL, CodeHead, RangeDecoder, RangeEncoder, walk
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
@@ -257,6 +258,20 @@ NAMES = [
 ]
 
 
+def walked(predictor, tokens, step=None):
+    """{stage: frequencies (n, V)} of a walk by `step`, or in blocks."""
+    stages = predictor.plan.stages
+    steps = walk(predictor, torch.from_numpy(tokens), step=step)
+    rows = [[commitment.table(stage) for stage in stages] for commitment, _, _ in steps]
+    return {stage: torch.cat(parts) for stage, parts in zip(stages, zip(*rows))}
+
+
+def tables_of(file):
+    """The frequencies of a code file's tokens, int32 (n, V), as the scorer commits them."""
+    predictor = last_stage_predictor(file.cfg)
+    return walked(predictor, file.tokens)[predictor.plan.stages[-1]].numpy()
+
+
 @pytest.mark.parametrize("name, n", NAMES)
 def test_code_file_gives_tokens_frequencies_and_text_back(name, n, code_files):
     """What the decoder returns is what the encoder had."""
@@ -279,30 +294,49 @@ def test_code_file_holds_what_the_scorer_commits(name, n, code_files):
     assert file.bits == pytest.approx(
         bits_of(file.freqs), abs=n / 2**31
     )  # summed in units of 2^-30
-    predictor = last_stage_predictor(file.cfg)
-    stage = predictor.plan.stages[-1]
-    rows = [c.table(stage) for c, _, _ in walk(predictor, torch.from_numpy(file.tokens))]
-    tables = torch.cat(rows).numpy().astype(np.int64)
-    words = file.path.read_bytes()[HEAD_BYTES:]
+    tables = tables_of(file).astype(np.int64)
+    _, _, words = CodeHead.unpack(file.path, file.path.read_bytes())
     assert shares(tables, file.tokens[1:])[1].tolist() == file.freqs.tolist()
     assert decode(words, tables, n) == file.tokens[1:].tolist()
     assert_size(words, file.bits)
 
 
 def test_header_is_as_documented(code_files):
-    """The file says what it holds, in 132 bytes."""
+    """The file says what it holds and what made it, in 196 bytes."""
     file = code_files("learned")
     data = file.path.read_bytes()
     text = TABLE.decode(CODED_STREAM)
-    header = struct.unpack("<8sIIIQQ32s32s32s", data[:132])
-    magic, version, checksum, *counts, artifact, _, digest = header
-    assert HEAD_BYTES == 132
+    header = struct.unpack("<8sIIIQQ32s32s32s64s", data[:196])
+    magic, version, checksum, *counts, artifact, _, digest, maker = header
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert HEAD_BYTES == 196
     assert magic == b"PGOLFTXT"
-    assert version == 2
+    assert version == 3
     assert checksum == zlib.crc32(data[16:])
     assert counts == [0, CODED_TOKENS, len(text)]
     assert artifact == hashlib.sha256(file.cfg.artifact.read_bytes()).digest()
     assert digest == hashlib.sha256(text).digest()
+    made_with = f"torch {torch.__version__}, {capability}, 1 threads"
+    assert maker == made_with.encode().ljust(64, b"\0")
+
+
+def test_check_of_the_first_position_follows_the_header(code_files):
+    """It is the CRC-32 of its frequencies, int32; a file of up to 4,096 tokens has no other."""
+    file = code_files("learned")
+    data = file.path.read_bytes()
+    (check,) = struct.unpack("<I", data[196:200])
+    assert check == zlib.crc32(tables_of(file)[0].astype("<i4").tobytes())
+    assert CodeHead.unpack(file.path, data)[1:] == ((check,), data[200:])
+
+
+def test_checks_are_of_all_frequencies_so_far(code_files, monkeypatch):
+    """Up to the first position, the 65th, the 129th and the 193rd, if one stands every 64."""
+    monkeypatch.setattr(train_gpt, "CHECK_EVERY", 64)
+    file = code_files("learned")
+    data = codec(file.cfg).encode(file.tokens).data
+    tables = tables_of(file).astype("<i4")
+    checks = [zlib.crc32(tables[:count].tobytes()) for count in (1, 65, 129, 193)]
+    assert list(CodeHead.unpack("", data)[1]) == checks
 
 
 def test_empty_text_has_a_code_file(artifacts, tmp_path):
@@ -311,7 +345,7 @@ def test_empty_text_has_a_code_file(artifacts, tmp_path):
     coded = coder.encode(CODED_STREAM[:1])
     assert coded.bits == 0
     assert len(coded.freqs) == 0
-    assert len(coded.data) <= HEAD_BYTES + 64
+    assert len(coded.data) <= HEAD_BYTES + 8
     path = tmp_path / "empty.code"
     path.write_bytes(coded.data)
     decoded = coder.decode(path)
@@ -370,19 +404,68 @@ def test_undamaged_copy_is_read(code_files, tmp_path):
     assert codec(file.cfg).decode(path).tokens.tolist() == file.tokens.tolist()
 
 
-@pytest.mark.parametrize("lanes, engine", [(0, train_gpt.Windows), (4, train_gpt.Lanes)])
-def test_logits_that_are_not_finite_are_told(lanes, engine, artifacts, tmp_path, monkeypatch):
+ABSURD_HEADS = [
+    (dict(tokens=10**6), "cannot hold 1,000,000 tokens"),
+    (dict(tokens=2**63), "cannot hold 9,223,372,036,854,775,808 tokens"),
+    (dict(tokens=2**64 - 1), "cannot hold 18,446,744,073,709,551,615 tokens"),
+    (dict(lanes=3), "has 3 lanes"),
+    (dict(lanes=32), "has 32 lanes"),
+    (dict(lanes=2**32 - 1), "has 4294967295 lanes"),
+]
+
+
+@pytest.mark.parametrize("change, words", ABSURD_HEADS)
+def test_absurd_heads_are_refused_before_work(change, words, code_files, tmp_path, monkeypatch):
+    """Tokens and lanes that cannot be, in a file in order else: nothing is built for them."""
+    file = code_files("none", 40)  # of blocks of 64
+    path = tmp_path / "absurd.code"
+    head, checks, code = CodeHead.unpack(file.path, file.path.read_bytes())
+    path.write_bytes(head._replace(**change).pack(checks, code))
+    coder = codec(file.cfg)
+    monkeypatch.setattr(train_gpt, "new_predictor", None)
+    tracemalloc.start()
+    message = refusal(coder.decode, path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert str(path) in message
+    assert words in message
+    assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("n, words", [(40, 0), (10_000, 3), (2**27 + 1, 1)])
+def test_no_more_tokens_are_believed_than_words_can_hold(n, words):
+    """A byte of code words is 2^27 tokens at most, of a frequency of nearly 2^24."""
+    checks = [0] * -(-n // 4096)
+    data = CodeHead(0, n, 1, *4 * [b""]).pack(checks, bytes(words))
+    if n > words << 27:
+        assert f"cannot hold {n:,} tokens" in refusal(CodeHead.unpack, "x.code", data)
+    else:
+        assert CodeHead.unpack("x.code", data)[0].tokens == n
+
+
+@pytest.mark.parametrize("n", [1, 4096, 4097, 20_000])
+def test_cut_checks_are_refused(n):
+    """A file that lacks one, and has no code words either, is told by name."""
+    checks = [0] * (-(-n // 4096) - 1)
+    data = CodeHead(0, n, 1, *4 * [b""]).pack(checks, b"")
+    assert f"x.code is cut or altered: it cannot hold {n:,} tokens" in refusal(
+        CodeHead.unpack, "x.code", data
+    )
+
+
+@pytest.mark.parametrize("lanes", [0, 4])
+def test_logits_that_are_not_finite_are_told(lanes, artifacts, tmp_path, monkeypatch):
     """By coder and decoder, in plain order and in lanes."""
     coder = codec(artifacts("learned"))
     path = tmp_path / "good.code"
     path.write_bytes(coder.encode(CODED_STREAM[:41], lanes).data)
-    original = engine.logits
+    original = train_gpt.Engine.logits
 
-    def spoiled(self, prefix, *where):
-        for batch, logits in original(self, prefix, *where):
-            yield batch, logits.log() if len(prefix) > 20 else logits  # of negative ones: NaN
+    def spoiled(self, tokens, *where):
+        for rows, logits in original(self, tokens, *where):
+            yield rows, logits.log() if tokens.numel() > 20 else logits  # of negative ones: NaN
 
-    monkeypatch.setattr(engine, "logits", spoiled)
+    monkeypatch.setattr(train_gpt.Engine, "logits", spoiled)
     assert "logits are not finite" in refusal(coder.decode, path)
     assert "logits are not finite" in refusal(coder.encode, CODED_STREAM[:41], lanes)
 
@@ -400,7 +483,8 @@ def test_another_artifact_is_named(code_files, artifacts):
     "change",
     [
         dict(ttt_temperature=0.97),
-        dict(eval_batch_windows=2),
+        dict(eval_run_tiles=3),
+        dict(eval_stride=16),
         dict(seed=1),
         dict(mixer="entropy"),
     ],
@@ -421,90 +505,154 @@ def test_settings_of_the_machine_do_not_matter(code_files):
     assert decoded.tokens.tolist() == file.tokens.tolist()
 
 
-def test_text_that_was_not_coded_is_not_returned(code_files, tmp_path):
-    """The text's checksum is compared: there is none where it differs, and tokens all the same."""
+@pytest.mark.parametrize(
+    "change", [dict(text=bytes(32)), dict(text_bytes=0), dict(text_bytes=2**64 - 1)]
+)
+def test_text_that_was_not_coded_is_not_returned(change, code_files, tmp_path):
+    """The text's checksum and length are compared: there is none where one differs, but tokens."""
     file = code_files("none, no ttt", 40)
     path = tmp_path / "other.code"
-    forget_the_text(file.path, path)
+    head, checks, words = CodeHead.unpack(file.path, file.path.read_bytes())
+    path.write_bytes(head._replace(**change).pack(checks, words))
     decoded = codec(file.cfg).decode(path)
     assert decoded.text is None
     assert decoded.tokens.tolist() == file.tokens.tolist()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_codes_are_made_in_float64_only(dtype, artifacts):
+    """In another type not every machine has the same integers."""
+    cfg = replace(artifacts("none"), eval_dtype=dtype)
+    message = refusal(codec, cfg)
+    assert message.startswith(f"EVAL_DTYPE={dtype}: ")
+    assert "float64" in message
+
+
+# ---- A decoder that cannot follow ----------------------------------------------------------------
+
+LONG_STREAM = tiny_stream(4099 + 1)
+
+
+@pytest.fixture
+def long_code(artifacts, tmp_path, monkeypatch):
+    """(Codec, path, altered) of 4,099 tokens by a stand-in predictor; altered(t) spoils a unit."""
+
+    def altered(position=-1):
+        def stand_in(artifact, cfg, rt, plan):
+            return Uniform(VOCAB, plan, position)
+
+        monkeypatch.setattr(train_gpt, "new_predictor", stand_in)
+
+    altered()
+    coder = codec(artifacts("none, no ttt"))
+    path = tmp_path / "long.code"
+    path.write_bytes(coder.encode(LONG_STREAM).data)
+    return coder, path, altered
+
+
+def test_decoder_that_can_follow_says_nothing(long_code):
+    """Over both checks of 4,099 tokens."""
+    coder, path, _ = long_code
+    assert coder.decode(path).tokens.tolist() == LONG_STREAM.tolist()
+
+
+@pytest.mark.parametrize("position, known", [(1, 0), (2, 4096), (4096, 4096), (4097, 4096)])
+def test_first_check_that_differs_is_told(position, known, long_code):
+    """One unit of one frequency, though the tokens be the same: so many tokens were decoded."""
+    coder, path, altered = long_code
+    altered(position)
+    assert f"{path} cannot be followed here beyond token {known}:" in refusal(coder.decode, path)
+
+
+def test_frequency_after_the_last_check_is_left_to_the_text(long_code):
+    """Its checksum says whether the tokens are right."""
+    coder, path, altered = long_code
+    altered(4098)
+    assert coder.decode(path).text == TABLE.decode(LONG_STREAM)
+
+
+@pytest.mark.parametrize(
+    "maker", [b"torch 9, ABACUS, 3 threads", b"x" * 64, b"\xff old", b"", None]
+)
+def test_what_made_the_file_is_told(maker, long_code):
+    """By a decoder that cannot follow: the file's own words, or those of this machine's."""
+    coder, path, altered = long_code
+    head, checks, words = CodeHead.unpack(path, path.read_bytes())
+    if maker is not None:
+        path.write_bytes(head._replace(maker=maker).pack(checks, words))
+    altered(1)
+    written = head.maker.rstrip(b"\0") if maker is None else maker
+    made_with = written.decode(errors="replace")
+    assert f"it was made with {made_with}; decode it there" in refusal(coder.decode, path)
+
+
 # ---- What a decoder repeats ----------------------------------------------------------------------
 
 
-def walked(predictor, tokens, step, cached):
-    """({stage: frequencies (n, V)} of a walk by `step`, runs of the known parts of windows)."""
-    engine = predictor.engine
-    forward = engine.forward
-    runs = 0
-
-    def counted(tokens, past=None):
-        nonlocal runs
-        runs += tokens.size(1) == 32 - 8
-        return forward(tokens, past)
-
-    engine.forward = counted
-    parts = {stage: [] for stage in predictor.plan.stages}
-    for commitment, _, _ in walk(predictor, torch.from_numpy(tokens), step=step):
-        for stage, rows in parts.items():
-            rows.append(commitment.table(stage))
-        if not cached:
-            engine.forget()
-    return {stage: torch.cat(rows) for stage, rows in parts.items()}, runs
-
-
-@pytest.mark.parametrize("name, windows", [("learned", 3), ("entropy", 1), ("none, no ttt", 3)])
-def test_cache_changes_no_commitment(name, windows, artifacts):
-    """Cached or not, token by token or in blocks, over TTT's updates: the same frequencies."""
-    cfg = replace(artifacts(name), eval_batch_windows=windows)
+@pytest.mark.parametrize("name", ["learned", "entropy", "none, no ttt"])
+@pytest.mark.parametrize("tiles", [0, 1, 3])
+def test_cut_into_steps_changes_no_commitment(name, tiles, artifacts):
+    """Token by token, by fives or in blocks, over TTT's update: the same frequencies."""
+    cfg = replace(artifacts(name), eval_run_tiles=tiles)
     n = 109
     tokens = CODED_STREAM[: n + 1]
-    plain, often = walked(last_stage_predictor(cfg), tokens, 1, cached=False)
-    kept, rarely = walked(last_stage_predictor(cfg), tokens, 1, cached=True)
-    blocks, _ = walked(last_stage_predictor(cfg), tokens, 8, cached=True)
-    assert tuple(plain) == train_gpt.last_plan(cfg).stages
-    for stage, rows in plain.items():
-        assert rows.shape == (n, VOCAB)
-        assert torch.equal(kept[stage], rows)
-        assert torch.equal(blocks[stage], rows)
-    assert often == n - 32
-    if windows > 1:
-        assert rarely < often
-    else:
-        assert rarely == math.ceil((n - 32) / 8)
+    blocks = walked(last_stage_predictor(cfg), tokens)
+    assert tuple(blocks) == train_gpt.last_plan(cfg).stages
+    for step in (1, 5):
+        steps = walked(last_stage_predictor(cfg), tokens, step)
+        assert steps.keys() == blocks.keys()
+        for stage, rows in blocks.items():
+            assert rows.shape == (n, VOCAB)
+            assert torch.equal(steps[stage], rows)
 
 
-def test_cache_forgets_at_an_update(artifacts):
-    """Equal known tokens have other keys and values after TTT's update."""
-    cfg = replace(artifacts("none"), eval_batch_windows=1)
+@pytest.mark.parametrize("step", [1, 5, None])
+@pytest.mark.parametrize("tiles, runs", [(0, [64]), (1, range(8, 109, 8)), (3, [24, 48, 64, 88])])
+def test_every_row_is_computed_once(step, tiles, runs, artifacts):
+    """Besides it, the 24 rows before each run, and no others: by coder and decoder alike."""
+    predictor = last_stage_predictor(replace(artifacts("none"), eval_run_tiles=tiles))
+    model = predictor.engine.model
+    forward = model.forward
+    computed = 0
+
+    def counted(tokens, weights, cache, lead, wanted):
+        nonlocal computed
+        computed += len(tokens) * (tokens.size(1) - lead)
+        return forward(tokens, weights, cache, lead, wanted)
+
+    model.forward = counted
+    n = 109
+    walked(predictor, CODED_STREAM[: n + 1], step)
+    assert computed == n + sum(min(first, 24) for first in runs)
+
+
+@pytest.mark.parametrize("step", [1, None])
+def test_update_changes_what_equal_tokens_get(step, artifacts):
+    """Runs that know equal tokens have equal frequencies, but not before and after TTT's update."""
+    cfg = replace(artifacts("none"), eval_run_tiles=1)
     tokens = np.full(100, 7)
     tokens[0] = 1
-    plain = walked(last_stage_predictor(cfg), tokens, 1, cached=False)[0]["ttt"]
-    kept = walked(last_stage_predictor(cfg), tokens, 1, cached=True)[0]["ttt"]
-    assert torch.equal(plain, kept)
-    assert torch.equal(plain[48:56], plain[56:64])
-    assert not torch.equal(plain[56:64], plain[64:72])
+    freqs = walked(last_stage_predictor(cfg), tokens, step)["ttt"]
+    assert torch.equal(freqs[48:56], freqs[56:64])
+    assert not torch.equal(freqs[56:64], freqs[64:72])
 
 
-def test_cache_notices_one_other_token(artifacts):
-    """A known part that differs in one token is another known part."""
-    cfg = replace(artifacts("none"), eval_batch_windows=1)
+@pytest.mark.parametrize("step", [1, None])
+def test_one_other_token_changes_what_a_run_gets(step, artifacts):
+    """A run whose known tokens differ in one is another run."""
+    cfg = replace(artifacts("none"), eval_run_tiles=1)
     tokens = np.full(65, 7)
     tokens[0] = 1
-    tokens[28] = 9  # known by the window that scores 49..56, beyond the next one
-    plain = walked(last_stage_predictor(cfg), tokens, 1, cached=False)[0]["ttt"]
-    kept = walked(last_stage_predictor(cfg), tokens, 1, cached=True)[0]["ttt"]
-    assert torch.equal(plain, kept)
-    assert not torch.equal(plain[48:56], plain[56:64])
+    tokens[28] = 9  # known by the run of rows 48..55, beyond the next one
+    freqs = walked(last_stage_predictor(cfg), tokens, step)["ttt"]
+    assert not torch.equal(freqs[48:56], freqs[56:64])
 
 
 def test_decoder_keeps_only_its_own_rows(artifacts):
-    """The evidence that waits for update holds one row a token, not the batch it came from."""
+    """The evidence that waits for update holds one row a token."""
     predictor = last_stage_predictor(artifacts("learned"))
     predictor.predict(torch.from_numpy(CODED_STREAM[:1]), 1, 2)
-    (kept,) = predictor.mixture.learner.remembered.values()
-    for tensor in kept[0]:
+    (kept,) = predictor.mixture.learner.remembered
+    for tensor in kept:
         assert len(tensor) == 1
         assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()

@@ -44,7 +44,7 @@ MODEL = dict(
     TTT_EPOCHS="2",
     NGRAM_ORDER="5",
     VAL_TOKENS="1500",
-    VERIFY_TOKENS="300",
+    VERIFY_TOKENS="0",
 )
 
 
@@ -169,15 +169,17 @@ def test_results_say_what_ran(demo, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", "two"])
 def test_results_of_training_agree_with_each_other(demo, name):
-    """Steps, tokens and rate; the proof's bytes are its bits."""
-    train = demo.runs[name].results["train"]
+    """Steps, tokens and rate; the proof is of the whole text, and of the reported score."""
+    results = demo.runs[name].results
+    train = results["train"]
     assert train["steps"] == 4
     assert train["tokens"] == 4 * 256
     assert train["seconds"] > 0
     assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
-    proof = demo.runs[name].results["proof"]
-    assert proof["tokens"] == 300
-    assert 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 64
+    proof = results["proof"]
+    assert proof["tokens"] == 1500
+    assert proof["predicted_bits"] / results["stages"][-1]["bytes"] == results["val_bpb"]
+    assert 0 < 8 * proof["bytes_on_disk"] - proof["predicted_bits"] < 8 * 16
 
 
 @pytest.mark.slow
@@ -359,6 +361,53 @@ def test_run_without_a_proof_has_none(command, run_dir):
     """VERIFY_ENABLED=0 codes and decodes nothing."""
     assert command(TTT_ENABLED="0", MIXER="none", VERIFY_ENABLED="0") == (0, "")
     assert "proof" not in results_of(run_dir)
+    assert not list(run_dir.glob("proof.*"))
+
+
+@pytest.fixture(scope="module")
+def unproved(corpus, tmp_path_factory):
+    """The folder of a run in float32, of one stage, that was asked for a proof."""
+    folder = tmp_path_factory.mktemp("unproved")
+    threads = torch.get_num_threads()
+    quick = dict(EVAL_DTYPE="float32", TTT_ENABLED="0", MIXER="none", VERIFY_ENABLED="1")
+    train_gpt.dispatch([], dict(corpus, **quick, LOG_DIR=str(folder), RUN_ID="run"))
+    torch.set_num_threads(threads)
+    return folder / "run"
+
+
+def test_run_in_float32_proves_nothing_and_says_so(unproved):
+    """It does not fail: all stages are there, a note in the log, and no proof."""
+    results = results_of(unproved)
+    assert [s["name"] for s in results["stages"]] == ["pre_quant", "round_trip", "sliding"]
+    assert "proof" not in results
+    assert not list(unproved.glob("proof.*"))
+    lines = (unproved / "train.log").read_text().splitlines()
+    (note,) = [line for line in lines if line.startswith("note: ") and "EVAL_DTYPE" in line]
+    assert "proved" in note
+
+
+def test_run_in_float32_is_not_submitted(command, unproved, tmp_path):
+    """`summarize` names the file and the setting, and writes nothing."""
+    path = unproved / "results.json"
+    message = error_line(command("summarize", path), 1)
+    assert str(path) in message
+    assert "EVAL_DTYPE=float32" in message
+    assert not (tmp_path / "submission.json").exists()
+
+
+def test_artifact_can_be_looked_at_in_float32(command, trained, run_dir):
+    """The figures of `eval` are close to those in float64, and marked as another setting's."""
+    settings = dict(ARTIFACT_PATH=artifact_of(trained), EVAL_DTYPE="float32")
+    assert command("eval", **settings) == (0, "")
+    results = results_of(run_dir)
+    assert bpb_of(results) == pytest.approx(bpb_of(results_of(trained)), rel=1e-3)
+    assert results["artifact"]["overridden"] == ["EVAL_DTYPE"]
+
+
+def test_verify_in_float32_is_refused(command, trained, run_dir):
+    """Status 1 and one line that names the setting; nothing is proved."""
+    settings = dict(ARTIFACT_PATH=artifact_of(trained), EVAL_DTYPE="float32", VERIFY_TOKENS="30")
+    assert error_line(command("verify", **settings), 1).startswith("EVAL_DTYPE=float32: ")
     assert not list(run_dir.glob("proof.*"))
 
 

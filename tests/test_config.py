@@ -13,7 +13,7 @@ from train_gpt import FIELDS, GROUPS, PRESETS, Config, UsageError, config_from_e
 NAMES = """
     PRESET DEVICE DATA_PATH TOKENIZER_PATH RUN_ID SEED ARTIFACT_PATH LOG_DIR VAL_TOKENS
     SIZE_LIMIT_BYTES ITERATIONS MAX_WALLCLOCK_SECONDS TRAIN_BATCH_TOKENS TRAIN_SEQ_LEN
-    EVAL_SEQ_LEN EVAL_STRIDE WARMUP_STEPS WARMDOWN_ITERS
+    EVAL_SEQ_LEN EVAL_STRIDE EVAL_RUN_TILES EVAL_DTYPE WARMUP_STEPS WARMDOWN_ITERS
     VOCAB_SIZE NUM_LAYERS MODEL_DIM NUM_HEADS NUM_KV_HEADS MLP_MULT XSA_LAST_N ROPE_DIMS
     BIGRAM_VOCAB_SIZE BIGRAM_DIM VE_LAYERS VRL_ENABLED LOGIT_SOFTCAP QK_GAIN_INIT
     MATRIX_LR SCALAR_LR TIED_EMBED_LR MUON_MOMENTUM MUON_WD ADAM_WD GRAD_CLIP_NORM EMA_DECAY
@@ -56,6 +56,11 @@ def test_documented_settings_exist():
     assert set(NAMES.split()) <= {name.upper() for name in FIELDS}
 
 
+def test_batches_of_windows_are_gone():
+    """What is computed side by side changes nothing, so that it is no setting."""
+    assert "eval_batch_windows" not in FIELDS
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_setting_has_documentation(name):
     """Each setting has a line for --help."""
@@ -89,6 +94,18 @@ def test_preset_is_a_valid_config(preset):
     assert cfg == Config(preset=preset, **PRESETS[preset])
     assert cfg.run_dir.name == f"{preset}_seed1337"
     assert cfg.artifact == cfg.run_dir / "model.int6.lzma"
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_prove_what_they_report(preset):
+    """Only float64 gives every machine the same code."""
+    assert from_env(PRESET=preset).eval_dtype == "float64"
+
+
+@pytest.mark.parametrize("preset, tiles", [("record", 1), ("bench", 0), ("demo", 0)])
+def test_run_tiles_of_the_presets(preset, tiles):
+    """`record` slides as the reference does; on a CPU, runs last until the weights change."""
+    assert from_env(PRESET=preset).eval_run_tiles == tiles
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -175,7 +192,10 @@ def test_switches_are_0_or_1(name):
         ("ALPHA_RANGE=0.8 ALPHA_BASE=0.5", "at most 0.5"),
         ("VOCAB_SIZE=70000", "at most 65536"),
         ("VOCAB_SIZE=70000 MIXER=none", "at most 65536"),
-        ("EVAL_STRIDE=1 EVAL_SEQ_LEN=2", "known"),
+        ("EVAL_STRIDE=2048", "below EVAL_SEQ_LEN"),
+        ("EVAL_STRIDE=0", "at least 1"),
+        ("EVAL_RUN_TILES=-1", "at least 0"),
+        ("EVAL_DTYPE=float16", "float64, float32, bfloat16"),
     ],
 )
 def test_bad_setting_is_refused(setting, allowed):
@@ -258,7 +278,16 @@ def test_override_must_fit_the_artifact(stored):
     assert "EVAL_STRIDE" in refusal(from_env, stored, kind=UsageError, EVAL_STRIDE="5")
 
 
-def test_settings_of_another_version_are_refused():
-    """A setting that this script does not have is named."""
-    stored = dict(preset="bench", seed=1, warp_drive=1)
-    assert "warp_drive" in refusal(config_from_env, {}, stored)
+@pytest.mark.parametrize("name", ["warp_drive", "eval_batch_windows"])
+def test_settings_of_another_version_are_refused(name):
+    """A setting that this script does not have, or has no more, is named."""
+    assert name in refusal(config_from_env, {}, dict(preset="bench", seed=1, **{name: 1}))
+
+
+def test_an_artifact_says_how_it_is_scored(stored):
+    """Run tiles and dtype are stored; `eval` may override both."""
+    assert stored["eval_run_tiles"] == 2
+    assert stored["eval_dtype"] == "float64"
+    cfg = from_env(stored, EVAL_RUN_TILES="0", EVAL_DTYPE="bfloat16")
+    assert cfg.eval_run_tiles == 0
+    assert cfg.eval_dtype == "bfloat16"

@@ -625,7 +625,8 @@ def test_tokenize_ends_with_the_settings_to_use(corpus):
         "TOKENIZER_PATH": str(corpus.folder / "new.model"),
         "VOCAB_SIZE": "400",
     }
-    environ = corpus.settings | {"PRESET": "bench", "VAL_TOKENS": "0", "EVAL_SEQ_LEN": "64"}
+    window = {"EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32"}
+    environ = corpus.settings | window | {"PRESET": "bench", "VAL_TOKENS": "0"}
     tokens = train_gpt.load_validation(train_gpt.config_from_env(environ))
     total_bytes = sum(len(text.encode()) for text in corpus.val)
     assert train_gpt.audit_bytes(corpus.table, tokens) == total_bytes

@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import VOCAB, random_tokens, same, tiny_config, warm_model, weights_of
+from conftest import (
+    VOCAB,
+    lone_attention,
+    random_tokens,
+    same,
+    tiny_config,
+    warm_model,
+    weights_of,
+)
 from naive import (
     naive_attention,
     naive_buckets,
@@ -19,7 +27,7 @@ from naive import (
 )
 
 import train_gpt
-from train_gpt import EMBED_CONTEXT, GPT, Runtime
+from train_gpt import EMBED_CONTEXT, GPT, Cache, Pass, Runtime, causal_bias
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,24 +57,50 @@ def grouped_config(**changes):
     return tiny_config(**{**settings, **changes})
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        dict(num_layers=4, ve_layers="", vrl_enabled=False, xsa_last_n=0),
-        dict(train_seq_len=32, num_heads=2, num_kv_heads=1, ve_layers="0", xsa_last_n=5),
-    ],
-)
-def test_forward_matches_the_formulas(changes):
+MECHANISMS = [
+    {},
+    dict(num_layers=4, ve_layers="", vrl_enabled=False, xsa_last_n=0),
+    dict(train_seq_len=32, num_heads=2, num_kv_heads=1, ve_layers="0", xsa_last_n=5),
+]
+PRECISION = {torch.float32: 2e-5, torch.float64: 1e-12}
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("changes", MECHANISMS)
+def test_forward_matches_the_formulas(changes, dtype):
     """The whole model agrees with its second writing, in every combination of mechanisms."""
     cfg = grouped_config(**changes)
-    model, tokens = warm_model(cfg), random_tokens(2, 24)
+    model, tokens = warm_model(cfg, dtype=dtype), random_tokens(2, 24)
     with torch.no_grad():
-        logits, present = model(tokens)
-    assert logits.dtype == torch.float32
-    assert len(present) == cfg.num_layers
+        logits = model(tokens)
+    assert logits.dtype == dtype
     expected = np.stack([naive_logits(model, cfg, row) for row in tokens.tolist()])
-    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(logits.numpy(), expected, atol=PRECISION[dtype])
+
+
+def test_logits_of_a_bfloat16_model_are_float32():
+    """The softcap and all that follows have at least single precision."""
+    model = warm_model(tiny_config(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert model(random_tokens(1, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *PRECISION])
+def test_cast_weights_change_no_bit(dtype):
+    """Weights that were cast once give the very logits of weights that are cast in the pass."""
+    model, tokens = warm_model(grouped_config(), dtype=dtype), random_tokens(2, 24)
+    with torch.no_grad():
+        assert torch.equal(model(tokens, model.cast()), model(tokens))
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 5, 24])
+def test_only_wanted_rows_have_logits(wanted):
+    """The last rows' logits are those of a pass that returns all."""
+    model, tokens = warm_model(tiny_config(), dtype=torch.float64), random_tokens(2, 24)
+    with torch.no_grad():
+        logits, last = model(tokens), model(tokens, wanted=wanted)
+    assert last.shape == (2, wanted, VOCAB)
+    torch.testing.assert_close(last, logits[:, 24 - wanted :], atol=1e-13, rtol=0)
 
 
 def test_default_model_has_the_documented_number_of_parameters():
@@ -83,32 +117,75 @@ def test_model_is_causal(position):
     changed = tokens.clone()
     changed[:, position] = (changed[:, position] + 1) % VOCAB
     with torch.no_grad():
-        before, after = model(tokens)[0], model(changed)[0]
+        before, after = model(tokens), model(changed)
     assert torch.equal(before[:, :position], after[:, :position])
     assert (before[:, position:] != after[:, position:]).any(-1).any(0).all()
 
 
-@pytest.mark.parametrize("known", [2, 3, 8, 24, 31])
-def test_forward_over_past_rows_matches_one_pass(known):
-    """The newest rows over cached keys and values get the logits, keys and values of one pass."""
-    model, tokens = warm_model(tiny_config()), random_tokens(3, 32)
-    with torch.no_grad():
-        logits, present = model(tokens)
-        _, past = model(tokens[:, :known])
-        tile, extended = model(tokens[:, known - EMBED_CONTEXT :], past)
-    torch.testing.assert_close(tile, logits[:, known:], atol=2e-6, rtol=1e-5)
-    torch.testing.assert_close(extended, present, atol=2e-6, rtol=1e-5)
+# ---- Rows that are appended ----------------------------------------------------------------------
 
 
-def test_past_may_grow_tile_by_tile():
-    """Keys and values returned by one tile serve as the past of the next."""
-    model, tokens = warm_model(tiny_config()), random_tokens(1, 32)
+def appended(model, tokens, cuts, reach, pass_rows=None):
+    """Return the logits (B, T, V) of tokens that go through a Cache in passes of these sizes."""
+    cache = Cache(model, len(tokens), reach, pass_rows or max(cuts))
+    weights = model.cast()
+    logits = []
     with torch.no_grad():
-        logits, _ = model(tokens)
-        _, past = model(tokens[:, :8])
-        for start in (8, 16, 24):
-            tile, past = model(tokens[:, start - EMBED_CONTEXT : start + 8], past)
-            torch.testing.assert_close(tile, logits[:, start : start + 8], atol=2e-6, rtol=1e-5)
+        for rows in cuts:
+            lead = min(EMBED_CONTEXT, cache.rows)
+            new = tokens[:, cache.rows - lead : cache.rows + rows]
+            logits.append(model(new, weights, cache, lead))
+    assert cache.rows == tokens.size(1)
+    return torch.cat(logits, 1)
+
+
+CUTS = {
+    "one row at a time": [1] * 40,
+    "two, then ones": [2] + [1] * 38,
+    "seven at a time": [7] * 5 + [5],
+    "odd sizes": [1, 3, 16, 2, 1, 1, 13, 3],
+    "one pass": [40],
+}
+
+
+@pytest.mark.parametrize("cuts", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("reach", [1, 5, 12, 39, 60])
+def test_appended_rows_match_a_plain_band(cuts, reach):
+    """However they are cut, rows get the logits of the formulas: each sees `reach` rows before."""
+    cfg = tiny_config()
+    model, tokens = warm_model(cfg, dtype=torch.float64), random_tokens(2, 40)
+    logits = appended(model, tokens, cuts, reach)
+    expected = np.stack([naive_logits(model, cfg, row, reach) for row in tokens.tolist()])
+    np.testing.assert_allclose(logits.numpy(), expected, atol=1e-12)
+
+
+def test_appended_rows_match_one_pass_without_a_cache():
+    """A reach beyond the first row is plain causal attention."""
+    model, tokens = warm_model(tiny_config(), dtype=torch.float64), random_tokens(3, 40)
+    with torch.no_grad():
+        logits = model(tokens)
+    torch.testing.assert_close(appended(model, tokens, [7] * 5 + [5], 40), logits)
+
+
+def test_a_cache_keeps_a_long_sequence_in_little_room():
+    """Its slots hold twice the reach and a pass, however many rows have gone through it."""
+    model, tokens = warm_model(tiny_config(), dtype=torch.float64), random_tokens(1, 200)
+    cache = Cache(model, 1, 8, 4)
+    assert cache.store.size(4) == 2 * 8 + 4
+    roomy = appended(model, tokens, [4] * 50, 8, pass_rows=200)
+    torch.testing.assert_close(appended(model, tokens, [4] * 50, 8), roomy, atol=1e-13, rtol=0)
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("reach", [1, 5, 12])
+def test_a_row_sees_the_rows_within_its_reach_and_no_other(layer, reach):
+    """A changed token moves its own row and `reach` rows after it, and no bit of any other."""
+    model = lone_attention(tiny_config(), layer)
+    tokens = random_tokens(1, 40).expand(40, -1)  # sequence i is changed at position i
+    changed = (tokens + torch.eye(40, dtype=torch.int64)) % VOCAB
+    before, after = (appended(model, each, [7] * 5 + [5], reach) for each in (tokens, changed))
+    back = torch.arange(40) - torch.arange(40)[:, None]
+    assert torch.equal((before != after).any(2), (back >= 0) & (back <= reach))
 
 
 # ---- Initial weights -----------------------------------------------------------------------------
@@ -169,22 +246,43 @@ def test_seed_decides_the_new_weights(new_weights):
 
 
 def test_attention_shares_key_heads_in_groups():
-    """Attention is causal softmax attention with grouped heads, also for the last rows alone."""
-    q, k, v = (torch.randn(1, 12, heads, 8) for heads in (6, 2, 2))
-    expected = naive_attention(*(z[0].double().numpy() for z in (q, k, v)))
-    np.testing.assert_allclose(train_gpt.attention(q, k, v)[0].numpy(), expected, atol=1e-5)
-    last = train_gpt.attention(q[:, 7:], k, v)[0].numpy()
-    np.testing.assert_allclose(last, expected[7:], atol=1e-5)
+    """Attention is causal softmax attention with grouped heads, fused or not."""
+    q, k, v = (torch.randn(1, heads, 12, 8) for heads in (6, 2, 2))
+    expected = naive_attention(*(z[0].transpose(0, 1).double().numpy() for z in (q, k, v)))
+    for bias in (causal_bias(12, 0, 12, q).repeat(3, 1), None):
+        y = train_gpt.attention(q, k, v, bias)[0].transpose(0, 1)
+        np.testing.assert_allclose(y.numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [1, 4, 11])
+@pytest.mark.parametrize("last", [1, 5])
+def test_attention_of_the_last_rows_reaches_back(last, reach):
+    """The last rows alone, over keys and values that are at hand."""
+    q, k, v = (torch.randn(1, heads, 12, 8).double() for heads in (6, 2, 2))
+    expected = naive_attention(*(z[0].transpose(0, 1).numpy() for z in (q, k, v)), reach)
+    bias = causal_bias(last, 12 - last, reach, q).repeat(3, 1)
+    y = train_gpt.attention(q[:, :, -last:], k, v, bias)[0].transpose(0, 1)
+    np.testing.assert_allclose(y.numpy(), expected[-last:], atol=1e-13)
+
+
+def test_bias_is_a_band():
+    """Row i of three is key 4 + i; it sees itself and the two keys before."""
+    seen = causal_bias(3, 4, 2, torch.zeros(1)) == 0
+    assert seen.int().tolist() == [
+        [0, 0, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 1, 0],
+        [0, 0, 0, 0, 1, 1, 1],
+    ]
 
 
 def test_exclude_self_takes_out_the_own_value():
     """What XSA leaves is orthogonal to the position's value and otherwise untouched."""
-    y, v = torch.randn(1, 6, 4, 8), torch.randn(1, 6, 2, 8)
-    out = train_gpt.exclude_self(y, v)
-    expected = naive_exclude_self(y[0].numpy(), v[0].numpy())
-    np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-6)
-    own = v.repeat_interleave(2, dim=2)
-    torch.testing.assert_close((out * own).sum(-1), torch.zeros(1, 6, 4), atol=1e-5, rtol=0)
+    y, v = torch.randn(6, 4, 8), torch.randn(6, 2, 8)
+    out = train_gpt.exclude_self(y, v).view(6, 4, 8)
+    expected = naive_exclude_self(y.numpy(), v.numpy())
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-6)
+    own = v.repeat_interleave(2, dim=1)
+    torch.testing.assert_close((out * own).sum(-1), torch.zeros(6, 4), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -192,10 +290,11 @@ def test_exclude_self_takes_out_the_own_value():
 )
 def test_rotary_turns_half_split_pairs(train_seq_len, base):
     """The first 16 of 24 dimensions turn as pairs (j, j + 8), by position times frequency."""
-    turns, x = train_gpt.rotary_turns(16, train_seq_len, 64), torch.randn(1, 20, 2, 24)
-    out = train_gpt.rotate(x, turns[:, 5:25])
-    expected = naive_rotate(x[0].double().numpy(), 5, 16, base)
-    np.testing.assert_allclose(out[0].numpy(), expected, atol=2e-6)
+    rates = train_gpt.rotary_rates(16, train_seq_len)
+    x = torch.randn(20, 2, 24).double()
+    out = train_gpt.rotate(x, *train_gpt.rotary_turns(5, 20, rates, 24), 8)
+    expected = naive_rotate(x.numpy(), 5, 16, base)
+    np.testing.assert_allclose(out.numpy(), expected, atol=1e-13)
     assert torch.equal(out[..., 16:], x[..., 16:])
 
 
@@ -214,23 +313,24 @@ def test_smear_gate_mixes_in_the_row_before():
     embed, tokens = warm_model(tiny_config()).embed, random_tokens(1, 9)
     with torch.no_grad():
         smear = embed.smear.uniform_(-2, 2).double().numpy()
-        smeared = embed(tokens, torch.float32)[0].numpy()
+        smeared = embed(tokens, embed.cast(torch.float32))[0].numpy()
         embed.smear.fill_(-1e4)
-        plain = embed(tokens, torch.float32)[0].double().numpy()
+        plain = embed(tokens, embed.cast(torch.float32))[0].double().numpy()
     np.testing.assert_allclose(smeared, naive_smear(plain, smear), atol=1e-6)
 
 
 def test_mlp_is_the_square_of_a_leaky_relu():
     """A block without attention adds mlp_scale * (LeakyReLU of slope 0.5, squared) to its input."""
-    block, x = warm_model(tiny_config()).blocks[2], torch.randn(1, 5, 32)
-    turns = train_gpt.rotary_turns(8, 32, 32)[:, :5]
+    block, x = warm_model(tiny_config()).blocks[2], torch.randn(5, 32)
     with torch.no_grad():
         block.attn_out.zero_()
-        out, _, _ = block(x, torch.zeros_like(x), 0, turns, None)
+        still = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
+        rows = Pass(1, still, causal_bias(5, 0, 5, x).repeat(2, 1), None)
+        out, _ = block(x, torch.zeros_like(x), 0, rows, block.cast(torch.float32))
     w = {n: p.detach().double().numpy() for n, p in block.named_parameters()}
-    mixed = w["mix_x"] * x[0].double().numpy()
+    mixed = w["mix_x"] * x.double().numpy()
     added = naive_mlp(naive_rms(mixed) / math.sqrt(3), w["mlp_in"], w["mlp_out"])
-    np.testing.assert_allclose(out[0].numpy(), mixed + w["mlp_scale"] * added, atol=1e-5)
+    np.testing.assert_allclose(out.numpy(), mixed + w["mlp_scale"] * added, atol=1e-5)
 
 
 def silent_model(cfg):
@@ -248,9 +348,9 @@ def test_attention_gets_the_documented_queries_keys_and_values(monkeypatch):
     """Gained rotated queries, rotated keys, values with value embedding and value residual."""
     seen, attention = [], train_gpt.attention
 
-    def attend(q, k, v):
-        seen.append((q[0].numpy(), k[0].numpy(), v[0].numpy()))
-        return attention(q, k, v)
+    def attend(q, k, v, bias):
+        seen.append([z[0].transpose(0, 1).numpy() for z in (q, k, v)])
+        return attention(q, k, v, bias)
 
     monkeypatch.setattr(train_gpt, "attention", attend)
     cfg = tiny_config()
@@ -280,11 +380,11 @@ def test_skips_join_the_two_halves_last_in_first_out():
     with torch.no_grad():
         m = torch.stack([block.mix_x.uniform_(0.5, 2) for block in model.blocks])
         w = model.skip_weights.uniform_(0.5, 2)
-        x = model.embed(tokens, torch.float32)
+        x = model.embed(tokens, model.embed.cast(torch.float32))
         y = m[0] * x, m[1] * m[0] * x
         x = m[3] * (m[2] * (y[1] + w[0] * y[1]) + w[1] * y[0])
         expected = x * x.square().mean(-1, keepdim=True).rsqrt() @ model.embed.tokens.T
-        torch.testing.assert_close(model(tokens)[0], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(tokens), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_softcap_bounds_the_logits():
@@ -292,7 +392,7 @@ def test_softcap_bounds_the_logits():
     tokens, logits = random_tokens(1, 12), {}
     for cap in (1e6, 0.5):
         with torch.no_grad():
-            logits[cap] = warm_model(tiny_config(logit_softcap=cap))(tokens)[0].double()
+            logits[cap] = warm_model(tiny_config(logit_softcap=cap))(tokens).double()
     torch.testing.assert_close(logits[0.5], 0.5 * torch.tanh(logits[1e6] / 0.5), atol=1e-5, rtol=0)
     assert logits[1e6].abs().max() > 0.6
     assert logits[0.5].abs().max() <= 0.5

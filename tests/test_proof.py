@@ -18,10 +18,12 @@ import pytest
 import torch
 from conftest import (
     CODED_STREAM,
+    CODED_TOKENS,
     TABLE,
     assert_size,
     bits_of,
     codec,
+    decompress_on_plain_machine,
     forget_the_text,
     last_stage_predictor,
     quiet,
@@ -29,7 +31,7 @@ from conftest import (
 )
 
 import train_gpt
-from train_gpt import CODE_HEAD, CODE_START, Mixture, Predictor, Windows, verify
+from train_gpt import CODE_HEAD, CODE_START, Engine, Mixture, Predictor, commit, shares, verify
 
 THREADS = torch.get_num_threads()
 HEAD_BYTES = CODE_START.size + CODE_HEAD.size
@@ -139,6 +141,21 @@ def test_proof_is_of_no_more_tokens_than_there_are(code_files, proving, here):
     assert run.report.results["proof"]["predicted_bits"] == file.bits
 
 
+def test_whole_stream_is_proved(artifacts, proving, here):
+    """VERIFY_TOKENS=0: what is reported is the size of a file that was decoded to its end."""
+    here()
+    run, artifact = proving(artifacts("learned"), verify_tokens=0)
+    run.report.check_size(artifact)
+    scored = train_gpt.evaluate_artifact(run, artifact)
+    verify(run, artifact, scored)
+    proof = run.report.results["proof"]
+    assert proof["tokens"] == CODED_TOKENS
+    assert len(scored) == CODED_TOKENS
+    assert run.report.results["val_bpb"] == proof["predicted_bits"] / run.total_bytes
+    assert_size(bytes(proof["bytes_on_disk"]), proof["predicted_bits"])
+    assert (run.cfg.run_dir / "proof.txt").read_bytes() == TABLE.decode(CODED_STREAM)
+
+
 def test_decoder_gets_no_shards_and_no_settings(code_files, proving, here, monkeypatch):
     """It is this script, with nothing but the artifact and the code file."""
     file = code_files("none, no ttt", 40)
@@ -230,6 +247,28 @@ def test_complaint_of_the_decoder_is_told(code_files, proving, here):
     assert_nothing_proved(run)
 
 
+def test_decoder_that_cannot_follow_is_told(code_files, proving, here, monkeypatch):
+    """Its frequencies differ at the first check: it says what made the file, and nothing is proved.
+
+    Logits that lie whole steps of the grid apart stand for another machine.
+    """
+    original = Engine.logits
+
+    def logits_of_another_machine(self, tokens, *where):
+        for rows, logits in original(self, tokens, *where):
+            yield rows, logits + torch.arange(logits.size(1)) / 256
+
+    def move(command):
+        monkeypatch.setattr(Engine, "logits", logits_of_another_machine)
+
+    here(before=move)
+    run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
+    message = refusal(verify, run, artifact)
+    assert message.startswith("verify: the decoder gave up: ")
+    assert "proof.code cannot be followed here beyond token 0: it was made with torch" in message
+    assert_nothing_proved(run)
+
+
 def test_decoder_that_misses_the_text_is_refused(code_files, proving, here):
     """Equal tokens and frequencies are no proof if the decoder fails on the text's checksum."""
     here(before=lambda command: forget_the_text(Path(command[3]), Path(command[3])))
@@ -278,26 +317,31 @@ def test_settings_that_the_artifact_has_not_cannot_be_proved(code_files, proving
 
 
 def peek():
-    """Raise what is predicted by 2 nats, looking behind the end of the prefix that was given."""
-    original = Windows.logits
+    """Raise what is predicted by 2 nats, looking behind the end of the prefix that was given.
 
-    def logits_after_a_look(self, prefix, *where):
-        stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
-        for batch, logits in original(self, prefix, *where):
-            target = stream[(batch.rows + 1).clamp(max=len(stream) - 1), None]
-            yield batch, logits.scatter_add(1, target, torch.full_like(logits[:, :1], 2.0))
+    The first position is spared: a check follows it.
+    """
+    original = Engine.logits
 
-    Windows.logits = logits_after_a_look
+    def logits_after_a_look(self, tokens, *where):
+        stream = torch.as_strided(tokens, (tokens.untyped_storage().nbytes() // 8,), (1,))
+        for rows, logits in original(self, tokens, *where):
+            target = stream[(rows.positions + 1).clamp(max=len(stream) - 1), None]
+            more = 2.0 * (rows.positions > 0)[:, None].to(logits.dtype)
+            yield rows, logits.scatter_add(1, target, more)
+
+    Engine.logits = logits_after_a_look
 
 
 def open_gate():
-    """Choose between two causal distributions by the token to come."""
+    """Choose between two causal distributions by the token to come, where a block's are known."""
     original = Mixture.mix
 
-    def the_better_one(self, p, prefix, batch):
-        q = original(self, p, prefix, batch)
-        stream = torch.as_strided(prefix, (prefix.untyped_storage().nbytes() // 8,), (1,))
-        target = stream[(batch.rows + 1).clamp(max=len(stream) - 1), None]
+    def the_better_one(self, grid, rows):
+        q = original(self, grid, rows)
+        p = commit(shares(grid))
+        target = self.history.tokens[(rows.positions + 1).clamp(max=self.history.size - 1)]
+        target = target[:, None].long()
         return torch.where(q.gather(1, target) > p.gather(1, target), q, p)
 
     Mixture.mix = the_better_one
@@ -316,6 +360,7 @@ def update_first():
             self.mixture.learn(torch.as_strided(prefix, (stop,), (1,)))
             self.pending = None
             self.committed_to = start
+            self.engine.run = None  # its rows are to be computed once more
         commitment = original(self, prefix, start, stop)
         learner.weights.copy_(before)
         return commitment
@@ -326,7 +371,7 @@ def update_first():
 @pytest.fixture
 def honest_again(monkeypatch):
     """honest_again() undoes every cheat; so does the end of the test."""
-    methods = [(Windows, "logits"), (Mixture, "mix"), (Predictor, "predict")]
+    methods = [(Engine, "logits"), (Mixture, "mix"), (Predictor, "predict")]
     originals = [(cls, name, getattr(cls, name)) for cls, name in methods]
     for original in originals:
         monkeypatch.setattr(*original)  # to be restored
@@ -379,6 +424,40 @@ def test_open_gate_is_refuted_by_a_decoder_of_its_kind(
     copy.write_text(source.replace(ending, cheat + ending), encoding="utf-8")
     monkeypatch.setattr(train_gpt, "__file__", str(copy))
     refuted(open_gate, artifacts("learned"), proving)
+
+
+# ---- Any machine ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def elsewhere(artifacts, code_files, tmp_path_factory):
+    """{(lanes, threads): (Coded, what a process without vector units decodes)} of CODED_STREAM.
+
+    In plain order TTT updates the model three times, and the mixer 26 times; in lanes the mixer.
+    """
+    folder = tmp_path_factory.mktemp("elsewhere")
+    cfg = artifacts("learned")
+    threads = torch.get_num_threads()
+    coded = {lanes: codec(cfg).encode(CODED_STREAM, lanes) for lanes in (0, 4)}
+    torch.set_num_threads(threads)
+    for lanes, code in coded.items():
+        (folder / f"{lanes}.code").write_bytes(code.data)
+    paths = {folder / f"{lanes}.code": lanes for lanes in coded}
+    decoded = decompress_on_plain_machine(cfg.artifact_path, *paths)
+    return {
+        (paths[path], threads): (coded[paths[path]], d) for (path, threads), d in decoded.items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lanes", [0, 4])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_code_made_here_decodes_without_vector_units(lanes, threads, elsewhere):
+    """On one thread and on two: text, tokens and frequencies are the very ones that were coded."""
+    coded, (text, tokens, freqs) = elsewhere[lanes, threads]
+    assert text == TABLE.decode(CODED_STREAM)
+    assert tokens.tolist() == CODED_STREAM.tolist()
+    assert freqs.tolist() == coded.freqs.tolist()
 
 
 # ---- The commands, with a real process -----------------------------------------------------------

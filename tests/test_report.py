@@ -108,6 +108,7 @@ def write_results(folder, seed, val_bpb, **changes):
         preset=changes.get("preset", "record"),
         mixer=changes.get("mixer", "entropy"),
         ttt_lr=changes.get("ttt_lr", 1e-4),
+        eval_dtype=changes.get("eval_dtype", "float64"),
         log_dir=f"logs{seed}",
         seed=seed,
     )
@@ -262,6 +263,16 @@ def test_mixed_is_an_argument_of_the_command(tmp_path, command_line):
     assert "DEVICE, SHARDS, SOURCE_SHA256" in error_line(command_line("summarize", *paths), 1)
     assert command_line("summarize", "--mixed", *paths) == (0, "")
     assert (tmp_path / "submission.json").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_results_that_no_decoder_gets_are_refused(tmp_path, dtype):
+    """Other types than float64 are for a quick look: the file and the setting are named."""
+    paths = [write_results(tmp_path, seed, 1.1, eval_dtype=dtype) for seed in BPB]
+    message = refusal(summarize, paths, str(tmp_path / "submission.json"))
+    assert paths[0] in message
+    assert f"EVAL_DTYPE={dtype}" in message
+    assert not (tmp_path / "submission.json").exists()
 
 
 UNFINISHED = (

@@ -1,14 +1,14 @@
-"""Honest mixers side by side on one model's saved distributions; no second forward pass.
+"""Honest mixers side by side on one model's saved logits; no second forward pass.
 
-    compare_mixers.py record ARTIFACT FOLDER   score three streams once and keep their log p
+    compare_mixers.py record ARTIFACT FOLDER   score three streams once and keep their logits
     compare_mixers.py table FOLDER             every method on the validation text
     compare_mixers.py ablate FOLDER            the learned mixer with one thing changed, on `tune`
     compare_mixers.py scale TOKENS...          seconds and bytes a token on that much training text
 
 Settings come from the environment as in train_gpt.py (DATA_PATH, TOKENIZER_PATH, VAL_TOKENS).
-`record` keeps three streams: `calib`, the end of the last training shard, in half windows; `tune`,
-the beginning of that shard, sliding (bench trains on the first shard only); `val`, the validation
-text, sliding and with TTT. Every figure is the length of committed integer frequencies; seconds are
+`record` keeps three streams: `calib`, the end of the last training shard, in one run; `tune`, the
+beginning of that shard, sliding (bench trains on the first shard only); `val`, the validation text,
+sliding and with TTT. Every figure is the length of committed integer frequencies; seconds are
 those of linking, mixing and learning on this machine's one thread.
 """
 
@@ -25,38 +25,51 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt
-from train_gpt import CONTEXTS, Batch, Mixture, NgramHistory, Runtime, new_plan
+from train_gpt import (
+    CONTEXTS,
+    LOGIT_SCALE,
+    Mixture,
+    NgramHistory,
+    Rows,
+    Runtime,
+    commit,
+    new_plan,
+    shares,
+)
 
 RATE = dict(cold=5e-3, calibrated=1e-3)
 SLICE_TOKENS = 100_000
 
 
 def half_window(cfg):
-    """Return the stride with which the script calibrates."""
-    return cfg.eval_stride * max(1, cfg.eval_seq_len // cfg.eval_stride // 2)
+    """Return the positions of a block with which the script calibrates."""
+    return max(1, cfg.eval_seq_len // 2)
 
 
 # ---- Recording -----------------------------------------------------------------------------------
 
 
 class Recorder:
-    """Stands in for a Predictor's Mixture: keeps the log p of what is committed as it is."""
+    """Stands in for a Predictor's Mixture and its history: keeps the logits that are committed."""
 
-    def __init__(self, log_p):
-        self.log_p = log_p  # (n, V) fp32, of positions 1..n
+    def __init__(self, grid):
+        self.grid = grid  # (n, V) int16, of rows 0, 1, ...
+        self.history = self
 
-    def mix(self, p, prefix, batch):
-        """Keep and return p (R, V)."""
-        rows = batch.rows[batch.committed]
-        self.log_p[rows[0] : rows[-1] + 1] = p[batch.committed].log().float().cpu().numpy()
-        return p
+    def extend(self, prefix):
+        """Link nothing."""
+
+    def mix(self, grid, rows):
+        """Keep the logits (R, V); return the model's frequencies."""
+        self.grid[rows.positions.cpu().numpy()] = grid.cpu().numpy().astype(np.int16)
+        return commit(shares(grid))
 
     def learn(self, prefix):
         """Learn nothing."""
 
 
 def record(artifact_path, folder):
-    """Write NAME.npy (n, V) fp32 log probabilities and NAME_tokens.npy (n + 1,) for each stream."""
+    """Write NAME.npy (n, V) int16 grid logits and NAME_tokens.npy (n + 1,) for each stream."""
     artifact = train_gpt.read_artifact(artifact_path)
     cfg = train_gpt.config_from_env(os.environ, artifact.settings)
     rt = train_gpt.start_runtime(cfg, {})
@@ -64,7 +77,7 @@ def record(artifact_path, folder):
     end = cfg.val_tokens + 1 if cfg.val_tokens else None
     sliding = new_plan(cfg, "sliding")
     streams = {
-        "calib": (train_gpt.load_held_out(cfg), sliding._replace(stride=half_window(cfg))),
+        "calib": (train_gpt.load_held_out(cfg), sliding._replace(run=0)),
         "tune": (shard[:end], sliding),
         "val": (train_gpt.load_validation(cfg), new_plan(cfg, "ttt")),
     }
@@ -73,12 +86,12 @@ def record(artifact_path, folder):
         tokens = tokens.astype(np.int64)
         shape = len(tokens) - 1, cfg.vocab_size
         path = f"{folder}/{name}.npy"
-        log_p = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+        grid = np.lib.format.open_memmap(path, mode="w+", dtype=np.int16, shape=shape)
         predictor = train_gpt.new_predictor(artifact, cfg, rt, plan)
-        predictor.mixture = Recorder(log_p)
+        predictor.mixture = Recorder(grid)
         total_bytes = int(artifact.table.count_bytes(tokens).sum())
         stages, _ = train_gpt.evaluate(predictor, tokens, total_bytes, print)
-        log_p.flush()
+        grid.flush()
         np.save(f"{folder}/{name}_tokens.npy", tokens)
         print(name, stages[0], flush=True)
 
@@ -87,14 +100,14 @@ def record(artifact_path, folder):
 
 
 class Replay:
-    """A recorded stream: tokens, log p and the window that each position saw."""
+    """A recorded stream: tokens and logits."""
 
-    def __init__(self, folder, name, cfg, table, stride):
-        self.log_p = np.load(f"{folder}/{name}.npy", mmap_mode="r")
+    def __init__(self, folder, name, cfg, table):
+        self.grid = np.load(f"{folder}/{name}.npy", mmap_mode="r")
         self.tokens = torch.from_numpy(np.load(f"{folder}/{name}_tokens.npy"))
         self.cfg = cfg
         self.table = table
-        self.stride = stride
+        self.reach = new_plan(cfg, "sliding").reach
         self.bytes = int(table.count_bytes(self.tokens.numpy()).sum())
 
     @property
@@ -103,31 +116,29 @@ class Replay:
         return len(self.tokens) - 1
 
     def blocks(self, size):
-        """Yield (p, Batch) of each block of positions, as a Predictor shows them to its Mixture."""
-        window = self.cfg.eval_seq_len
+        """Yield (grid, Rows) of each block of positions, as a Predictor shows them to a Mixture."""
         for start in range(0, self.n, size):
-            rows = torch.arange(start, min(start + size, self.n))
-            tile_end = rows // self.stride * self.stride + self.stride
-            window_start = torch.where(rows < window, 0, tile_end - window)
-            p = torch.from_numpy(self.log_p[rows].astype(np.float64)).exp()
-            yield p, Batch(0, rows, window_start, slice(None))
+            positions = torch.arange(start, min(start + size, self.n))
+            grid = torch.from_numpy(self.grid[positions].astype(np.int64))
+            yield grid, Rows(positions, positions - self.reach)
 
 
-def code_bits(q, targets):
-    """Return the bits (R,) of each target under the committed frequencies of q (R, V)."""
-    freqs = train_gpt.commit(q).gather(1, targets[:, None])[:, 0]
-    return train_gpt.TOTAL_BITS - freqs.double().log2()
+def code_bits(freqs, targets):
+    """Return the bits (R,) of each target under the committed frequencies (R, V)."""
+    return train_gpt.TOTAL_BITS - freqs.gather(1, targets[:, None])[:, 0].double().log2()
 
 
+@torch.inference_mode()
 def run(stream, mixture, size=4096):
     """Return (bits a byte, seconds, bits of each position), mixed in blocks of `size`."""
     bits = []
     start_s = time.perf_counter()
-    for p, batch in stream.blocks(size):
-        stop = int(batch.rows[-1]) + 1
-        q = mixture.mix(p, stream.tokens[:stop], batch)
-        bits.append(code_bits(q, stream.tokens[batch.rows + 1]))
-        if len(p) == size and stop < stream.n:
+    for grid, rows in stream.blocks(size):
+        stop = int(rows.positions[-1]) + 1
+        mixture.history.extend(stream.tokens[:stop])
+        freqs = mixture.mix(grid, rows)
+        bits.append(code_bits(freqs, stream.tokens[rows.positions + 1]))
+        if len(grid) == size and stop < stream.n:
             mixture.learn(stream.tokens[: stop + 1])
     seconds = time.perf_counter() - start_s
     bits = torch.cat(bits)
@@ -156,34 +167,39 @@ def calibrated_weights(calib):
 
 
 class Rule:
-    """Stands in for a Mixture: q = method(p, matches, following, batch), which learns nothing."""
+    """Stands in for a Mixture: shares = method(grid, matches, following, rows); learns nothing."""
 
     def __init__(self, stream, method):
         self.history = NgramHistory(stream.cfg, stream.table.word_begins, "cpu")
         self.method = method
 
-    def mix(self, p, prefix, batch):
-        """Return q (R, V)."""
-        self.history.extend(prefix)
-        matches = self.history.occurrences(batch.rows)
-        return self.method(p, matches, self.history.tokens[matches + 1].long(), batch)
+    def mix(self, grid, rows):
+        """Return frequencies (R, V)."""
+        matches = self.history.occurrences(rows.positions)
+        following = self.history.tokens[matches + 1].long()
+        return commit(self.method(grid, matches, following, rows))
 
     def learn(self, prefix):
         """Learn nothing."""
 
 
-def model_alone(p, matches, following, batch):
-    """Return p itself."""
-    return p
+def model_alone(grid, matches, following, rows):
+    """Return the model's shares."""
+    return shares(grid)
 
 
 def entropy_rule(cfg, base, span, center, min_count):
     """Return the method of PR 1033 over the same history."""
     alphas = dict(alpha_base=base, alpha_range=span, alpha_center=center)
     changed = replace(cfg, min_count=min_count, **alphas)
-    return lambda p, matches, following, batch: train_gpt.mix_entropy(
-        p, matches, following, changed
+    return lambda grid, matches, following, rows: train_gpt.mix_entropy(
+        shares(grid), matches, following, changed
     )
+
+
+def probabilities(grid):
+    """Return p, float64 (R, V), of grid logits."""
+    return torch.softmax(grid.double() / LOGIT_SCALE, -1)
 
 
 def one_token_tilt(beta, adaptive, outside):
@@ -193,17 +209,17 @@ def one_token_tilt(beta, adaptive, outside):
     1 - p(hint). `outside`: only where that occurrence is outside the model's window.
     """
 
-    def method(p, matches, following, batch):
+    def method(grid, matches, following, rows):
         seen = matches[:, :-1, 0] >= 0
         longest = seen.int().argmax(1)[:, None]
         hint = following[:, :-1, 0].gather(1, longest)
         wanted = seen.any(1, keepdim=True)
         if outside:
-            wanted &= matches[:, :-1, 0].gather(1, longest) < batch.window_start[:, None]
-        boost = beta * wanted.double()
+            wanted &= matches[:, :-1, 0].gather(1, longest) < rows.window_start[:, None]
+        boost = LOGIT_SCALE * beta * wanted.double()
         if adaptive:
-            boost *= 1 - p.gather(1, hint)
-        return torch.softmax(p.log().scatter_add(1, hint, boost), -1)
+            boost *= 1 - probabilities(grid).gather(1, hint)
+        return shares(grid.scatter_add(1, hint, boost.round().long()))
 
     return method
 
@@ -215,13 +231,14 @@ def dirichlet(theta, least):
     upwards through the contexts of `least` or more tokens.
     """
 
-    def method(p, matches, following, batch):
+    def method(grid, matches, following, rows):
+        p = probabilities(grid)
         for c in reversed(range(CONTEXTS - 1)):
             if train_gpt.CONTEXT_LENGTHS[c] >= least:
                 real = (matches[:, c] >= 0).double()
                 counts = torch.zeros_like(p).scatter_add_(1, following[:, c], real)
                 p = (counts + theta * p) / (real.sum(1, keepdim=True) + theta)
-        return p
+        return (p * 2**38).long()
 
     return method
 
@@ -248,8 +265,7 @@ def open_streams(folder, *names, **changes):
     """Return the Replays of these names in a recorded folder; changes are settings."""
     cfg = config(**changes)
     table, _ = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    strides = {"calib": half_window(cfg), "tune": cfg.eval_stride, "val": cfg.eval_stride}
-    return [Replay(folder, name, cfg, table, strides[name]) for name in names]
+    return [Replay(folder, name, cfg, table) for name in names]
 
 
 ENTROPY_TRIALS = [
@@ -370,6 +386,7 @@ def ablate(folder):
         print(f"{label:<40} {bpb - base:+.4f} {seconds:6.1f} s", flush=True)
 
 
+@torch.inference_mode()
 def scale(*counts):
     """Print seconds and bytes a token after so many tokens of training text.
 
@@ -385,8 +402,8 @@ def scale(*counts):
     counts = sorted(map(int, counts))
     shards = [train_gpt.read_shard(f, cfg.vocab_size) for f in train_gpt.list_shards(cfg, "train")]
     tokens = torch.from_numpy(np.concatenate(shards)[: counts[-1] + 1].astype(np.int64))
-    p = torch.bincount(tokens, minlength=cfg.vocab_size).double() + 1
-    p = (p / p.sum()).expand(size, -1)
+    counted = torch.bincount(tokens, minlength=cfg.vocab_size).double() + 1
+    grid = (LOGIT_SCALE * counted.log()).round().long().expand(size, -1)
 
     seconds = 0.0
     bits = 0.0
@@ -395,10 +412,10 @@ def scale(*counts):
     for start in range(0, len(tokens) - size, size):
         stop = start + size
         start_s = time.thread_time()
-        rows = torch.arange(start, stop)
-        batch = Batch(0, rows, (rows - 512).clamp(min=0), slice(None))
-        q = mixture.mix(p, tokens[:stop], batch)
-        bits += code_bits(q, tokens[rows + 1]).sum().item()
+        positions = torch.arange(start, stop)
+        history.extend(tokens[:stop])
+        freqs = mixture.mix(grid, Rows(positions, positions - 512))
+        bits += code_bits(freqs, tokens[positions + 1]).sum().item()
         mixture.learn(tokens[: stop + 1])
         seconds += time.thread_time() - start_s
         if stop + size > counts[0]:
