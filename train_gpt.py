@@ -1102,9 +1102,8 @@ def micro_batches(tokens, cfg, rt):
 # the compute dtype, with scales folded in and tables projected: once a step, or once until they
 # change.
 
-EMBED_CONTEXT = (
-    2  # rows before the first that its embedding needs: smear looks 1 back, its bigram 2
-)
+# Rows before the first that its embedding needs: smear looks 1 back, its bigram 2.
+EMBED_CONTEXT = 2
 TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
 MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 
@@ -1215,27 +1214,6 @@ class Embedding(nn.Module):
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
 
-class Pass(NamedTuple):
-    """What all layers need to know of the N = B T rows that go through the model."""
-
-    batch: int  # B
-    turns: tuple  # cosines and sines of the rotary embedding, each (N, 1, d)
-    bias: Tensor  # of attention; None: plainly causal, by a fused kernel
-    cache: object  # Cache of the rows before, or None
-
-
-class BlockWeights(NamedTuple):
-    """A block's weights in the compute dtype; matrices (out, in) have their scales in them."""
-
-    mix_x: Tensor
-    mix_x0: Tensor
-    qkv: Tensor
-    gain: Tensor  # (H + G, 1) of normed queries and keys
-    attn_out: Tensor
-    mlp_in: Tensor
-    mlp_out: Tensor
-
-
 class Block(nn.Module):
     """One transformer layer: attention and MLP on normed, depth-scaled inputs."""
 
@@ -1262,10 +1240,13 @@ class Block(nn.Module):
         self.mlp_scale = parameter(D, fill=1.0)
 
     def cast(self, dtype):
-        """Return the BlockWeights in `dtype`."""
+        """Return the weights in `dtype`; matrices (out, in) have their scales in them.
+
+        [mix_x, mix_x0, qkv, gain (H + G, 1) of normed queries and keys, attn_out, mlp_in, mlp_out]
+        """
         H, G = self.heads
         gain = F.pad(self.q_gain, (0, G), value=1.0)
-        weights = BlockWeights(
+        weights = (
             self.mix_x,
             self.mix_x0,
             torch.cat([self.q, self.k, self.v]) * self.norm_scale,
@@ -1274,30 +1255,33 @@ class Block(nn.Module):
             self.mlp_in * self.norm_scale,
             self.mlp_out * self.mlp_scale[:, None],
         )
-        return BlockWeights(*(w.to(dtype) for w in weights))
+        return [w.to(dtype) for w in weights]
 
     def forward(self, x, x0, extra_v, rows, weights):
         """Return (output (N, D), own values (N, G, d)).
 
-        x, x0 (N, D); extra_v is added to the values; rows: a Pass; weights: BlockWeights.
+        x, x0 (N, D); extra_v is added to the values; rows: what begin_pass returned; weights: what
+        cast returned.
         """
+        batch, turns, bias, cache = rows
+        mix_x, mix_x0, qkv_in, gain, attn_out, mlp_in, mlp_out = weights
         H, G = self.heads
-        x = torch.addcmul(weights.mix_x * x, weights.mix_x0, x0)
-        qkv = F.linear(unit(x), weights.qkv).view(len(x), H + 2 * G, -1)
-        qk = rotate(unit(qkv[:, : H + G]) * weights.gain, *rows.turns, self.half)
+        x = torch.addcmul(mix_x * x, mix_x0, x0)
+        qkv = F.linear(unit(x), qkv_in).view(len(x), H + 2 * G, -1)
+        qk = rotate(unit(qkv[:, : H + G]) * gain, *turns, self.half)
         own_v = qkv[:, H + G :]
         v = own_v + extra_v
         q, keys, values = (
-            z.unflatten(0, (rows.batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
+            z.unflatten(0, (batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
         )
-        if rows.cache:
-            keys, values = rows.cache.append(self.layer, keys, values)
-        y = attention(q, keys, values, rows.bias).transpose(1, 2).flatten(0, 1)
+        if cache:
+            keys, values = cache.append(self.layer, keys, values)
+        y = attention(q, keys, values, bias).transpose(1, 2).flatten(0, 1)
         if self.xsa:
             y = exclude_self(y, v)
-        x = torch.addmm(x, y.reshape(x.shape), weights.attn_out.T)
-        h = F.leaky_relu(F.linear(unit(x), weights.mlp_in), 0.5).square()
-        return torch.addmm(x, h, weights.mlp_out.T), own_v
+        x = torch.addmm(x, y.reshape(x.shape), attn_out.T)
+        h = F.leaky_relu(F.linear(unit(x), mlp_in), 0.5).square()
+        return torch.addmm(x, h, mlp_out.T), own_v
 
 
 class GPT(nn.Module):
@@ -1354,7 +1338,7 @@ class GPT(nn.Module):
         x = self.embed(tokens, embed)[:, lead:]
         rows = self.begin_pass(x, cache)
         x = x0 = x.flatten(0, 1)
-        tokens = tokens[:, lead:].flatten()
+        table_rows = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
         half = len(self.blocks) // 2
@@ -1363,20 +1347,24 @@ class GPT(nn.Module):
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
             extra_v = vrl[i - 1] * v0 if self.vrl_enabled and i else 0
             if i in values:
-                extra_v = extra_v + values[i][tokens]
+                extra_v = extra_v + values[i][table_rows]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
             if i < half:
                 skips.append(x)
-        x = x.unflatten(0, (rows.batch, -1))
+        x = x.unflatten(0, (len(tokens), -1))
         if wanted is not None:
             x = x[:, x.size(1) - wanted :]
         z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
         return self.softcap * torch.tanh(z / self.softcap)
 
     def begin_pass(self, x, cache):
-        """Return the Pass of the rows x (B, T, D), appended to the cache's own if there is one."""
+        """Return (B, turns, bias, cache), what all layers need to know of the rows x (B, T, D).
+
+        They are appended to the cache's own if there is one. turns: cosines and sines of the rotary
+        embedding, each (B T, 1, d); bias of attention, None: plainly causal, by a fused kernel.
+        """
         B, T, _ = x.shape
         H, G, width = self.heads
         first, known, reach = cache.grow(T) if cache else (0, 0, T)
@@ -1384,7 +1372,7 @@ class GPT(nn.Module):
         if cache or not x.is_cuda:
             bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
         turns = rotary_turns(first, T, self.rotary_rates, width)
-        return Pass(B, tuple(t.to(x.dtype).repeat(B, 1, 1) for t in turns), bias, cache)
+        return B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
 
 
 class Cache:
@@ -1469,11 +1457,8 @@ class BigramCounts:
 # through it together, since one at a time they are all overhead. torch's AdamW with fp32 state
 # takes tables and vectors. Schedules are pure functions of step and clock.
 
-NEWTON_SCHULZ = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # x -> ax + b(xx')x + c(xx')^2x: singular values to about 1
+# x -> ax + b(xx')x + c(xx')^2x: singular values to about 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalize(matrices, dtype):
@@ -1521,15 +1506,11 @@ def new_optimizers(model, cfg):
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
-    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, momentum=cfg.muon_momentum)
+    matrices = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd)
     tables = group("table", peak_lr=cfg.tied_embed_lr)
     vectors = group("vector", peak_lr=cfg.scalar_lr)
-    fused = model.skip_weights.is_cuda
-    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=fused)
-    return [
-        Muon([group("matrix", "projection", **muon)], model.dtype),
-        torch.optim.AdamW([tables, vectors], **adam),
-    ]
+    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda)
+    return [Muon([matrices], model.dtype), torch.optim.AdamW([tables, vectors], **adam)]
 
 
 def lr_scale(step, elapsed_s, limit_s, cfg):
@@ -1585,9 +1566,8 @@ class WeightAverage:
 # Rank 0's clock stops all ranks at one step. Kernels are compiled on random tokens before it
 # starts, then all is put back.
 
-CALIBRATION_SHARE = (
-    0.03  # of the training time is kept for the mixer's calibration, where there is one
-)
+# Of the training time, it is kept for the mixer's calibration, where there is one.
+CALIBRATION_SHARE = 0.03
 
 
 @dataclass
@@ -1763,10 +1743,10 @@ def quantize(w, limit, row_max):
 def encode_tensor(name, w, coarseness):
     """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
     w = w.detach().float()
-    match KINDS[role(name)]:
-        case "int6":
+    match role(name):
+        case "matrix":
             return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-        case "int8":
+        case "table":
             return quantize(w, INT8_MAX, w.abs().amax(1))
     return (w.half(),)
 
@@ -1787,12 +1767,12 @@ def estimate_coarseness(weights, budget_bytes):
 
     A row then costs log2(4.133 * 31 / coarseness) bits a weight; LZMA adds 3 %.
     """
-    counts = {"int6": 0, "int8": 0, "fp16": 0}
+    counts = dict.fromkeys(KINDS.values(), 0)
     for name, w in weights.items():
         counts[KINDS[role(name)]] += w.numel()
-    left = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
-    bits = left / max(counts["int6"], 1)
-    return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
+    bits = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
+    bits_a_level = min(max(bits / counts["int6"], 0), 30)
+    return min(max(4.133 * INT6_MAX / 2**bits_a_level, FINEST), COARSEST)
 
 
 # ---- Artifact ------------------------------------------------------------------------------------
@@ -1869,11 +1849,9 @@ def read_artifact(path):
         raise UserError(f"artifact {path} is not an artifact of this program")
     if version != ARTIFACT_VERSION:
         raise UserError(f"artifact {path} has format version {version}, not {ARTIFACT_VERSION}")
-    if len(body) != length:
+    if len(body) != length or sha256(body) != digest:
         counts = f"{len(body):,} bytes of {length:,}"
-        raise UserError(f"artifact {path} is cut or padded: {counts}; copy it again")
-    if sha256(body) != digest:
-        raise UserError(f"artifact {path} is corrupt: its checksum differs; copy it again")
+        raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
     reader = io.BytesIO(lzma.decompress(body, **LZMA))
     header_bytes = int.from_bytes(reader.read(4), "little")
     header = json.loads(reader.read(header_bytes))
@@ -2085,13 +2063,6 @@ class Evidence(NamedTuple):
     features: Tensor  # float64 (R, F, J)
 
 
-class Rows(NamedTuple):
-    """R input rows whose logits are at hand; the row at stream position i predicts i + lanes."""
-
-    positions: Tensor  # int64 (R,)
-    window_start: Tensor  # int64 (R,): the first position that each of them sees
-
-
 def mix_entropy(share, matches, following, cfg):
     """Return the shares of (1 - alpha) p + alpha counts / total: PR 1033's rule, on all tokens.
 
@@ -2114,11 +2085,11 @@ def mix_entropy(share, matches, following, cfg):
     return (4096 - alpha) * freqs + alpha * empirical
 
 
-def gather_evidence(share, grid, matches, following, rows, lanes=1):
+def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     """Return the Evidence for R positions from what their contexts were followed by.
 
-    share, grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens
-    after them.
+    grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens after
+    them; rows (R,): where the contexts end. The model sees `reach` rows before each, of its lane.
     """
     tokens = following.flatten(1)
     real = matches >= 0
@@ -2132,13 +2103,14 @@ def gather_evidence(share, grid, matches, following, rows, lanes=1):
     seen = count > 0
     rank = same.argmax(2)
     last = matches.gather(2, rank)
-    distance = rows.positions[:, None, None] - last
+    distance = rows[:, None, None] - last
     log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
     log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
-    in_window = (last >= rows.window_start[:, None, None]) & (distance % lanes == 0)
+    in_window = (distance <= reach * lanes) & (distance % lanes == 0)
     by_context = [log_odds, seen / (1.0 + rank.double()), log_distance, seen & in_window]
 
     below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
+    share = shares(grid)
     top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
     by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
     features = torch.cat([*by_context, torch.stack(by_model, 1)], 1)  # all to float64
@@ -2220,25 +2192,26 @@ class Mixture:
 
     def __init__(self, weights, cfg, table, rt, plan):
         self.cfg = cfg
-        self.lanes = max(plan.lanes, 1)
-        self.history = NgramHistory(cfg, table.word_begins, rt.device, self.lanes)
+        self.plan = plan
+        self.history = NgramHistory(cfg, table.word_begins, rt.device, plan.lanes)
         self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
 
     def mix(self, grid, rows):
         """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
 
-        grid int64 (R, V): the model's logits; the history must hold the rows' positions.
+        grid int64 (R, V): the model's logits; rows int64 (R,): their positions, which the history
+        must hold. A row predicts the position `lanes` after its own.
         """
-        share = shares(grid)
-        matches = self.history.occurrences(rows.positions)
+        lanes = self.plan.lanes
+        matches = self.history.occurrences(rows)
         # Where there is no match, any token follows: `matches` tells.
-        following = self.history.tokens[matches + self.lanes].long()
+        following = self.history.tokens[matches + lanes].long()
         if self.learner is None:
-            return commit(mix_entropy(share, matches, following, self.cfg))
-        evidence = gather_evidence(share, grid, matches, following, rows, self.lanes)
+            return commit(mix_entropy(shares(grid), matches, following, self.cfg))
+        evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
         boosted = grid.scatter_add(1, evidence.tokens, self.learner.boost(evidence))
         freqs = commit(shares(boosted))
-        self.learner.remember(evidence, freqs, rows.positions + self.lanes)
+        self.learner.remember(evidence, freqs, rows + lanes)
         return freqs
 
     @torch.inference_mode()
@@ -2352,11 +2325,11 @@ class Plan(NamedTuple):
     run: int  # rows; 0: until the weights change
     block: int  # positions from update to update
     chunk: int  # positions from one TTT update to the next
-    lanes: int = 0  # segments side by side; 0: the stream's plain order
+    lanes: int = 1  # segments side by side; 1: the stream's plain order
     calibration_blocks: int = 0  # over which a mixer that is calibrated lowers its rate
 
 
-def new_plan(cfg, *stages, lanes=0):
+def new_plan(cfg, *stages, lanes=1):
     """Return the Plan of a walk that reports `stages` under these settings."""
     reach = context = cfg.eval_seq_len - cfg.eval_stride
     run = cfg.eval_run_tiles * cfg.eval_stride
@@ -2371,11 +2344,11 @@ def new_plan(cfg, *stages, lanes=0):
 def last_plan(cfg, lanes=0):
     """Return the Plan of the last stage: the one that is reported, proved and coded with.
 
-    In lanes there is no TTT.
+    In lanes there is no TTT; 0: the stream's plain order.
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
     mixer = () if cfg.mixer == "none" else ("mixer",)
-    return new_plan(cfg, neural, *mixer, lanes=lanes)
+    return new_plan(cfg, neural, *mixer, lanes=max(lanes, 1))
 
 
 def evaluation_plans(cfg):
@@ -2403,11 +2376,10 @@ class Engine:
         """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
         self.origin = row
         self.weights = self.model.cast()
-        self.run = None  # first row of the run that goes on
-        self.cache = None  # its keys and values
+        self.run = None  # first row of the run that goes on; `cache` has its keys and values
 
     def logits(self, tokens, first, last):
-        """Yield (Rows, logits (R, V)) of this rank's share of rows first..last-1 of each lane.
+        """Yield (positions (R,), logits (R, V)) of this rank's rows first..last-1 of each lane.
 
         tokens (lanes, last), int64. R is in the order of the stream, all lanes of a row together.
         """
@@ -2434,7 +2406,7 @@ class Engine:
         return [(run, max(run, first), min(run + size, last)) for run in starts]
 
     def compute(self, tokens, group):
-        """Return (Rows, logits (R, V)) of the rows in `group`, [(run, begin, end)] of one shape."""
+        """Return positions (R,), logits (R, V) of `group`, [(run, begin, end)] of one shape."""
         lanes = len(tokens)
         run, begin, end = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
@@ -2445,9 +2417,8 @@ class Engine:
         logits = self.append(sequences, wanted=end - begin)
         rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
         positions = rows[:, None] * lanes + torch.arange(lanes, device=self.rt.device)
-        window_start = positions - positions % lanes - self.plan.reach * lanes
         logits = logits.unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
-        return Rows(positions.flatten(), window_start.flatten()), logits
+        return positions.flatten(), logits
 
     def append(self, tokens, wanted):
         """Append what the cache lacks of tokens (B, T); return the last `wanted` rows' logits."""
@@ -2476,31 +2447,24 @@ class OrderError(RuntimeError):
     """Report calls of predict, score and update in an order that would make a score dishonest."""
 
 
-class Piece(NamedTuple):
-    """Frequencies {stage: int32 (R, V)} of R positions that were computed at once."""
-
-    positions: Tensor  # int64 (R,)
-    freqs: dict
-
-
 class Commitment(NamedTuple):
     """The frequencies of positions start..stop-1, as far as this rank computes them."""
 
     start: int
     stop: int
-    pieces: list
+    pieces: list  # [(positions int64 (R,), {stage: int32 (R, V)})], as computed at once
 
     def table(self, stage):
         """Return the frequencies (stop - start, V) of a lone rank."""
-        return torch.cat([piece.freqs[stage] for piece in self.pieces])
+        return torch.cat([freqs[stage] for _, freqs in self.pieces])
 
     def chosen(self, stage, targets):
         """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
-        freqs = torch.zeros_like(targets)
-        for piece in self.pieces:
-            at = piece.positions - self.start
-            freqs[at] = piece.freqs[stage].gather(1, targets[at, None])[:, 0].long()
-        return freqs
+        found = torch.zeros_like(targets)
+        for positions, freqs in self.pieces:
+            at = positions - self.start
+            found[at] = freqs[stage].gather(1, targets[at, None])[:, 0].long()
+        return found
 
 
 class Predictor:
@@ -2514,7 +2478,7 @@ class Predictor:
         self.cfg = cfg
         self.rt = rt
         self.plan = plan
-        self.lanes = max(plan.lanes, 1)
+        self.lanes = plan.lanes
         self.committed_to = self.lanes  # first position without a commitment
         self.updated_to = self.lanes  # first position that update has not seen
         self.pending = None  # the commitment that waits for its score
@@ -2556,11 +2520,10 @@ class Predictor:
         tokens = known.view(-1, self.lanes).T
         pieces = []
         broken = torch.zeros((), device=self.rt.device)
-        left = stop - start
         for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
-            rows = Rows(*(r[:left] for r in rows))  # the last row of lanes may be cut
-            logits = logits[:left].double()
-            left -= len(logits)
+            wanted = rows + self.lanes < stop  # the last row of lanes may be cut
+            rows = rows[wanted]
+            logits = logits[wanted].double()
             broken += ~logits.isfinite().all()
             grid = (logits * (LOGIT_SCALE / self.temperature)).round_().long()
             freqs = {self.plan.stages[0]: commit(shares(grid))}
@@ -2568,7 +2531,7 @@ class Predictor:
                 start_s = self.rt.clock()
                 freqs["mixer"] = self.mixture.mix(grid, rows)
                 self.mix_seconds += self.rt.clock() - start_s
-            pieces.append(Piece(rows.positions + self.lanes, freqs))
+            pieces.append((rows + self.lanes, freqs))
         if self.rt.sum_over_ranks(broken):
             raise UserError(
                 f"logits are not finite between tokens {start} and {stop}: "
@@ -2583,12 +2546,13 @@ class Predictor:
         if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
-        lengths = []
+        lengths = {}
         for stage in self.plan.stages:
             freqs = commitment.chosen(stage, targets.to(self.rt.device))
             bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
-            lengths.append((bits * BITS_SCALE).round().long().sum())
-        return dict(zip(self.plan.stages, self.rt.sum_over_ranks(torch.stack(lengths)).tolist()))
+            length = (bits * BITS_SCALE).round().long().sum()
+            lengths[stage] = int(self.rt.sum_over_ranks(length))
+        return lengths
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
@@ -2605,19 +2569,13 @@ class Predictor:
             self.engine.forget(row)
 
 
-class Step(NamedTuple):
-    """What walk shows of each step, before the targets are scored."""
-
-    commitment: Commitment
-    targets: Tensor  # a view of the stream: a decoder, which has no tokens, writes them here
-    bits: dict  # {stage: bits of all that was scored before}
-
-
 def walk(predictor, stream, log=None, step=None):
-    """Yield the Steps of one pass over `stream`, int64 (n,), and return {stage: bits} at its end.
+    """Yield (Commitment, targets, bits) of each step of one pass over `stream`, int64 (n,).
 
-    Score-first is the shape of this loop: commit, show, score, learn. Steps are `step` positions
-    long, or blocks. `log` is told of the progress every 15 seconds.
+    Score-first is the shape of this loop: commit, show, score, learn. targets: a view of the
+    stream; a decoder, which has no tokens, writes them there before they are scored. bits: {stage:
+    bits of all that is scored}, one dict that goes on. Steps are `step` positions long, or blocks.
+    `log` is told of the progress every 15 seconds.
     """
     lengths = dict.fromkeys(predictor.plan.stages, 0)
     bits = dict.fromkeys(predictor.plan.stages, 0.0)
@@ -2628,7 +2586,7 @@ def walk(predictor, stream, log=None, step=None):
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
         targets = stream[start:stop]
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        yield Step(commitment, targets, bits)
+        yield commitment, targets, bits
         for stage, length in predictor.score(commitment, targets).items():
             lengths[stage] += length
             bits[stage] = lengths[stage] / BITS_SCALE
