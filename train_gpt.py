@@ -1138,8 +1138,7 @@ def causal_bias(rows, known, reach, like):
 
     A row sees itself and the `reach` keys before it. Device and dtype are those of `like`.
     """
-    seen = like.new_ones(rows, known + rows).tril(known).triu(known - reach)
-    return seen.log()  # of 1 and 0
+    return like.new_ones(rows, known + rows).tril(known).triu(known - reach).log()  # of 1 and 0
 
 
 def unit(x):
@@ -1260,8 +1259,9 @@ class Block(nn.Module):
     def forward(self, x, x0, extra_v, rows, weights):
         """Return (output (N, D), own values (N, G, d)).
 
-        x, x0 (N, D); extra_v is added to the values; rows: what begin_pass returned; weights: what
-        cast returned.
+        x, x0 (N, D), N = B T; extra_v is added to the values; rows: (B, the rotary embedding's
+        cosines and sines, each (N, 1, d), attention's bias or None, Cache of the rows before or
+        None); weights: those of cast().
         """
         batch, turns, bias, cache = rows
         mix_x, mix_x0, qkv_in, gain, attn_out, mlp_in, mlp_out = weights
@@ -1336,9 +1336,17 @@ class GPT(nn.Module):
         """
         embed, values, skip_weights, vrl, blocks, head = weights or self.cast()
         x = self.embed(tokens, embed)[:, lead:]
-        rows = self.begin_pass(x, cache)
+        B, T, _ = x.shape
+        H, G, width = self.heads
+        first, known, reach = cache.grow(T) if cache else (0, 0, T)
+        bias = None  # plainly causal, by a fused kernel
+        if cache or not x.is_cuda:
+            bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
+        turns = rotary_turns(first, T, self.rotary_rates, width)
+        rows = B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
+
         x = x0 = x.flatten(0, 1)
-        table_rows = tokens[:, lead:].flatten()
+        tokens = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
         half = len(self.blocks) // 2
@@ -1347,32 +1355,17 @@ class GPT(nn.Module):
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
             extra_v = vrl[i - 1] * v0 if self.vrl_enabled and i else 0
             if i in values:
-                extra_v = extra_v + values[i][table_rows]
+                extra_v = extra_v + values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
             if i < half:
                 skips.append(x)
-        x = x.unflatten(0, (len(tokens), -1))
+        x = x.unflatten(0, (B, -1))
         if wanted is not None:
             x = x[:, x.size(1) - wanted :]
         z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
         return self.softcap * torch.tanh(z / self.softcap)
-
-    def begin_pass(self, x, cache):
-        """Return (B, turns, bias, cache), what all layers need to know of the rows x (B, T, D).
-
-        They are appended to the cache's own if there is one. turns: cosines and sines of the rotary
-        embedding, each (B T, 1, d); bias of attention, None: plainly causal, by a fused kernel.
-        """
-        B, T, _ = x.shape
-        H, G, width = self.heads
-        first, known, reach = cache.grow(T) if cache else (0, 0, T)
-        bias = None
-        if cache or not x.is_cuda:
-            bias = causal_bias(T, known, reach, x).repeat(H // G, 1)
-        turns = rotary_turns(first, T, self.rotary_rates, width)
-        return B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
 
 
 class Cache:
@@ -1410,19 +1403,17 @@ class Cache:
         return self.store[layer, :, :, :, self.seen].unbind()
 
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
 def new_model(cfg, rt, weights=None, dtype=None):
     """Return a model on the device: of these weights, or of SEED's, alike on all ranks.
 
-    It computes in `dtype`, or in the one that trains. In float64 its parameters are float64 too.
+    It computes in `dtype`, a name, or in the one that trains. In float64 its parameters are float64
+    too.
     """
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, dtype or rt.dtype)
+    model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
     if weights:
         model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
-    if dtype == torch.float64:
+    if dtype == "float64":
         model.double()
     return model.to(rt.device)
 
@@ -1556,7 +1547,7 @@ class WeightAverage:
     @torch.no_grad()
     def install(self):
         """Replace the weights by their average, if there is one."""
-        if self.snapshots or (self.cfg.ema_decay and not self.cfg.swa_enabled):
+        if self.snapshots or not self.cfg.swa_enabled:  # with EMA_DECAY=0 it is the weights
             torch._foreach_copy_(self.params, self.mean)
 
 
@@ -1657,8 +1648,8 @@ def warm_up(model, loss, cfg, rt):
     weights = copy.deepcopy(model.state_dict())
     trainer = Trainer(model, loss, cfg, rt)
     for step in range(cfg.warmup_steps):
-        random = np.random.default_rng(step)
-        tokens = random.integers(0, cfg.vocab_size, cfg.train_batch_tokens + 1)
+        size = cfg.train_batch_tokens + 1
+        tokens = np.random.default_rng(step).integers(0, cfg.vocab_size, size)
         trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
     model.load_state_dict(weights)
 
@@ -1680,10 +1671,7 @@ def train(model, cfg, rt, log, held_out):
         began_s = time.perf_counter()
         warm_up(model, loss, cfg, rt)
         result.warmup_seconds = rt.clock() - began_s
-        log(
-            f"warm-up: {cfg.warmup_steps} steps on random tokens, "
-            f"{result.warmup_seconds:.1f} s, not timed"
-        )
+        log(f"warm-up: {cfg.warmup_steps} steps, {result.warmup_seconds:.1f} s, not timed")
     trainer = Trainer(model, loss, cfg, rt)
     start_s = time.perf_counter()
     try:
@@ -1710,10 +1698,7 @@ def train(model, cfg, rt, log, held_out):
         result.stopped = str(error) or f"interrupted at step {result.steps}"
     trainer.average.install()
     if stream.epochs:
-        log(
-            f"note: the training shards were read {stream.epochs} time(s) over; "
-            "more shards would help"
-        )
+        log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
     return result
 
 
@@ -1742,7 +1727,7 @@ def quantize(w, limit, row_max):
 
 def encode_tensor(name, w, coarseness):
     """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
-    w = w.detach().float()
+    w = w.float()
     match role(name):
         case "matrix":
             return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
@@ -1831,8 +1816,11 @@ def pack_artifact(weights, cfg, table, coarseness):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, KINDS[role(name)], list(weights[name].shape)])
         payload += [t.cpu().numpy().tobytes() for t in stored]
-    tokenizer = {"sha256": table.digest, **asdict(table)}
-    contents = {"settings": stored_settings(cfg), "tensors": index, "tokenizer": tokenizer}
+    contents = {
+        "settings": stored_settings(cfg),
+        "tensors": index,
+        "tokenizer": {"sha256": table.digest, **asdict(table)},
+    }
     header = json.dumps(contents, sort_keys=True).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
     body = lzma.compress(raw, **LZMA)
@@ -1842,9 +1830,9 @@ def pack_artifact(weights, cfg, table, coarseness):
 def read_artifact(path):
     """Return the Artifact in a file; UserError if it is none or damaged."""
     data = read_file(path, "ARTIFACT_PATH: ", "; train first")
-    padded = data.ljust(ARTIFACT_HEAD.size, b"\0")
-    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(padded)
-    body = data[ARTIFACT_HEAD.size :]
+    size = ARTIFACT_HEAD.size
+    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
+    body = data[size:]
     if magic != ARTIFACT_MAGIC:
         raise UserError(f"artifact {path} is not an artifact of this program")
     if version != ARTIFACT_VERSION:
@@ -1853,8 +1841,7 @@ def read_artifact(path):
         counts = f"{len(body):,} bytes of {length:,}"
         raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
     reader = io.BytesIO(lzma.decompress(body, **LZMA))
-    header_bytes = int.from_bytes(reader.read(4), "little")
-    header = json.loads(reader.read(header_bytes))
+    header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
 
     def take(dtype, shape):
         data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
@@ -1920,16 +1907,16 @@ class NgramHistory:
         self.recent = cfg.ngram_recent
         self.device = device
         self.lanes = lanes
-        int32 = dict(dtype=torch.int32, device=device)
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
         self.size = 0  # tokens so far
-        self.tokens = torch.zeros(0, **int32)  # with room to grow
-        self.prev = torch.zeros(CONTEXTS, 0, **int32)
-        self.heads = torch.full((CONTEXTS, 1 << cfg.ngram_hash_bits), -1, **int32)
+        self.heads = self.lengths.new_full(
+            (CONTEXTS, 1 << cfg.ngram_hash_bits), -1, dtype=torch.int32
+        )
+        self.prev = self.heads[:, :0]  # with room to grow
 
     def contexts(self, ends):
-        """Return the contexts that end at `ends` (C, n): int32 (C, n, 8), newest token first.
+        """Return the contexts that end at `ends` (C, n): int64 (C, n, 8), newest token first.
 
         -1 beyond a context's length, its word's beginning or the stream's.
         """
@@ -1944,7 +1931,7 @@ class NgramHistory:
     def hashes(self, ends):
         """Return the slot in `heads` of each context that ends at `ends` (C, n)."""
         h = torch.zeros_like(ends)
-        for tokens in self.contexts(ends).long().unbind(-1):
+        for tokens in self.contexts(ends).unbind(-1):
             h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
             h = h ^ ((h >> 29) & 0x7FFFFFFFF)
         return h & (self.heads.size(1) - 1)
@@ -1955,11 +1942,10 @@ class NgramHistory:
         if len(prefix) <= first:
             return
         self.size = len(prefix)
-        if self.size > len(self.tokens):
-            room = self.size + self.size // 4 + 1024 - len(self.tokens)
-            self.tokens = F.pad(self.tokens, (0, room))
-            self.prev = F.pad(self.prev, (0, room))
-        self.tokens[first : self.size] = prefix[first:].to(self.device)
+        self.tokens = prefix.to(self.device)
+        lacking = self.size - self.prev.size(1)
+        if lacking > 0:
+            self.prev = F.pad(self.prev, (0, lacking + self.size // 4 + 1024))
 
         # Sorted by slot, then position: a context's predecessor is its neighbour, or the slot's
         # head.
@@ -2107,14 +2093,14 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
     log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
     in_window = (distance <= reach * lanes) & (distance % lanes == 0)
-    by_context = [log_odds, seen / (1.0 + rank.double()), log_distance, seen & in_window]
+    inverse_rank = seen / (1.0 + rank.double())
 
     below = (grid.amax(-1, keepdim=True) - grid.gather(1, tokens)).double() / LOGIT_SCALE
     share = shares(grid)
     top = (share.amax(-1, keepdim=True) / share.sum(-1, keepdim=True).double()).log()
-    by_model = [below / 4, top.expand_as(below) / 2, torch.ones_like(below)]
-    features = torch.cat([*by_context, torch.stack(by_model, 1)], 1)  # all to float64
-    return Evidence(tokens, distinct, features)
+    by_model = torch.stack([below / 4, top.expand_as(below) / 2, torch.ones_like(below)], 1)
+    features = [log_odds, inverse_rank, log_distance, seen & in_window, by_model]
+    return Evidence(tokens, distinct, torch.cat(features, 1))  # all to float64
 
 
 def new_mixer_weights():
@@ -2170,7 +2156,7 @@ class LearnedMixer:
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
-            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions].long())
+            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions])
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         total = self.rt.sum_over_ranks(total).double()
         self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
@@ -2205,7 +2191,7 @@ class Mixture:
         lanes = self.plan.lanes
         matches = self.history.occurrences(rows)
         # Where there is no match, any token follows: `matches` tells.
-        following = self.history.tokens[matches + lanes].long()
+        following = self.history.tokens[matches + lanes]
         if self.learner is None:
             return commit(mix_entropy(shares(grid), matches, following, self.cfg))
         evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
@@ -2230,8 +2216,7 @@ class Mixture:
 # weights. The schedule's length is the artifact's setting, not the text's.
 
 TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: it decides which sums are rounded
-TTT_GRADIENT_SCALE = 2.0**20
-TTT_WEIGHT_SCALE = 2.0**20
+TTT_GRADIENT_SCALE = TTT_WEIGHT_SCALE = 2.0**20
 
 
 class TestTimeTrainer:
@@ -2244,9 +2229,10 @@ class TestTimeTrainer:
         self.chunks = 0  # adapted to
         for name, p in model.named_parameters():
             p.requires_grad_(self.adapts(name, p))
-        self.average = [p for p in model.parameters() if p.requires_grad]
         self.live = copy.deepcopy(model)
-        self.params = [p for p in self.live.parameters() if p.requires_grad]
+        self.params, self.average = (
+            [p for p in m.parameters() if p.requires_grad] for m in (self.live, model)
+        )
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
 
     def adapts(self, name, p):
@@ -2268,7 +2254,7 @@ class TestTimeTrainer:
         if lr == 0:
             return
         self.optimizer.param_groups[0]["lr"] = lr
-        weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
+        weights = torch.from_numpy(self.table.count_bytes(tokens.cpu().numpy()))
         total_weight = max(1, int(weights.sum()))
         sequences = (
             t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
@@ -2280,18 +2266,16 @@ class TestTimeTrainer:
 
     def _step(self, batches, total_weight):
         """Take one AdamW step on the byte-weighted mean loss over all ranks, then average."""
-        sizes = [p.numel() for p in self.params]
-        total = torch.zeros(sum(sizes), dtype=torch.int64, device=self.rt.device)
+        totals = [torch.zeros_like(p, dtype=torch.int64) for p in self.params]
         for x, y, w in batches:
             logits = self.live(x).flatten(0, 1)
             nats = F.cross_entropy(logits, y.flatten(), reduction="none")
             grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-            flat = torch.cat([g.flatten() for g in grads]).double()
-            total += flat.mul_(TTT_GRADIENT_SCALE).round_().long()
-        self.rt.sum_over_ranks(total)
-        mean = total.double() / (TTT_GRADIENT_SCALE * total_weight)
-        for p, grad in zip(self.params, mean.split(sizes)):
-            p.grad = grad.view_as(p).to(p)
+            for total, grad in zip(totals, grads):
+                total += (grad.double() * TTT_GRADIENT_SCALE).round_().long()
+        for p, total in zip(self.params, totals):
+            mean = self.rt.sum_over_ranks(total).double() / (TTT_GRADIENT_SCALE * total_weight)
+            p.grad = mean.to(p)
         nn.utils.clip_grad_norm_(self.params, 1.0)
         self.optimizer.step()
         with torch.no_grad():
@@ -2414,25 +2398,19 @@ class Engine:
             self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
             self.run = run
         sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
-        logits = self.append(sequences, wanted=end - begin)
+        length = sequences.size(1)
+        parts = []
+        while self.cache.rows < length:
+            done = self.cache.rows
+            stop = min(done + self.pass_rows, length)
+            lead = min(EMBED_CONTEXT, done)
+            wanted = max(0, stop - max(done, length - (end - begin)))
+            passed = sequences[:, done - lead : stop]
+            parts.append(self.model(passed, self.weights, self.cache, lead, wanted))
+        logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
         rows = torch.cat([torch.arange(b, e, device=self.rt.device) for _, b, e in group])
         positions = rows[:, None] * lanes + torch.arange(lanes, device=self.rt.device)
-        logits = logits.unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
         return positions.flatten(), logits
-
-    def append(self, tokens, wanted):
-        """Append what the cache lacks of tokens (B, T); return the last `wanted` rows' logits."""
-        logits = []
-        T = tokens.size(1)
-        while self.cache.rows < T:
-            done = self.cache.rows
-            end = min(done + self.pass_rows, T)
-            lead = min(EMBED_CONTEXT, done)
-            asked = max(0, end - max(done, T - wanted))
-            logits.append(
-                self.model(tokens[:, done - lead : end], self.weights, self.cache, lead, asked)
-            )
-        return torch.cat(logits, 1)
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
@@ -2474,31 +2452,18 @@ class Predictor:
     arguments; update is due when plan.block positions are scored.
     """
 
-    def __init__(self, model, mixer_weights, cfg, table, rt, plan):
-        self.cfg = cfg
+    def __init__(self, model, mixer, cfg, table, rt, plan):
         self.rt = rt
         self.plan = plan
         self.lanes = plan.lanes
-        self.committed_to = self.lanes  # first position without a commitment
-        self.updated_to = self.lanes  # first position that update has not seen
+        self.committed_to = self.scored_to = self.lanes  # first positions that are not yet
+        self.block_end = self.lanes + plan.block  # cannot be predicted before the next update
         self.pending = None  # the commitment that waits for its score
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = None
-        if "mixer" in plan.stages:
-            self.mixture = Mixture(mixer_weights, cfg, table, rt, plan)
+        self.mixture = Mixture(mixer, cfg, table, rt, plan) if "mixer" in plan.stages else None
         self.mix_seconds = 0.0
-
-    @property
-    def scored_to(self):
-        """First position that has not been scored."""
-        return self.pending.start if self.pending else self.committed_to
-
-    @property
-    def block_end(self):
-        """First position that cannot be predicted before the next update."""
-        return self.updated_to + self.plan.block
 
     @torch.inference_mode()
     def predict(self, prefix, start, stop):
@@ -2546,6 +2511,7 @@ class Predictor:
         if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
+        self.scored_to = commitment.stop
         lengths = {}
         for stage in self.plan.stages:
             freqs = commitment.chosen(stage, targets.to(self.rt.device))
@@ -2558,12 +2524,13 @@ class Predictor:
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
         if self.pending or not self.committed_to == self.block_end == len(prefix):
             raise OrderError(
-                f"update takes scored blocks; {self.updated_to}..{len(prefix) - 1} is not one"
+                f"update takes scored blocks; the next ends before position {self.block_end}, "
+                f"the last of these tokens is {len(prefix) - 1}"
             )
-        self.updated_to = self.committed_to
+        self.block_end += self.plan.block
         if self.mixture:
             self.mixture.learn(prefix)
-        row = self.updated_to - 1  # the next one
+        row = self.committed_to - 1  # the next one
         if self.ttt and row % self.plan.chunk == 0:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
             self.engine.forget(row)
@@ -2596,22 +2563,22 @@ def walk(predictor, stream, log=None, step=None):
             logged_s = time.perf_counter()
             done = progress_line(stop - first, len(stream) - first, start_s, "tokens")
             log(f"{'+'.join(predictor.plan.stages)}: {done}")
-    return bits
 
 
-def evaluate(predictor, tokens, total_bytes, log, keep=0):
+def evaluate(predictor, tokens, total_bytes, log, keep=1):
     """Score `tokens`, int64 (n + 1,); return (stages as results.json has them, first frequencies).
 
-    The frequencies are those of the first `keep` targets under the last stage, int64.
+    The frequencies are those of the first `keep` > 0 targets under the last stage, int64.
     """
     rt = predictor.rt
     names = predictor.plan.stages
     start_s = rt.clock()
     n = len(tokens) - 1
-    kept = [torch.zeros(0, dtype=torch.int64, device=rt.device)]
-    for commitment, targets, bits in walk(predictor, torch.from_numpy(tokens), log):  # noqa: B007
+    kept = []
+    stream = torch.from_numpy(tokens).to(rt.device)
+    for commitment, targets, bits in walk(predictor, stream, log):  # noqa: B007
         if commitment.start <= keep:
-            kept.append(commitment.chosen(names[-1], targets.to(rt.device)))
+            kept.append(commitment.chosen(names[-1], targets))
     mix_s = predictor.mix_seconds
     added_s = {names[0]: rt.clock() - start_s - mix_s, "mixer": mix_s}
     stages = [
@@ -2740,24 +2707,6 @@ class CodeHead(NamedTuple):
         return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
 
 
-class Trail:
-    """Checks of all frequencies so far, which coder and decoder both leave."""
-
-    def __init__(self):
-        self.tokens = 0
-        self.crc = 0
-        self.checks = []
-
-    def add(self, freqs):
-        """Take in the next position's frequencies, int32 (V,); return whether that made a check."""
-        self.crc = zlib.crc32(freqs, self.crc)
-        made = self.tokens % CHECK_EVERY == 0
-        if made:
-            self.checks.append(self.crc)
-        self.tokens += 1
-        return made
-
-
 def settings_digest(cfg):
     """Return the SHA-256 of all settings that shape the committed integers."""
     shaping = stored_settings(cfg)
@@ -2767,7 +2716,7 @@ def settings_digest(cfg):
 
 def new_predictor(artifact, cfg, rt, plan):
     """Return a Predictor of the artifact's weights."""
-    model = new_model(cfg, rt, artifact.weights, DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, rt, artifact.weights, cfg.eval_dtype)
     return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
 
@@ -2775,22 +2724,6 @@ def lane_order(n, lanes):
     """Return which of a text's n tokens are coded one after the other: one of each lane in turn."""
     row, lane = np.divmod(np.arange(n), lanes)
     return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
-
-
-class Coded(NamedTuple):
-    """A text in code words."""
-
-    data: bytes  # of the code file
-    bits: float  # predicted: the sum that the scorer would report
-    freqs: np.ndarray  # int64 (n,), of its tokens in the order in which they were coded
-
-
-class Decoded(NamedTuple):
-    """What code words stand for."""
-
-    tokens: np.ndarray  # int64 (n + 1,), BOS first
-    freqs: np.ndarray  # as in Coded
-    text: bytes | None  # None if it is not the text that was coded
 
 
 @dataclass
@@ -2808,64 +2741,88 @@ class Codec:
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
 
+    def code(self, plan, stream, check, code, step=None):
+        """Code the stream; return (predicted bits, the symbols' frequencies, int64 (n,)).
+
+        code(freqs, symbol) takes a position's frequencies, int32 (V,), and what the stream holds
+        there; the symbol that it returns is written there. check(CRC-32 of all frequencies so far)
+        is called at the first position and every 4,096 later.
+        """
+        stage = plan.stages[-1]
+        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
+        bits = {stage: 0.0}  # of an empty text
+        coded = []
+        crc = 0
+        for commitment, targets, bits in walk(predictor, stream, self.log, step):  # noqa: B007
+            for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
+                crc = zlib.crc32(freqs, crc)
+                if len(coded) % CHECK_EVERY == 0:
+                    check(crc)
+                symbol = code(freqs, int(targets[i]))
+                targets[i] = symbol
+                coded.append(freqs[symbol])
+        return bits[stage], np.array(coded, dtype=np.int64)
+
     def encode(self, tokens, lanes=0):
-        """Return tokens, int64 (n + 1,), BOS first, as Coded."""
+        """Code tokens, int64 (n + 1,), BOS first.
+
+        Return (bytes of the code file, predicted bits: the sum that the scorer would report,
+        frequencies int64 (n,) of the tokens in the order in which they are coded).
+        """
         table = self.artifact.table
-        predictor = new_predictor(self.artifact, self.cfg, self.rt, last_plan(self.cfg, lanes))
-        stage = predictor.plan.stages[-1]
-        order = lane_order(len(tokens) - 1, predictor.lanes)
-        start = np.full(predictor.lanes, table.bos_id)
+        plan = last_plan(self.cfg, lanes)
+        order = lane_order(len(tokens) - 1, plan.lanes)
+        start = np.full(plan.lanes, table.bos_id)
         stream = torch.from_numpy(np.append(start, tokens[1:][order]))
         coder = RangeEncoder()
-        trail = Trail()
-        coded = []
-        bits = {stage: 0.0}  # of an empty text
-        for commitment, targets, bits in walk(predictor, stream, self.log):  # noqa: B007
-            for freqs, symbol in zip(commitment.table(stage).cpu().numpy(), targets.tolist()):
-                trail.add(freqs)
-                coded.append(freqs[symbol])
-                coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+        checks = []
+
+        def write(freqs, symbol):
+            coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+            return symbol
+
+        bits, freqs = self.code(plan, stream, checks.append, write)
         text = table.decode(tokens)
         digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
         head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
-        data = head.pack(trail.checks, coder.finish())
-        return Coded(data, bits[stage], np.array(coded, dtype=np.int64))
+        return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
-        """Return what a code file stands for; UserError if it is not of this artifact."""
+        """Return (tokens int64 (n + 1,), BOS first, frequencies as encode has them, text in bytes).
+
+        The text is None if it is not the one that was coded. UserError if the file is not of this
+        artifact.
+        """
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != settings_digest(self.cfg):
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
-        if head.lanes > MOST_LANES or plan.block % max(head.lanes, 1):
+        if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         table = self.artifact.table
         decoder = RangeDecoder(words)
-        trail = Trail()
-        coded = []
-        stream = torch.full((predictor.lanes + head.tokens,), table.bos_id)
-        for commitment, targets, _ in walk(predictor, stream, self.log, step=predictor.lanes):
-            for i, freqs in enumerate(commitment.table(plan.stages[-1]).cpu().numpy()):
-                if trail.add(freqs) and trail.checks[-1] != checks[len(trail.checks) - 1]:
-                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
-                    raise UserError(
-                        f"{path} cannot be followed here beyond token {trail.tokens - 1}: it was "
-                        f"made with {maker}; decode it there"
-                    )
-                symbol = decoder.decode(freqs)
-                targets[i] = symbol
-                coded.append(freqs[symbol])
+        expected = zip(itertools.count(0, CHECK_EVERY), checks)
+
+        def follow(crc):
+            token, check = next(expected)
+            if crc != check:
+                maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                raise UserError(
+                    f"{path} cannot be followed here beyond token {token}: it was made with "
+                    f"{maker}; decode it there"
+                )
+
+        stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
+        _, freqs = self.code(plan, stream, follow, lambda f, _: decoder.decode(f), plan.lanes)
         tokens = np.full(head.tokens + 1, table.bos_id)
-        order = lane_order(head.tokens, predictor.lanes)
-        tokens[1:][order] = stream[predictor.lanes :].numpy()
+        tokens[1:][lane_order(head.tokens, plan.lanes)] = stream[plan.lanes :].numpy()
         text = table.decode(tokens)
         same = len(text) == head.text_bytes and sha256(text) == head.text
-        return Decoded(tokens, np.array(coded, dtype=np.int64), text if same else None)
+        return tokens, freqs, text if same else None
 
 
 def verify(run, artifact, scored=None):
@@ -2879,14 +2836,14 @@ def verify(run, artifact, scored=None):
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
-    coded = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
-    write_atomically(path, coded.data)
+    data, bits, freqs = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
+    write_atomically(path, data)
     encode_s = time.perf_counter() - start_s
 
     start_s = time.perf_counter()
     decoded, complaint = decode_elsewhere(path, artifact, run)
     decode_s = time.perf_counter() - start_s
-    freqs = coded.freqs if scored is None else scored
+    freqs = freqs if scored is None else scored
     differs = (decoded["tokens"][1:] != tokens[1:]) | (decoded["freqs"] != freqs)
     if differs.any():
         t = int(differs.argmax())
@@ -2896,18 +2853,12 @@ def verify(run, artifact, scored=None):
         )
     if complaint:
         raise UserError(f"verify: the decoder gave up: {complaint}")
-    size = len(coded.data) - CODE_START.size - CODE_HEAD.size
-    proof = {
-        "tokens": n,
-        "predicted_bits": coded.bits,
-        "bytes_on_disk": size,
-        "encode_seconds": encode_s,
-        "decode_seconds": decode_s,
-    }
-    run.report.record("proof", proof)
+    size = len(data) - CODE_START.size - CODE_HEAD.size
+    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=size)
+    run.report.record("proof", proof | dict(encode_seconds=encode_s, decode_seconds=decode_s))
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
-        f"predicted: {coded.bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
+        f"predicted: {bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
         f"{n / decode_s:,.1f} to decode"
     )
 
@@ -2926,13 +2877,14 @@ def decode_elsewhere(path, artifact, run):
         TOKENIZER_PATH=os.devnull,
         REPLACE="1",
     )
-    text_path = path.with_suffix(".txt")
     arrays_path = path.with_suffix(".npz")
     arrays_path.unlink(missing_ok=True)
-    command = [sys.executable, __file__, "decompress", path, text_path, arrays_path]
+    paths = path, path.with_suffix(".txt"), arrays_path
+    command = [sys.executable, __file__, "decompress", *paths]
     last_line = ""
-    into_log = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **into_log) as decoder:
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as decoder:
         for line in decoder.stdout:
             last_line = line.strip()
             run.report.log(last_line)
@@ -3256,7 +3208,7 @@ def finish(run, model, result, held_out):
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
-    model = new_model(cfg, run.rt, model.state_dict(), DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, run.rt, model.state_dict(), cfg.eval_dtype)
     predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
     evaluate_stages(run, predictor)
     scored = evaluate_artifact(run, artifact)
@@ -3276,7 +3228,7 @@ def calibrate(run, weights, held_out, limit_s):
         return weights["mixer"], 0.0
     start_s = rt.clock()
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
-    model = new_model(cfg, rt, quantized(weights, coarseness), DTYPES[cfg.eval_dtype])
+    model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64))
     block = max(1, cfg.eval_seq_len // 2)
     plan = new_plan(cfg, "sliding", "mixer")._replace(
@@ -3422,12 +3374,12 @@ def compress_command(source, target, environ):
     windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # a lane has two or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
-    coded = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
-    write_atomically(target, coded.data, source)
+    coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
+    write_atomically(target, coded, source)
     rate = len(tokens) / (time.perf_counter() - start_s)
     log(
-        f"{len(data):,} B -> {len(coded.data):,} B: a header of "
-        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
+        f"{len(data):,} B -> {len(coded):,} B: a header of "
+        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {bits / 8:,.1f} B; "
         f"{rate:,.0f} tokens/s"
     )
 
@@ -3436,16 +3388,16 @@ def decompress_command(source, target, environ, arrays_path=None):
     """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
     artifact, cfg = open_artifact(environ)
     log = check_target(cfg, target, source, artifact.path)
-    decoded = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
+    tokens, freqs, text = Codec(artifact, cfg, start_runtime(cfg, {}), log).decode(source)
     if arrays_path:
         arrays = io.BytesIO()
-        np.savez(arrays, tokens=decoded.tokens, freqs=decoded.freqs)
+        np.savez(arrays, tokens=tokens, freqs=freqs)
         write_atomically(arrays_path, arrays.getvalue())
-    if decoded.text is None:
+    if text is None:
         raise UserError(
             f"{source} decodes to another text here than was coded: another machine or torch?"
         )
-    write_atomically(target, decoded.text, source)
+    write_atomically(target, text, source)
 
 
 def dispatch(args, environ):

@@ -1,6 +1,7 @@
 """Shared by all tests: tiny models, texts and runs, small helpers, code on gloo ranks."""
 
 import codecs
+import collections
 import contextlib
 import functools
 import importlib
@@ -275,7 +276,7 @@ def sharp_weights(cfg):
 
 def sharp_model(cfg):
     """Return a new model of sharp_weights that computes as what is proved does, in float64."""
-    return train_gpt.new_model(cfg, HERE, sharp_weights(cfg), torch.float64)
+    return train_gpt.new_model(cfg, HERE, sharp_weights(cfg), "float64")
 
 
 def walker(cfg, plan, model=None, rt=HERE):
@@ -286,9 +287,9 @@ def walker(cfg, plan, model=None, rt=HERE):
 
 def frequencies(commitment):
     """Return {stage: frequencies (stop - start, V)} of a lone rank; assert their completeness."""
-    positions = [t for piece in commitment.pieces for t in piece.positions.tolist()]
+    positions = [t for at, _ in commitment.pieces for t in at.tolist()]
     assert positions == list(range(commitment.start, commitment.stop))
-    tables = {stage: commitment.table(stage) for stage in commitment.pieces[0].freqs}
+    tables = {stage: commitment.table(stage) for stage in commitment.pieces[0][1]}
     for freqs in tables.values():
         assert freqs.dtype == torch.int32
         assert freqs.shape == (commitment.stop - commitment.start, VOCAB)
@@ -464,10 +465,26 @@ def artifacts(tmp_path_factory):
     return made
 
 
+Coded = collections.namedtuple("Coded", "data bits freqs")
+Decoded = collections.namedtuple("Decoded", "tokens freqs text")
+
+
+class NamingCodec(train_gpt.Codec):
+    """A Codec whose results have named parts."""
+
+    def encode(self, tokens, lanes=0):
+        """Return what the Codec does, as Coded."""
+        return Coded(*super().encode(tokens, lanes))
+
+    def decode(self, path):
+        """Return what the Codec does, as Decoded."""
+        return Decoded(*super().decode(path))
+
+
 def codec(cfg):
     """Return the Codec of the artifact at cfg.artifact under cfg."""
     artifact = train_gpt.read_artifact(cfg.artifact)
-    return train_gpt.Codec(artifact, cfg, train_gpt.start_runtime(cfg, {}), quiet)
+    return NamingCodec(artifact, cfg, train_gpt.start_runtime(cfg, {}), quiet)
 
 
 @pytest.fixture(scope="session")
@@ -493,7 +510,7 @@ def last_stage_predictor(cfg):
     """Return a last-stage Predictor with the artifact's weights, without the coder's help."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     rt = train_gpt.start_runtime(cfg, {})
-    model = train_gpt.new_model(cfg, rt, artifact.weights, torch.float64)
+    model = train_gpt.new_model(cfg, rt, artifact.weights, "float64")
     plan = train_gpt.evaluation_plans(cfg)[-1]
     return train_gpt.Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
 
@@ -522,7 +539,7 @@ class Uniform:
 
     def __init__(self, V, plan, altered=-1):
         self.plan = plan._replace(block=1 << 16)
-        self.lanes = max(plan.lanes, 1)
+        self.lanes = plan.lanes
         self.committed_to = self.lanes
         self.block_end = self.lanes + self.plan.block
         self.altered = altered
@@ -536,8 +553,8 @@ class Uniform:
         altered = (positions == self.altered).int()
         freqs[:, 0] += altered
         freqs[:, 1] -= altered
-        piece = train_gpt.Piece(positions, dict.fromkeys(self.plan.stages, freqs))
-        return train_gpt.Commitment(start, stop, [piece])
+        pieces = [(positions, dict.fromkeys(self.plan.stages, freqs))]
+        return train_gpt.Commitment(start, stop, pieces)
 
     def score(self, commitment, targets):
         """Return the bits of the same frequencies."""

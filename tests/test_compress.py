@@ -41,12 +41,10 @@ from train_gpt import (
     NgramHistory,
     OrderError,
     Predictor,
-    Rows,
     gather_evidence,
     lane_order,
     last_plan,
     load_tokenizer,
-    shares,
     text_tokens,
     walk,
 )
@@ -230,8 +228,10 @@ def in_lanes(name, lanes, block=None, **changes):
     plan = plan._replace(block=block or plan.block)
     weights = warm_weights(cfg)
     rt = train_gpt.Runtime()
-    model = train_gpt.new_model(cfg, rt, weights, torch.float64)
-    return Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    model = train_gpt.new_model(cfg, rt, weights, "float64")
+    predictor = Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    predictor.cfg = cfg
+    return predictor
 
 
 def interleaved(tokens, lanes):
@@ -308,8 +308,8 @@ def test_evidence_of_lanes_by_hand():
     following = torch.zeros(1, 6, 4, dtype=torch.int64)
     ends[0, 3] = torch.tensor([19, 13, 12, 2])
     following[0, 3] = torch.tensor([1, 2, 3, 4])
-    rows = Rows(torch.tensor([20]), torch.tensor([4]))
-    features = gather_evidence(shares(grid), grid, ends, following, rows, lanes=2).features
+    rows = torch.tensor([20])
+    features = gather_evidence(grid, ends, following, rows, reach=8, lanes=2).features
     distance = features[0, 2 * 6 + 3, slot : slot + 4]
     inside = features[0, 3 * 6 + 3, slot : slot + 4]
     expected = [0, math.log2(3.5) / 8, 2 / 8, math.log2(9) / 8]

@@ -29,7 +29,7 @@ from conftest import (
 from naive import naive_logit_grid, naive_rows
 
 import train_gpt
-from train_gpt import Engine, LearnedMixer, Rows, Runtime, TestTimeTrainer, new_plan, shares, walk
+from train_gpt import Engine, LearnedMixer, Runtime, TestTimeTrainer, new_plan, walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -68,7 +68,7 @@ def asked(engine, tokens, step, first=0):
         for start in range(first, n, step):
             stop = min(start + step, n)
             for rows, part in engine.logits(tokens[:, :stop].clone(), start, stop):
-                positions += rows.positions.tolist()
+                positions += rows.tolist()
                 logits.append(part)
     return positions, torch.cat([*logits, torch.zeros(0, VOCAB)])
 
@@ -170,17 +170,15 @@ def test_a_row_sees_the_rows_within_its_reach_and_no_other(tiles, step):
 
 @pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("tiles", TILES)
-def test_rows_know_where_they_and_their_windows_are(tiles, lanes):
-    """Positions are the stream's; a row's window begins K rows before it, in its row of lanes."""
+def test_rows_know_where_they_are(tiles, lanes):
+    """Positions are the stream's, all lanes of a row together."""
     tokens = TEXT[:99].view(-1, lanes).T
     n = tokens.size(1)
     engine = new_engine(plan_of(tiles))
     with torch.no_grad():
         rows = [rows for rows, _ in engine.logits(tokens, 0, n)]
-    positions = torch.cat([r.positions for r in rows])
+    positions = torch.cat(rows)
     assert positions.tolist() == list(range(99))
-    starts = torch.cat([r.window_start for r in rows])
-    assert torch.equal(starts, (positions // lanes - K) * lanes)
 
 
 # ---- In any cut ----------------------------------------------------------------------------------
@@ -248,14 +246,14 @@ def test_a_lane_is_a_text_of_its_own(tiles, step, lanes):
     stream = torch.from_numpy(np.append(start, tokens[order]))
     predictor = walker(cfg, new_plan(cfg, "sliding", lanes=lanes))
     steps = walk(predictor, stream, step=lanes if step == "by rows" else None)
-    freqs = torch.cat([step.commitment.table("sliding") for step in steps])
+    freqs = torch.cat([commitment.table("sliding") for commitment, _, _ in steps])
     coded = torch.empty_like(freqs)
     coded[torch.from_numpy(order)] = freqs
     segments = np.array_split(tokens, lanes)
     for segment, found in zip(segments, coded.split([len(each) for each in segments])):
         alone = walker(cfg, new_plan(cfg, "sliding"))
         text = torch.from_numpy(np.append(TABLE.bos_id, segment))
-        expected = torch.cat([step.commitment.table("sliding") for step in walk(alone, text)])
+        expected = torch.cat([c.table("sliding") for c, _, _ in walk(alone, text)])
         assert torch.equal(found, expected)
 
 
@@ -301,7 +299,7 @@ def finely(function, *args):
 
 def measured_logits(given, step=None, side_by_side=1000, pass_rows=64):
     """Logits of a text, in runs of one tile."""
-    model = train_gpt.new_model(WIDE_CFG, HERE, given["weights"], torch.float64)
+    model = train_gpt.new_model(WIDE_CFG, HERE, given["weights"], "float64")
     engine = new_engine(new_plan(WIDE_CFG, "sliding"), model, cfg=WIDE_CFG)
     engine.batch = side_by_side
     engine.pass_rows = pass_rows
@@ -322,7 +320,7 @@ def measured_mixer(given, step=None):
         for at in block.split(step or plan.block):
             matches = history.occurrences(at)
             following = history.tokens[matches + 1].long()
-            args = shares(grid[at]), grid[at], matches, following, Rows(at, at - 30)
+            args = grid[at], matches, following, at, 30
             evidence = train_gpt.gather_evidence(*args)
             boosts.append(finely(mixer.boost, evidence).double() / UNROUNDED["LOGIT_SCALE"])
             mixer.remember(evidence, train_gpt.commit(args[0]), at + 1)
@@ -333,7 +331,7 @@ def measured_mixer(given, step=None):
 
 def measured_ttt(given):
     """Live and average weights after two chunks of two steps, before they are rounded."""
-    model = train_gpt.new_model(WIDE_CFG, HERE, given["weights"], torch.float64)
+    model = train_gpt.new_model(WIDE_CFG, HERE, given["weights"], "float64")
     trainer = TestTimeTrainer(model, WIDE_CFG, TABLE, HERE)
     for seed in range(2):
         finely(trainer.adapt_chunk, random_tokens(WIDE_CFG.ttt_chunk_tokens + 1, seed=seed))

@@ -61,7 +61,6 @@ from train_gpt import (
     Mixture,
     Plan,
     Predictor,
-    Rows,
     calibrate,
     commit,
     exp_table,
@@ -351,8 +350,8 @@ def evidence_of_two_candidates(window_start):
     following[0, 3] = torch.tensor([0, 3, 2])
     matches[0, 4] = torch.tensor([98, 92, 36])
     following[0, 4] = torch.tensor([2, 3, 2])
-    rows = Rows(torch.tensor([100]), torch.tensor([window_start]))
-    return gather_evidence(shares(grid), grid, matches, following, rows)
+    rows = torch.tensor([100])
+    return gather_evidence(grid, matches, following, rows, 100 - window_start)
 
 
 def test_each_candidate_is_marked_once():
@@ -411,8 +410,8 @@ def a_stream(seed=0, recent=3, bits=20):
     history.extend(torch.from_numpy(tokens))
     matches = history.occurrences(positions)
     following = history.tokens[matches + 1].long()
-    rows = Rows(positions, window_start)
-    evidence = gather_evidence(shares(grid), grid, matches, following, rows)
+    reach = (positions - window_start)[:, None, None]
+    evidence = gather_evidence(grid, matches, following, positions, reach)
     naive = [
         naive_evidence(row, ends_of, tokens.tolist(), t, start)
         for t, (row, ends_of, start) in enumerate(
@@ -495,7 +494,7 @@ def test_learned_mixture_matches_naive_mixture():
     mixture = Mixture(weights, cfg, table, HERE, LEARNED_PLAN)
     mixture.history.extend(tokens)
     positions = torch.arange(N)
-    freqs = mixture.mix(grid, Rows(positions, positions - 12))
+    freqs = mixture.mix(grid, positions)
     ends_of = padded(naive_occurrences(tokens.tolist(), 10, 3, WORD_BEGINS), 3).tolist()
     for t, (row, found) in enumerate(zip(grid.tolist(), freqs.tolist()), 1):
         candidates = naive_evidence(row, ends_of[t], tokens.tolist(), t, t - 1 - 12)
@@ -718,7 +717,7 @@ def calibrated_weights(weights, cfg, limit_s=math.inf, rt=HERE, log=quiet):
 
 def sliding_predictor(weights, cfg, rt=HERE):
     """A predictor without TTT of these weights."""
-    model = new_model(cfg, rt, weights, torch.float64)
+    model = new_model(cfg, rt, weights, "float64")
     plan = new_plan(cfg, "sliding", "mixer")
     return Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
 
@@ -741,7 +740,7 @@ def bits_of(weights, cfg, tokens):
 def test_scoring_without_ttt_leaves_the_model_alone(tmp_path):
     """The history and the mixer learn; the model's weights stay to the last bit."""
     cfg = learner(tmp_path)
-    model = new_model(cfg, HERE, warm_weights(cfg), torch.float64)
+    model = new_model(cfg, HERE, warm_weights(cfg), "float64")
     plan = new_plan(cfg, "sliding", "mixer")
     predictor = Predictor(model, warm_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
     for _ in walk(predictor, torch.from_numpy(tiny_stream(150))):
@@ -853,8 +852,8 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
 def rank_weights(rt, cfg, tokens):
     """(bits, mixer's weights) after a pass, and (mixer's weights, log) after calibration."""
     predictor = sliding_predictor(warm_weights(cfg), cfg, rt)
-    for step in walk(predictor, torch.from_numpy(tokens)):
-        bits = step.bits
+    for _, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+        pass
     assert predictor.scored_to == len(tokens)
     lines = []
     calibrated = calibrated_weights(warm_weights(cfg), cfg, rt=rt, log=lines.append)

@@ -27,7 +27,7 @@ from naive import (
 )
 
 import train_gpt
-from train_gpt import EMBED_CONTEXT, GPT, Cache, Pass, Runtime, causal_bias
+from train_gpt import EMBED_CONTEXT, GPT, Cache, Runtime, causal_bias
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -325,7 +325,7 @@ def test_mlp_is_the_square_of_a_leaky_relu():
     with torch.no_grad():
         block.attn_out.zero_()
         still = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
-        rows = Pass(1, still, causal_bias(5, 0, 5, x).repeat(2, 1), None)
+        rows = 1, still, causal_bias(5, 0, 5, x).repeat(2, 1), None
         out, _ = block(x, torch.zeros_like(x), 0, rows, block.cast(torch.float32))
     w = {n: p.detach().double().numpy() for n, p in block.named_parameters()}
     mixed = w["mix_x"] * x.double().numpy()

@@ -81,9 +81,9 @@ WALKS = {  # the learned mixer takes four steps a chunk; a chunk is no whole num
 def recorded(predictor, tokens):
     """(bits of each stage, {stage: frequencies}) of one walk over all tokens."""
     parts = []
-    for step in walk(predictor, torch.from_numpy(tokens)):
-        parts.append(frequencies(step.commitment))
-    return step.bits, {stage: torch.cat([part[stage] for part in parts]) for stage in parts[0]}
+    for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+        parts.append(frequencies(commitment))
+    return bits, {stage: torch.cat([part[stage] for part in parts]) for stage in parts[0]}
 
 
 # ---- Causality: the mutation test, and cheats that it must catch ---------------------------------
@@ -182,10 +182,10 @@ class Peeking(Predictor):
     def predict(self, prefix, start, stop):
         """Predict honestly, then look."""
         commitment = super().predict(prefix, start, stop)
-        for piece in commitment.pieces:
-            for stage, committed in piece.freqs.items():
-                piece.freqs[stage] = freqs = committed.clone()
-                for row, token in zip(freqs, prefix[piece.positions[0] :]):
+        for positions, tables in commitment.pieces:
+            for stage, committed in tables.items():
+                tables[stage] = freqs = committed.clone()
+                for row, token in zip(freqs, prefix[positions[0] :]):
                     best = row.argmax().item()
                     moved = row[best].item() // 2
                     row[best] -= moved
@@ -366,11 +366,11 @@ def test_walk_decodes_a_stream_that_is_filled_in_as_it_goes(name):
     stream = torch.zeros(len(tokens), dtype=torch.int64)
     stream[0] = tokens[0]
     parts = []
-    for step in walk(walker(*WALKS[name]), stream, step=1):
-        parts.append(frequencies(step.commitment))
-        step.targets[:] = int(tokens[step.commitment.start])
+    for commitment, targets, found in walk(walker(*WALKS[name]), stream, step=1):  # noqa: B007
+        parts.append(frequencies(commitment))
+        targets[:] = int(tokens[commitment.start])
     assert same({stage: torch.cat([part[stage] for part in parts]) for stage in scorer}, scorer)
-    assert step.bits == bits
+    assert found == bits
     assert stream.tolist() == tokens.tolist()
 
 
@@ -588,22 +588,20 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
         cfg = train_gpt.Config(**settings)
         plans = [new_plan(cfg, "pre_quant"), *evaluation_plans(cfg)]
         for plan in plans if tiles == 1 else plans[-2:]:
-            models = [
-                train_gpt.new_model(cfg, rt, artifact.weights, torch.float64) for _ in range(2)
-            ]
+            models = [train_gpt.new_model(cfg, rt, artifact.weights, "float64") for _ in range(2)]
             predictor, again = (
                 Predictor(model, artifact.weights["mixer"], cfg, TABLE, rt, plan)
                 for model in models
             )
             pieces = []
-            for step in walk(predictor, torch.from_numpy(tokens)):
-                pieces += step.commitment.pieces
+            for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+                pieces += commitment.pieces
             stages, kept = evaluate(again, tokens[:61], 1000, quiet, keep=50)
             learner = predictor.mixture and predictor.mixture.learner
             reports.append(
                 dict(
                     name=f"{'+'.join(plan.stages)} {mixer} {tiles}",
-                    bits=step.bits,
+                    bits=bits,
                     bpb={stage["name"]: stage["val_bpb"] for stage in stages},
                     kept=kept.tolist(),
                     pieces=[tuple(piece) for piece in pieces],

@@ -326,8 +326,8 @@ def peek():
     def logits_after_a_look(self, tokens, *where):
         stream = torch.as_strided(tokens, (tokens.untyped_storage().nbytes() // 8,), (1,))
         for rows, logits in original(self, tokens, *where):
-            target = stream[(rows.positions + 1).clamp(max=len(stream) - 1), None]
-            more = 2.0 * (rows.positions > 0)[:, None].to(logits.dtype)
+            target = stream[(rows + 1).clamp(max=len(stream) - 1), None]
+            more = 2.0 * (rows > 0)[:, None].to(logits.dtype)
             yield rows, logits.scatter_add(1, target, more)
 
     Engine.logits = logits_after_a_look
@@ -340,7 +340,7 @@ def open_gate():
     def the_better_one(self, grid, rows):
         q = original(self, grid, rows)
         p = commit(shares(grid))
-        target = self.history.tokens[(rows.positions + 1).clamp(max=self.history.size - 1)]
+        target = self.history.tokens[(rows + 1).clamp(max=self.history.size - 1)]
         target = target[:, None].long()
         return torch.where(q.gather(1, target) > p.gather(1, target), q, p)
 
