@@ -447,8 +447,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORESEEN = (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError, RuntimeError)
 
 
-def say(line, file):
-    """Write a line at once in the file's encoding; a closed or full file is passed over."""
+def say(line, file=None):
+    """Write a line at once, to stdout or `file` in its encoding; a closed or full one is passed."""
+    file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
@@ -460,13 +461,13 @@ def one_line(error):
 
 
 @contextlib.contextmanager
-def blaming(culprit, *kinds, cure="", error=UserError):
-    """Turn exceptions of these kinds in the block into an `error`: the culprit, why, the cure."""
+def blaming(culprit, *kinds, error=UserError):
+    """Turn exceptions of these kinds in the block into an `error`: culprit and cure, then why."""
     try:
         yield
     except kinds as cause:
         why = getattr(cause, "strerror", None) or one_line(cause)
-        raise error(f"{culprit}: {why}{cure}") from cause
+        raise error(f"{culprit} ({why})") from cause
 
 
 def on_signals(action):
@@ -545,7 +546,7 @@ def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
     if not {*TORCHRUN} <= environ.keys():
         return [0, 1, 0, 1]
-    with blaming(", ".join(TORCHRUN), ValueError, cure="; unset them", error=UsageError):
+    with blaming(f"unset {', '.join(TORCHRUN)}", ValueError, error=UsageError):
         return [int(environ[name]) for name in TORCHRUN[:4]]
 
 
@@ -587,13 +588,15 @@ def start_runtime(cfg, environ):
     device = torch.device("cpu")
     units = torch.cpu.get_capabilities()
     name = units.get("cpu_name", os.uname().machine)
-    kernel = "SDPA's own kernels"
+    kernel = "SDPA's own kernels, no FlashAttention-3"
     if cuda:
         device = torch.device("cuda", local_rank)
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic products
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        kernel = attention_kernel()
+        with contextlib.suppress(ImportError, RuntimeError):  # it is not installed
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            kernel = "FlashAttention-3 inside SDPA"
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
@@ -610,22 +613,12 @@ def start_runtime(cfg, environ):
     return rt
 
 
-def attention_kernel():
-    """Switch FlashAttention-3 on where it is installed; return what attention runs on."""
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return "SDPA's own kernels; FlashAttention-3 is not installed"
-    return "FlashAttention-3 inside SDPA"
-
-
 def progress_line(done, total, start_s, unit):
     """Return 'done/total unit, rate, elapsed, ETA' of work begun at perf_counter() == start_s."""
     elapsed_s = max(time.perf_counter() - start_s, 1e-9)
-    eta_s = elapsed_s / max(done, 1) * (total - done)
     return (
         f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, "
-        f"{elapsed_s:.0f} s, ETA {eta_s:.0f} s"
+        f"{elapsed_s:.0f} s, ETA {elapsed_s / max(done, 1) * (total - done):.0f} s"
     )
 
 
@@ -642,13 +635,15 @@ def write_atomically(path, data, like=""):
     """
     target = Path(os.path.realpath(path))
     temporary = Path(f"{target}.tmp{os.getpid()}")
-    with blaming(f"cannot write {path}", OSError, cure="; free space or write elsewhere"):
+    with blaming(f"cannot write {path}", OSError):
         if is_stream(path):
             if data is not None or target.is_dir():
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
         try:
+            if data is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 if os.path.isfile(like):
                     shutil.copymode(like, temporary)
@@ -663,13 +658,13 @@ def write_atomically(path, data, like=""):
 
 def read_file(path, name="", hint=""):
     """Return a file's bytes, for "-" standard input's; UserError names the setting or file."""
-    with blaming(f"{name}cannot read {path}", OSError, cure=hint):
+    with blaming(f"{name}cannot read {path}{hint}", OSError):
         return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
 
 
 def read_object(path):
     """Return the JSON object in a file as a dict; UserError names the file if there is none."""
-    with blaming(f"{path} is no JSON object", ValueError, TypeError, cure="; mend or remove it"):
+    with blaming(f"{path} is no JSON object; mend or remove it", ValueError, TypeError):
         return dict(json.loads(read_file(path)))
 
 
@@ -699,7 +694,7 @@ def check_writable(folder, need_bytes):
     The folder is made. UserError, before hours of work, if that or writing fails for want of room
     or permission.
     """
-    with blaming(f"cannot write to {folder}", OSError, cure="; set LOG_DIR or OUT elsewhere"):
+    with blaming(f"cannot write to {folder}; set LOG_DIR or OUT elsewhere", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < need_bytes:
@@ -715,9 +710,8 @@ def check_writable(folder, need_bytes):
 def lock_folder(folder):
     """Return an open file that locks `folder`; UserError if another process has locked it."""
     file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-    rival = f"RUN_ID: another run is at work in {folder}"
-    cure = "; wait for it or set another RUN_ID"
-    with contextlib.suppress(OSError), blaming(rival, BlockingIOError, cure=cure):
+    rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+    with contextlib.suppress(OSError), blaming(rival, BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not all file systems can
     return file
 
@@ -791,8 +785,8 @@ def load_tokenizer(path, vocab_size, table=None):
     """
     import sentencepiece
 
-    culprit = f"TOKENIZER_PATH: {path} is no SentencePiece model"
-    with blaming(culprit, RuntimeError, OSError, cure="; see README"):
+    culprit = f"TOKENIZER_PATH: {path} is no SentencePiece model; see README"
+    with blaming(culprit, RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
@@ -831,7 +825,7 @@ def audit_bytes(table, tokens, decode=None, digest=None):
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        with blaming(where, UnicodeDecodeError, cure="; another tokenizer than the shards'?"):
+        with blaming(f"{where}: no text of this tokenizer", UnicodeDecodeError):
             codecs.getincrementaldecoder("utf-8")().decode(text, final=not is_last)
         counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
         if counted != len(text):
@@ -870,7 +864,7 @@ def read_chunks(path):
         import zstandard
     frame = None
     # zstandard raises a class of its own.
-    with blaming(f"cannot read {path}", Exception, cure="; copy or make it again"):
+    with blaming(f"cannot read {path}; copy or make it again", Exception):
         with open(path, "rb") as file:
             for data in iter(lambda: file.read(CHUNK_BYTES), b""):
                 while data and is_compressed:
@@ -1071,10 +1065,12 @@ def micro_batch_sequences(cfg, world):
 def micro_batches(tokens, cfg, rt):
     """Return this rank's run of a step's sequences as [(x, y)], int64 (B, T) on the device."""
     size = micro_batch_sequences(cfg, rt.world)
-    share = (len(tokens) - 1) // rt.world
+    share = cfg.train_batch_tokens // rt.world
     own = torch.from_numpy(tokens)[rt.rank * share :][: share + 1]
-    sides = (side.to(rt.device).view(-1, cfg.train_seq_len) for side in (own[:-1], own[1:]))
-    return list(zip(*(side.split(size) for side in sides)))
+    x, y = (
+        side.to(rt.device).view(-1, cfg.train_seq_len).split(size) for side in (own[:-1], own[1:])
+    )
+    return list(zip(x, y))
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2872,10 +2868,9 @@ class Report:
         train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
-            train_s = train["seconds"] + train["calibration_seconds"]
             self.log(
-                f"train       {train_s:>10.1f} s of 600 s, calibration included; "
-                f"quantize {train['quantize_seconds']:.1f} s"
+                f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
+                f"calibration included; quantize {train['quantize_seconds']:.1f} s"
             )
         seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
         self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
@@ -3113,14 +3108,14 @@ def write_artifact(run, weights, result):
         write_atomically(path, data)
         return hashlib.sha256(data).digest()
 
-    digest = run.rt.by_main(write)
+    written = run.rt.from_main(zlib.crc32(run.rt.by_main(write) or b""))
     numbers = {
         "quantize_seconds": time.perf_counter() - start_s,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
     }
     report.record("train", asdict(result) | numbers)
     artifact = read_artifact(path)
-    if artifact.digest != digest:
+    if zlib.crc32(artifact.digest) != written:
         raise UserError(f"artifact {path} is not what was written: who else writes there?")
     report.check_size(artifact)
     return artifact
@@ -3191,30 +3186,23 @@ def text_tokens(data, table, encode):
         )
     dot = len(encode("."))
 
-    def is_exact(ids, run):
-        if not ids or not table.texts[ids[-1]]:
-            return False  # what prints nothing at the end would swallow the next word's space
-        return table.decode(np.array([byte_ids[ord("a")], *ids])) == b"a" + run
-
     @functools.cache
     def ids_of(run):
         word = run.decode("utf-8", "replace")
+        tries = [encode(word), [table.bos_id, *encode(word)]]
+        if word[0] == " ":
+            tries = [encode("." + word)[dot:]]
         if run.isspace():
             tries = []
-        elif word[0] == " ":
-            tries = [encode("." + word)[dot:]]
-        else:
-            tries = [encode(word), [table.bos_id, *encode(word)]]
-        spelled = [byte_ids[byte] for byte in run]
-        return next((ids for ids in tries if is_exact(ids, run)), spelled)
+        for ids in tries:
+            text = table.decode(np.array([byte_ids[ord("a")], *ids]))
+            # What prints nothing at the end would swallow the next word's space.
+            if text == b"a" + run and table.texts[ids[-1]]:
+                return ids
+        return [byte_ids[byte] for byte in run]
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
     return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
-
-
-def show(line):
-    """Print a line of progress at once."""
-    say(line, sys.stdout)
 
 
 def compress_command(source, target, environ):
@@ -3230,11 +3218,10 @@ def compress_command(source, target, environ):
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
     coded = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
     write_atomically(target, coded.data, source)
-    rate = len(tokens) / (time.perf_counter() - start_s)
     log(
         f"{len(data):,} B -> {len(coded.data):,} B: a header of "
         f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {coded.bits / 8:,.1f} B; "
-        f"{rate:,.0f} tokens/s"
+        f"{len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
     )
 
 
@@ -3271,11 +3258,11 @@ def dispatch(args, environ):
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
             mixed = args[1] != first
-            show(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
+            say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            show(__doc__)
+            say(__doc__)
             for name, field in FIELDS.items():
-                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                say(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -3453,22 +3440,14 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     for folder in (Path(out_dir), path.parent):
         check_writable(folder, 0)
-    held = choose_held_out(documents())
-
-    def texts(is_held):
-        start_s = time.perf_counter()
-        for number, text in enumerate(documents(), 1):
-            if held[number - 1] == is_held:
-                yield text
-            if number % 10_000 == 0 or number == len(held):
-                log(f"tokenize: {progress_line(number, len(held), start_s, 'documents')}")
-
+    held_out = choose_held_out(documents())
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
-        train_tokenizer(texts(False), cfg.vocab_size, path)
+        train_tokenizer(itertools.compress(documents(), ~held_out), cfg.vocab_size, path)
     table, sp = load_tokenizer(path, cfg.vocab_size)
-    for split in ("train", "val"):
-        for number, tokens in enumerate(token_shards(texts(split == "val"), sp)):
+    for split, chosen in (("train", ~held_out), ("val", held_out)):
+        texts = itertools.compress(documents(), chosen)
+        for number, tokens in enumerate(token_shards(texts, sp)):
             target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")
@@ -3486,7 +3465,7 @@ def tokenize_command(out_dir, paths, environ):
     def documents():
         return (text for path in paths for text in read_documents(path) if text.strip())
 
-    write_shards(documents, out_dir, cfg, show)
+    write_shards(documents, out_dir, cfg, say)
 
 
 if __name__ == "__main__":

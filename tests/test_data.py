@@ -368,7 +368,7 @@ def corpus(tmp_path_factory, texts):
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "SHARD_TOKENS", 20_001)  # several shards
-        patch.setattr(train_gpt, "show", shown.append)
+        patch.setattr(train_gpt, "say", shown.append)
         tokenize(folder, folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c.txt")
     cut = list(train_gpt.read_documents(str(folder / "c.txt")))
     split = {True: [], False: []}
