@@ -2745,6 +2745,11 @@ def decode_elsewhere(path, artifact, run):
 # competition's limits. `summarize` makes a submission of several results.
 
 
+def run_traits(results):
+    """Return what two runs of one command have in common, of a results.json."""
+    return {**results["settings"], **results["environment"], "command": results["command"]}
+
+
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the text.
 
@@ -2794,10 +2799,8 @@ class Report:
         check_writable(folder, 2 * self.cfg.size_limit_bytes)
         self.lock = lock_folder(folder)
         if path.exists() and not self.cfg.replace:
-            own, found = (
-                {**r["settings"], **r["environment"], "command": r["command"]}
-                for r in (self.results, read_object(path))
-            )
+            own = run_traits(self.results)
+            found = run_traits(read_object(path))
             odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
             if odd:
                 raise UsageError(
@@ -2822,7 +2825,6 @@ class Report:
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
         limit = self.cfg.size_limit_bytes
         total = code_bytes() + artifact.size_bytes
-        overridden = artifact.overridden(self.cfg)
         sizes = {
             "path": str(artifact.path),
             "sha256": artifact.digest.hex(),
@@ -2830,15 +2832,14 @@ class Report:
             "code_bytes": code_bytes(),
             "total_bytes": total,
             "limit_bytes": limit,
-            "overridden": overridden,
+            "overridden": artifact.overridden(self.cfg),
         }
         self.record("artifact", sizes)
         self.log(
             "artifact {path}: {weights_bytes:,} B weights + {code_bytes:,} B code "
             "= {total_bytes:,} of {limit_bytes:,} B".format(**sizes)
         )
-        if overridden:
-            names = ", ".join(overridden)
+        if names := ", ".join(sizes["overridden"]):
             self.log(f"note: {names} are not the artifact's: its decoder would not get these bits")
         if total > limit:
             raise UserError(
@@ -2849,13 +2850,9 @@ class Report:
     def add_stages(self, stages):
         """Add scored stages, log their rows of the table, and write results.json."""
         if not self.results["stages"]:
-            self.log(
-                f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}"
-                f"{'tokens':>12}{'seconds':>9}"
-            )
+            self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
         for stage in stages:
-            before = self.results["val_bpb"]
-            delta = stage["val_bpb"] - (before or stage["val_bpb"])
+            delta = stage["val_bpb"] - (self.results["val_bpb"] or stage["val_bpb"])
             self.log(
                 f"{stage['name']:<12}{stage['val_bpb']:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
@@ -2890,9 +2887,8 @@ def read_result(path):
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
-        wanted = last_plan(cfg).stages[-1]
-        if last["name"] != wanted:
-            raise ValueError(f"it ends at {last['name']}, not at {wanted}")
+        if last["name"] != last_plan(cfg).stages[-1]:
+            raise ValueError(f"it ends at {last['name']}")
         if artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000):
             raise ValueError("over the cap")
         if artifact["overridden"]:
@@ -3354,13 +3350,13 @@ def demo_documents():
 
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+    for module in (os, np, torch):
+        root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
             if full or skipped & set(path.relative_to(root).parts):
                 continue
-            source = path.read_text("utf-8", errors="ignore")
-            found = re.findall('"""(.*?)"""', source, re.DOTALL)
+            found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
             long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
             documents.append("\n\n".join(long))
     return list(filter(None, documents))
