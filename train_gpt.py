@@ -510,7 +510,7 @@ class Runtime:
 
     def from_main(self, value):
         """Return rank 0's float on every rank."""
-        mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
+        mine = torch.tensor(value * self.is_main, dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
     def by_main(self, action, *args):
@@ -2861,7 +2861,7 @@ class Report:
         self.record("stages", self.results["stages"] + stages)
 
     def log_budget(self):
-        """Log seconds and bytes against the competition's limits."""
+        """Log seconds against the competition's limits."""
         train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
@@ -2871,8 +2871,6 @@ class Report:
             )
         seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
         self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
-        sizes = self.results["artifact"]
-        self.log("bytes       {total_bytes:>10,} B of {limit_bytes:,} B".format(**sizes))
 
 
 def read_result(path):
@@ -2968,18 +2966,16 @@ class Run:
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if not new."""
     rt = start_runtime(cfg, environ)
-    splits = ["val"]
     if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        splits.append("train")
     report = Report(cfg, rt, command)
     rt.by_main(prepare_demo, cfg, report.log)
     tokens = load_validation(cfg)
     table = artifact and artifact.table
     sp = None
-    if table is None or Path(cfg.tokenizer_path).exists():
+    if not artifact or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-    shards = [path for split in splits for path in list_shards(cfg, split)]
+    shards = list_shards(cfg, "val") + ([] if artifact else list_shards(cfg, "train"))
     report.results["shards"] = check_shards(shards, table, sp)
     text = hashlib.sha256()
     total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
@@ -3018,8 +3014,10 @@ def train_command(environ, kept=None):
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
     except FORESEEN as error:
-        where = f"; {path} has the weights: the same command with `finish` goes on from them"
-        raise UserError(one_line(error) + where * (result.steps > 0)) from error
+        message = one_line(error)
+        if result.steps:
+            message += f"; {path} has the weights: the same command with `finish` goes on from them"
+        raise UserError(message) from error
     if run.rt.is_main:
         path.unlink()
 
@@ -3364,12 +3362,12 @@ def demo_documents():
 
 def prepare_demo(cfg, log):
     """Make the demo's shards and tokenizer in its cache where one of them is missing."""
-    cache = Path(DEMO_CACHE)
     parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
-    if Path(cfg.data_path) == cache and not all((cache / part).exists() for part in parts):
+    is_whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
+    if cfg.data_path == DEMO_CACHE and not is_whole:
         log("demo: gathering English from the documentation on this machine")
         documents = demo_documents()
-        write_shards(lambda: documents, cache, cfg, log)
+        write_shards(lambda: documents, DEMO_CACHE, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
