@@ -525,7 +525,7 @@ class Runtime:
         if dist.is_initialized():
             dist.broadcast_object_list(failure)
         if failure[0]:
-            raise failure[0]
+            raise failure.pop()  # no cycle of error and frame keeps what is open
         return result
 
     def clock(self):

@@ -185,6 +185,20 @@ def test_shards_of_the_other_split_do_not_matter(tmp_path):
     assert len(train_gpt.list_shards(cfg, "val")) == 1
 
 
+@pytest.mark.parametrize("ending", [".bin", ".bin.zst"])
+def test_tokenizer_that_a_shard_names_is_found(tmp_path, ending):
+    """Also in a compressed file whose first block is longer than what is read at once."""
+    tokens = np.random.default_rng(0).integers(0, 65_536, 150_000)
+    data = shard_bytes(tokens, bytes.fromhex("11" * 32))
+    path = tmp_path / f"fineweb_val_000000{ending}"
+    path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
+    maker, other = (SimpleNamespace(pieces=range(65_536), digest=d * 32) for d in ("11", "22"))
+    known = train_gpt.check_shards([path], maker, None)
+    assert list(known.values()) == [path.name]
+    message = refusal(train_gpt.check_shards, [path], other, None)
+    assert message.startswith(f"DATA_PATH: {path} was made with another tokenizer")
+
+
 # ---- Validation and training streams -------------------------------------------------------------
 
 
