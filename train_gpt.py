@@ -753,10 +753,10 @@ class TokenTable:
     @functools.cached_property
     def byte_tables(self):
         """(bytes without a leading space, has a leading space, is a boundary), each (V,)."""
-        starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
-        leading = np.array(starts)
-        base = np.array([*map(len, self.texts)], dtype=np.int64) - leading
-        boundary = np.array([kind in "UCX" for kind in self.kinds])
+        kinds = np.array(list(self.kinds))
+        leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
+        base = np.array([*map(len, self.texts)]) - leading
+        boundary = np.isin(kinds, ("U", "C", "X"))
         return base, leading, boundary
 
     @property
@@ -906,7 +906,7 @@ def read_shard(path, vocab_size, most=1 << 40):
     size = SHARD_HEADER_BYTES + 2 * count
     if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
         raise UserError(
-            f"shard {path} is truncated or padded ({count:,} tokens); download it again"
+            f"shard {path} is truncated or padded ({count:,} tokens); copy or make it again"
         )
     tokens = np.frombuffer(data, dtype="<u2", count=min(count, most), offset=SHARD_HEADER_BYTES)
     if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
@@ -3125,7 +3125,6 @@ def evaluate_stages(run, predictor):
 
 def evaluate_artifact(run, artifact):
     """Score the artifact in every stage; return the last one's first VERIFY_TOKENS frequencies."""
-    scored = None
     for plan in evaluation_plans(run.cfg):
         scored = evaluate_stages(run, new_predictor(artifact, run.cfg, run.rt, plan))
     run.report.log_budget()
@@ -3151,7 +3150,7 @@ def eval_command(environ, command):
     Results go beside the run, to a folder that is named after the settings that are overridden.
     """
     artifact, cfg = open_artifact(environ)
-    folder = cfg.artifact.resolve().parent
+    folder = artifact.path.resolve().parent
     if not cfg.run_id or folder == cfg.run_dir.resolve():
         changed = artifact.overridden(cfg)
         if cfg.val_tokens != PRESETS[cfg.preset].get("val_tokens", 0):
