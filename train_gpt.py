@@ -454,8 +454,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FORESEEN = (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError, RuntimeError)
 
 
-def say(line, file):
-    """Write a line at once in the file's encoding; a closed or full file is passed over."""
+def say(line, file=None):
+    """Write a line at once, to stdout or `file` in its encoding; a closed or full one is passed."""
+    file = file or sys.stdout
     encoding = getattr(file, "encoding", None) or "utf-8"
     with contextlib.suppress(OSError, ValueError):
         print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
@@ -467,13 +468,13 @@ def one_line(error):
 
 
 @contextlib.contextmanager
-def blaming(culprit, *kinds, cure="", error=UserError):
-    """Turn exceptions of these kinds in the block into an `error`: the culprit, why, the cure."""
+def blaming(culprit, *kinds, error=UserError):
+    """Turn exceptions of these kinds in the block into an `error`: culprit and cure, then why."""
     try:
         yield
     except kinds as cause:
         why = getattr(cause, "strerror", None) or one_line(cause)
-        raise error(f"{culprit}: {why}{cure}") from cause
+        raise error(f"{culprit} ({why})") from cause
 
 
 def on_signals(action):
@@ -516,7 +517,7 @@ class Runtime:
 
     def from_main(self, value):
         """Return rank 0's float on every rank."""
-        mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
+        mine = torch.tensor(value * self.is_main, dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
     def by_main(self, action, *args):
@@ -531,7 +532,7 @@ class Runtime:
         if dist.is_initialized():
             dist.broadcast_object_list(failure)
         if failure[0]:
-            raise failure[0]
+            raise failure.pop()  # no cycle of error and frame keeps what is open
         return result
 
     def clock(self):
@@ -552,7 +553,7 @@ def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
     if not {*TORCHRUN} <= environ.keys():
         return [0, 1, 0, 1]
-    with blaming(", ".join(TORCHRUN), ValueError, cure="; unset them", error=UsageError):
+    with blaming(f"unset {', '.join(TORCHRUN)}", ValueError, error=UsageError):
         return [int(environ[name]) for name in TORCHRUN[:4]]
 
 
@@ -594,12 +595,14 @@ def start_runtime(cfg, environ):
     device = torch.device("cpu")
     units = torch.cpu.get_capabilities()
     name = units.get("cpu_name", os.uname().machine)
-    kernel = "SDPA's own kernels"
+    kernel = "SDPA's own kernels, no FlashAttention-3"
     if cuda:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        kernel = attention_kernel()
+        with contextlib.suppress(ImportError, RuntimeError):  # it is not installed
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            kernel = "FlashAttention-3 inside SDPA"
     dtype, why = torch.float32, "no bf16 units"
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         dtype, why = torch.bfloat16, "multiplied in hardware"
@@ -626,22 +629,12 @@ def keep_freed_memory():
         mallopt(-2, 1 << 28)  # M_TOP_PAD
 
 
-def attention_kernel():
-    """Switch FlashAttention-3 on where it is installed; return what attention runs on."""
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return "SDPA's own kernels; FlashAttention-3 is not installed"
-    return "FlashAttention-3 inside SDPA"
-
-
 def progress_line(done, total, start_s, unit):
     """Return 'done/total unit, rate, elapsed, ETA' of work begun at perf_counter() == start_s."""
     elapsed_s = max(time.perf_counter() - start_s, 1e-9)
-    eta_s = elapsed_s / max(done, 1) * (total - done)
     return (
         f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, "
-        f"{elapsed_s:.0f} s, ETA {eta_s:.0f} s"
+        f"{elapsed_s:.0f} s, ETA {elapsed_s / max(done, 1) * (total - done):.0f} s"
     )
 
 
@@ -658,13 +651,15 @@ def write_atomically(path, data, like=""):
     """
     target = Path(os.path.realpath(path))
     temporary = Path(f"{target}.tmp{os.getpid()}")
-    with blaming(f"cannot write {path}", OSError, cure="; free space or write elsewhere"):
+    with blaming(f"cannot write {path}", OSError):
         if is_stream(path):
             if data is not None or target.is_dir():
                 with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
                     file.write(data)
             return
         try:
+            if data is not None:
+                target.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:
                 if os.path.isfile(like):
                     shutil.copymode(like, temporary)
@@ -679,13 +674,13 @@ def write_atomically(path, data, like=""):
 
 def read_file(path, name="", hint=""):
     """Return a file's bytes, for "-" standard input's; UserError names the setting or file."""
-    with blaming(f"{name}cannot read {path}", OSError, cure=hint):
+    with blaming(f"{name}cannot read {path}{hint}", OSError):
         return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
 
 
 def read_object(path):
     """Return the JSON object in a file as a dict; UserError names the file if there is none."""
-    with blaming(f"{path} is no JSON object", ValueError, TypeError, cure="; mend or remove it"):
+    with blaming(f"{path} is no JSON object; mend or remove it", ValueError, TypeError):
         return dict(json.loads(read_file(path)))
 
 
@@ -715,7 +710,7 @@ def check_writable(folder, need_bytes):
     The folder is made. UserError, before hours of work, if that or writing fails for want of room
     or permission.
     """
-    with blaming(f"cannot write to {folder}", OSError, cure="; set LOG_DIR or OUT elsewhere"):
+    with blaming(f"cannot write to {folder}; set LOG_DIR or OUT elsewhere", OSError):
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
         if free < need_bytes:
@@ -731,9 +726,8 @@ def check_writable(folder, need_bytes):
 def lock_folder(folder):
     """Return an open file that locks `folder`; UserError if another process has locked it."""
     file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-    rival = f"RUN_ID: another run is at work in {folder}"
-    cure = "; wait for it or set another RUN_ID"
-    with contextlib.suppress(OSError), blaming(rival, BlockingIOError, cure=cure):
+    rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+    with contextlib.suppress(OSError), blaming(rival, BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not all file systems can
     return file
 
@@ -775,10 +769,10 @@ class TokenTable:
     @functools.cached_property
     def byte_tables(self):
         """(bytes without a leading space, has a leading space, is a boundary), each (V,)."""
-        starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
-        leading = np.array(starts)
-        base = np.array([*map(len, self.texts)], dtype=np.int64) - leading
-        boundary = np.array([kind in "UCX" for kind in self.kinds])
+        kinds = np.array(list(self.kinds))
+        leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
+        base = np.array([*map(len, self.texts)]) - leading
+        boundary = np.isin(kinds, ("U", "C", "X"))
         return base, leading, boundary
 
     @property
@@ -807,8 +801,8 @@ def load_tokenizer(path, vocab_size, table=None):
     """
     import sentencepiece
 
-    culprit = f"TOKENIZER_PATH: {path} is no SentencePiece model"
-    with blaming(culprit, RuntimeError, OSError, cure="; see README"):
+    culprit = f"TOKENIZER_PATH: {path} is no SentencePiece model; see README"
+    with blaming(culprit, RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
@@ -847,7 +841,7 @@ def audit_bytes(table, tokens, decode=None, digest=None):
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        with blaming(where, UnicodeDecodeError, cure="; another tokenizer than the shards'?"):
+        with blaming(f"{where}: no text of this tokenizer", UnicodeDecodeError):
             codecs.getincrementaldecoder("utf-8")().decode(text, final=not is_last)
         counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
         if counted != len(text):
@@ -888,7 +882,7 @@ def read_chunks(path):
         import zstandard
     frame = None
     # zstandard raises a class of its own.
-    with blaming(f"cannot read {path}", Exception, cure="; copy or make it again"):
+    with blaming(f"cannot read {path}; copy or make it again", Exception):
         with open(path, "rb") as file:
             for data in iter(lambda: file.read(CHUNK_BYTES), b""):
                 while data and is_compressed:
@@ -930,7 +924,7 @@ def read_shard(path, vocab_size, most=1 << 40):
     size = SHARD_HEADER_BYTES + 2 * count
     if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
         raise UserError(
-            f"shard {path} is truncated or padded ({count:,} tokens); download it again"
+            f"shard {path} is truncated or padded ({count:,} tokens); copy or make it again"
         )
     known = (len(data) - SHARD_HEADER_BYTES) // 2
     tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
@@ -1088,10 +1082,12 @@ def micro_batch_sequences(cfg, world):
 def micro_batches(tokens, cfg, rt):
     """Return this rank's run of a step's sequences as [(x, y)], int64 (B, T) on the device."""
     size = micro_batch_sequences(cfg, rt.world)
-    share = (len(tokens) - 1) // rt.world
+    share = cfg.train_batch_tokens // rt.world
     own = torch.from_numpy(tokens)[rt.rank * share :][: share + 1]
-    sides = (side.to(rt.device).view(-1, cfg.train_seq_len) for side in (own[:-1], own[1:]))
-    return list(zip(*(side.split(size) for side in sides)))
+    x, y = (
+        side.to(rt.device).view(-1, cfg.train_seq_len).split(size) for side in (own[:-1], own[1:])
+    )
+    return list(zip(x, y))
 
 
 # ---- Model ---------------------------------------------------------------------------------------
@@ -2900,6 +2896,11 @@ def decode_elsewhere(path, artifact, run):
 # competition's limits. `summarize` makes a submission of several results.
 
 
+def run_traits(results):
+    """Return what two runs of one command have in common, of a results.json."""
+    return {**results["settings"], **results["environment"], "command": results["command"]}
+
+
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the text.
 
@@ -2949,10 +2950,8 @@ class Report:
         check_writable(folder, 2 * self.cfg.size_limit_bytes)
         self.lock = lock_folder(folder)
         if path.exists() and not self.cfg.replace:
-            own, found = (
-                {**r["settings"], **r["environment"], "command": r["command"]}
-                for r in (self.results, read_object(path))
-            )
+            own = run_traits(self.results)
+            found = run_traits(read_object(path))
             odd = sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n])
             if odd:
                 raise UsageError(
@@ -2977,7 +2976,6 @@ class Report:
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
         limit = self.cfg.size_limit_bytes
         total = code_bytes() + artifact.size_bytes
-        overridden = artifact.overridden(self.cfg)
         sizes = {
             "path": str(artifact.path),
             "sha256": artifact.digest.hex(),
@@ -2985,15 +2983,14 @@ class Report:
             "code_bytes": code_bytes(),
             "total_bytes": total,
             "limit_bytes": limit,
-            "overridden": overridden,
+            "overridden": artifact.overridden(self.cfg),
         }
         self.record("artifact", sizes)
         self.log(
             "artifact {path}: {weights_bytes:,} B weights + {code_bytes:,} B code "
             "= {total_bytes:,} of {limit_bytes:,} B".format(**sizes)
         )
-        if overridden:
-            names = ", ".join(overridden)
+        if names := ", ".join(sizes["overridden"]):
             self.log(f"note: {names} are not the artifact's: its decoder would not get these bits")
         if total > limit:
             raise UserError(
@@ -3004,13 +3001,9 @@ class Report:
     def add_stages(self, stages):
         """Add scored stages, log their rows of the table, and write results.json."""
         if not self.results["stages"]:
-            self.log(
-                f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}"
-                f"{'tokens':>12}{'seconds':>9}"
-            )
+            self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
         for stage in stages:
-            before = self.results["val_bpb"]
-            delta = stage["val_bpb"] - (before or stage["val_bpb"])
+            delta = stage["val_bpb"] - (self.results["val_bpb"] or stage["val_bpb"])
             self.log(
                 f"{stage['name']:<12}{stage['val_bpb']:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
@@ -3019,19 +3012,16 @@ class Report:
         self.record("stages", self.results["stages"] + stages)
 
     def log_budget(self):
-        """Log seconds and bytes against the competition's limits."""
+        """Log seconds against the competition's limits."""
         train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
-            train_s = train["seconds"] + train["calibration_seconds"]
             self.log(
-                f"train       {train_s:>10.1f} s of 600 s, calibration included; "
-                f"quantize {train['quantize_seconds']:.1f} s"
+                f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
+                f"calibration included; quantize {train['quantize_seconds']:.1f} s"
             )
         seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
         self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
-        sizes = self.results["artifact"]
-        self.log("bytes       {total_bytes:>10,} B of {limit_bytes:,} B".format(**sizes))
 
 
 def read_result(path):
@@ -3046,9 +3036,8 @@ def read_result(path):
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
-        wanted = last_plan(cfg).stages[-1]
-        if last["name"] != wanted:
-            raise ValueError(f"it ends at {last['name']}, not at {wanted}")
+        if last["name"] != last_plan(cfg).stages[-1]:
+            raise ValueError(f"it ends at {last['name']}")
         if artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000):
             raise ValueError("over the cap")
         if artifact["overridden"]:
@@ -3128,18 +3117,16 @@ class Run:
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if not new."""
     rt = start_runtime(cfg, environ)
-    splits = ["val"]
     if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        splits.append("train")
     report = Report(cfg, rt, command)
     rt.by_main(prepare_demo, cfg, report.log)
     tokens = load_validation(cfg)
     table = artifact and artifact.table
     sp = None
-    if table is None or Path(cfg.tokenizer_path).exists():
+    if not artifact or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-    shards = [path for split in splits for path in list_shards(cfg, split)]
+    shards = list_shards(cfg, "val") + ([] if artifact else list_shards(cfg, "train"))
     report.results["shards"] = check_shards(shards, table, sp)
     text = hashlib.sha256()
     total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
@@ -3178,8 +3165,10 @@ def train_command(environ, kept=None):
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
     except FORESEEN as error:
-        where = f"; {path} has the weights: the same command with `finish` goes on from them"
-        raise UserError(one_line(error) + where * (result.steps > 0)) from error
+        message = one_line(error)
+        if result.steps:
+            message += f"; {path} has the weights: the same command with `finish` goes on from them"
+        raise UserError(message) from error
     if run.rt.is_main:
         path.unlink()
 
@@ -3259,14 +3248,14 @@ def write_artifact(run, weights, result):
         write_atomically(path, data)
         return hashlib.sha256(data).digest()
 
-    digest = run.rt.by_main(write)
+    written = run.rt.from_main(zlib.crc32(run.rt.by_main(write) or b""))
     numbers = {
         "quantize_seconds": time.perf_counter() - start_s,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
     }
     report.record("train", asdict(result) | numbers)
     artifact = read_artifact(path)
-    if artifact.digest != digest:
+    if zlib.crc32(artifact.digest) != written:
         raise UserError(f"artifact {path} is not what was written: who else writes there?")
     report.check_size(artifact)
     return artifact
@@ -3282,7 +3271,6 @@ def evaluate_stages(run, predictor):
 
 def evaluate_artifact(run, artifact):
     """Score the artifact in every stage; return the last one's first VERIFY_TOKENS frequencies."""
-    scored = None
     for plan in evaluation_plans(run.cfg):
         scored = evaluate_stages(run, new_predictor(artifact, run.cfg, run.rt, plan))
     run.report.log_budget()
@@ -3308,7 +3296,7 @@ def eval_command(environ, command):
     Results go beside the run, to a folder that is named after the settings that are overridden.
     """
     artifact, cfg = open_artifact(environ)
-    folder = cfg.artifact.resolve().parent
+    folder = artifact.path.resolve().parent
     if not cfg.run_id or folder == cfg.run_dir.resolve():
         changed = artifact.overridden(cfg)
         if cfg.val_tokens != PRESETS[cfg.preset].get("val_tokens", 0):
@@ -3337,30 +3325,23 @@ def text_tokens(data, table, encode):
         )
     dot = len(encode("."))
 
-    def is_exact(ids, run):
-        if not ids or not table.texts[ids[-1]]:
-            return False  # what prints nothing at the end would swallow the next word's space
-        return table.decode(np.array([byte_ids[ord("a")], *ids])) == b"a" + run
-
     @functools.cache
     def ids_of(run):
         word = run.decode("utf-8", "replace")
+        tries = [encode(word), [table.bos_id, *encode(word)]]
+        if word[0] == " ":
+            tries = [encode("." + word)[dot:]]
         if run.isspace():
             tries = []
-        elif word[0] == " ":
-            tries = [encode("." + word)[dot:]]
-        else:
-            tries = [encode(word), [table.bos_id, *encode(word)]]
-        spelled = [byte_ids[byte] for byte in run]
-        return next((ids for ids in tries if is_exact(ids, run)), spelled)
+        for ids in tries:
+            text = table.decode(np.array([byte_ids[ord("a")], *ids]))
+            # What prints nothing at the end would swallow the next word's space.
+            if text == b"a" + run and table.texts[ids[-1]]:
+                return ids
+        return [byte_ids[byte] for byte in run]
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
     return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
-
-
-def show(line):
-    """Print a line of progress at once."""
-    say(line, sys.stdout)
 
 
 def compress_command(source, target, environ):
@@ -3376,11 +3357,10 @@ def compress_command(source, target, environ):
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
     coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
     write_atomically(target, coded, source)
-    rate = len(tokens) / (time.perf_counter() - start_s)
     log(
         f"{len(data):,} B -> {len(coded):,} B: a header of "
         f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {bits / 8:,.1f} B; "
-        f"{rate:,.0f} tokens/s"
+        f"{len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
     )
 
 
@@ -3417,11 +3397,11 @@ def dispatch(args, environ):
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
             mixed = args[1] != first
-            show(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
+            say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            show(__doc__)
+            say(__doc__)
             for name, field in FIELDS.items():
-                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                say(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
@@ -3458,7 +3438,7 @@ def main():
 
 SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 4096  # of .txt, before a blank line ends one
-MOST_DOCUMENT_CHARS = 16_384  # about; anything ends one then
+MOST_DOCUMENT_CHARS = 65_536  # about; anything ends one then
 BATCH_DOCUMENTS = 100
 DEMO_TEXT_CHARS = 6_000_000
 
@@ -3513,13 +3493,13 @@ def demo_documents():
 
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+    for module in (os, np, torch):
+        root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
             if full or skipped & set(path.relative_to(root).parts):
                 continue
-            source = path.read_text("utf-8", errors="ignore")
-            found = re.findall('"""(.*?)"""', source, re.DOTALL)
+            found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
             long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
             documents.append("\n\n".join(long))
     return list(filter(None, documents))
@@ -3527,25 +3507,23 @@ def demo_documents():
 
 def prepare_demo(cfg, log):
     """Make the demo's shards and tokenizer in its cache where one of them is missing."""
-    cache = Path(DEMO_CACHE)
     parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
-    if Path(cfg.data_path) == cache and not all((cache / part).exists() for part in parts):
+    is_whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
+    if cfg.data_path == DEMO_CACHE and not is_whole:
         log("demo: gathering English from the documentation on this machine")
         documents = demo_documents()
-        write_shards(lambda: documents, cache, cfg, log)
+        write_shards(lambda: documents, DEMO_CACHE, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
     """Train SentencePiece BPE with byte fallback and no normalization; write it to `path`.
 
-    It sees 200,000 parts of lines, of 256 characters at most: whole lines it would leave out where
-    they are very long or hold U+2585, without a word.
+    It would leave out lines that are long or hold U+2585: they are cut.
     """
     import sentencepiece
 
     model = io.BytesIO()
-    inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
-    part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
+    part = re.compile("[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,1024}")
     lines = (line for text in documents for line in part.findall(text) if line.strip())
     with blaming(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
@@ -3558,6 +3536,7 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
+            max_sentence_length=4096,
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
@@ -3565,16 +3544,28 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield uint16 tokens of whole documents, each after BOS, as the bytes of one shard's."""
+    """Yield uint16 tokens (n,) of whole documents, each after BOS, n just over SHARD_TOKENS."""
     tokens = bytearray()
     for batch in iter(lambda: list(itertools.islice(texts, BATCH_DOCUMENTS)), []):
         for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
             tokens += np.array(ids, dtype="<u2").tobytes()
             if len(tokens) >= 2 * SHARD_TOKENS:
-                yield tokens
+                yield np.frombuffer(tokens, dtype="<u2")
                 tokens = bytearray()
     if tokens:
-        yield tokens
+        yield np.frombuffer(tokens, dtype="<u2")
+
+
+def choose_held_out(documents):
+    """Return which documents are validation text, bool (n,): by checksum, else the last."""
+    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents), bool)
+    if len(held) < 2:
+        raise UserError(
+            "tokenize: two documents are the least, since validation text must not be trained on"
+        )
+    if held.all() or not held.any():
+        held = np.arange(len(held)) == len(held) - 1
+    return held
 
 
 def write_shards(documents, out_dir, cfg, log):
@@ -3588,22 +3579,14 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     for folder in (Path(out_dir), path.parent):
         check_writable(folder, 0)
-    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
-    if len(held) < 2:
-        raise UserError(
-            "tokenize: two documents are the least, since validation text must not be trained on"
-        )
-    if held.all() or not held.any():
-        held = np.arange(len(held)) == len(held) - 1
+    held_out = choose_held_out(documents())
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
-        train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
+        train_tokenizer(itertools.compress(documents(), ~held_out), cfg.vocab_size, path)
     table, sp = load_tokenizer(path, cfg.vocab_size)
-    for split, chosen in ("train", ~held), ("val", held):
-        log(f"{split}: {chosen.sum():,} documents")
+    for split, chosen in (("train", ~held_out), ("val", held_out)):
         texts = itertools.compress(documents(), chosen)
-        for number, data in enumerate(token_shards(texts, sp)):
-            tokens = np.frombuffer(data, dtype="<u2")
+        for number, tokens in enumerate(token_shards(texts, sp)):
             target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")
@@ -3621,7 +3604,7 @@ def tokenize_command(out_dir, paths, environ):
     def documents():
         return (text for path in paths for text in read_documents(path) if text.strip())
 
-    write_shards(documents, out_dir, cfg, show)
+    write_shards(documents, out_dir, cfg, say)
 
 
 if __name__ == "__main__":

@@ -339,6 +339,20 @@ def test_copy_of_a_shard_is_refused(tmp_path, texts, tokenizer, compressed):
     assert message.startswith(f"DATA_PATH: {paths[1]} is a copy of fineweb_val_000000.bin")
 
 
+@pytest.mark.parametrize("ending", [".bin", ".bin.zst"])
+def test_tokenizer_that_a_shard_names_is_found(tmp_path, ending):
+    """Also in a compressed file whose first block is longer than what is read at once."""
+    tokens = np.random.default_rng(0).integers(0, 1024, 150_000)
+    data = shard_bytes(tokens, bytes.fromhex("11" * 32))
+    path = tmp_path / f"fineweb_val_000000{ending}"
+    path.write_bytes(zstandard.compress(data) if ending == ".bin.zst" else data)
+    maker, other = (SimpleNamespace(pieces=range(65_536), digest=d * 32) for d in ("11", "22"))
+    known = train_gpt.check_shards([path], maker, None)
+    assert list(known.values()) == [path.name]
+    message = refusal(train_gpt.check_shards, [path], other, None)
+    assert message.startswith(f"DATA_PATH: {path} was made with another tokenizer")
+
+
 # ---- Validation and training streams -------------------------------------------------------------
 
 
@@ -573,7 +587,7 @@ def corpus(tmp_path_factory, texts):
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "SHARD_TOKENS", 20_001)  # several shards
-        patch.setattr(train_gpt, "show", shown.append)
+        patch.setattr(train_gpt, "say", shown.append)
         tokenize(folder, folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c.txt")
     cut = list(train_gpt.read_documents(str(folder / "c.txt")))
     split = {True: [], False: []}

@@ -129,6 +129,14 @@ def test_another_source_does_not_replace_a_run(command, run_dir):
     assert "another SOURCE_SHA256: " in error_line(command(), 2)
 
 
+@pytest.mark.parametrize("contents", [b"", b"{", b"[1]", b"\xff"])
+def test_broken_results_are_not_replaced(command, run_dir, contents):
+    """They may be somebody's: the file is named, with no traceback."""
+    (run_dir / "results.json").write_bytes(contents)
+    assert str(run_dir / "results.json") in error_line(command(), 1)
+    assert (run_dir / "results.json").read_bytes() == contents
+
+
 def test_another_command_does_not_replace_a_run(command, run_dir, tmp_path):
     """`eval` under the RUN_ID of another run, say."""
     shutil.copytree(run_dir, tmp_path / "logs" / "other")

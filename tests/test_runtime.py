@@ -191,7 +191,7 @@ def test_closed_file_ends_nothing(tmp_path):
 def test_missing_stdout_ends_nothing(monkeypatch):
     """As with >&- in a shell."""
     monkeypatch.setattr(sys, "stdout", None)
-    train_gpt.show("a line")
+    say("a line")
 
 
 @pytest.mark.slow
@@ -320,7 +320,9 @@ def test_folder_is_locked_once(tmp_path):
 
 def test_missing_file_is_named(tmp_path):
     """With the setting and what to do."""
-    assert refusal(read_file, tmp_path / "no", "NAME: ", "; do").endswith("file or directory; do")
+    assert refusal(read_file, tmp_path / "no", "NAME: ", "; do").endswith(
+        "no; do (No such file or directory)"
+    )
 
 
 # ---- compress and decompress ---------------------------------------------------------------------
