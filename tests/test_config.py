@@ -150,6 +150,8 @@ def test_switches_are_0_or_1(name):
         ("MIXER=magic", "entropy, none"),
         ("ITERATIONS=0", "at least 1"),
         ("SEED=-1", "at least 0"),
+        ("SEED=99999999999999999999", "at most 9.22"),
+        ("ITERATIONS=99999999999999999999", "at most 9.22"),
         ("MATRIX_LR=-0.1", "at least 0"),
         ("VAL_TOKENS=-5", "at least 0"),
         ("NGRAM_ORDER=1", "at least 2"),
@@ -244,11 +246,13 @@ def test_variables_beat_preset_and_artifact(stored):
         ("LOGIT_SOFTCAP", "29.5", "30.0"),
         ("VRL_ENABLED", "0", "True"),
         ("TRAIN_SEQ_LEN", "64", "32"),
+        ("ITERATIONS", "7", "6"),
     ],
 )
 def test_weights_fix_the_model_settings(stored, name, value, stored_value):
-    """A variable that the weights contradict is refused, with both values."""
+    """A variable that the weights contradict is refused, with both values and the cure."""
     message = refusal(from_env, stored, kind=UsageError, **{name: value})
+    assert message.endswith("; unset it")
     assert message.startswith(f"{name}=")
     assert stored_value in message
 
