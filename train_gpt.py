@@ -436,11 +436,12 @@ def check_config(cfg):
 # ---- Runtime -------------------------------------------------------------------------------------
 # Rank, device and dtype are decided once and said aloud, and nothing that surrounds the program is
 # trusted: torchrun's variables count when all of them are there, threads are what this process may
-# use and alike on every rank, sizes are compared with the memory there is, and one product is
-# compared with NumPy's. What is said never ends the work, whatever became of the terminal or disk.
+# use and alike on every rank, the largest table is tried for size, and one product is compared with
+# float64. What is said never ends the work, whatever became of the terminal or the disk.
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# RuntimeError is torch's for memory, files and ranks.
 FORESEEN = (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError, RuntimeError)
 
 
@@ -453,7 +454,7 @@ def say(line, file):
 
 def one_line(error):
     """Return what an exception says, in one line."""
-    return " ".join(str(error).split()) or "interrupted"
+    return " ".join(str(error).splitlines()) or "interrupted"
 
 
 def on_signals(action):
@@ -2851,7 +2852,10 @@ def summarize(paths, out_path):
 
 # ---- Commands ------------------------------------------------------------------------------------
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation
-# text.
+# text. A run's folder is its own: locked while it works, and not replaced by a run that differs in
+# a setting, the source or the machine, unless REPLACE=1 says so. While it trains, it holds room on
+# the disk for its weights; they are written at once after the last step, or whatever ended it, and
+# `finish` goes on from them. They are deleted when all is done.
 
 
 @dataclass
@@ -3012,8 +3016,7 @@ def write_artifact(run, weights, result):
     numbers = {"quantize_seconds": time.perf_counter() - start_s, "tokens_per_second": rate}
     run.report.record("train", asdict(result) | numbers)
     artifact = read_artifact(path)
-    written = run.rt.from_main(zlib.crc32(hashlib.sha256(data).digest()))
-    if zlib.crc32(artifact.digest) != written:
+    if run.rt.is_main and hashlib.sha256(data).digest() != artifact.digest:
         raise UserError(f"artifact {path} is not what was written: who else writes there?")
     run.report.check_size(artifact)
     return artifact
