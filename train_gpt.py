@@ -41,6 +41,7 @@ import ctypes
 import dataclasses
 import decimal
 import difflib
+import fcntl
 import functools
 import hashlib
 import inspect
@@ -50,13 +51,16 @@ import json
 import lzma
 import math
 import os
+import pickle
 import re
 import shutil
 import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -65,11 +69,14 @@ from typing import NamedTuple
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
+try:
+    import numpy as np
+    import torch
+    import torch.distributed as dist
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
 # ---- Config --------------------------------------------------------------------------------------
 # All settings are fields of one frozen dataclass, in four groups: run (where things are on this
@@ -88,6 +95,19 @@ class UsageError(UserError):
     """Report a bad command line or setting."""
 
     exit_status = 2
+
+
+@contextlib.contextmanager
+def blaming(culprit, *causes, error=UserError):
+    """Turn exceptions of the kinds `causes` in the block into `error`: culprit and cure, then why.
+
+    The reason in brackets is the exception's own, in one line.
+    """
+    try:
+        yield
+    except causes as cause:
+        why = getattr(cause, "strerror", None) or " ".join(str(cause).split())
+        raise error(f"{culprit} ({why})") from cause
 
 
 BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
@@ -112,8 +132,9 @@ class RunSettings:
     data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
-    artifact_path: str = option("", "artifact file; empty: LOG_DIR/RUN_ID/model.int6.lzma")
+    artifact_path: str = option("", "artifact to read; empty: LOG_DIR/RUN_ID/model.int6.lzma")
     log_dir: str = option("logs", "where runs are written")
+    replace: bool = option(False, "replace an OUT that exists, or the results of another run")
     val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
     size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
     log_every: int = option(100, "training steps between two log lines")
@@ -269,11 +290,8 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
     @property
     def value_layers(self):
-        """Layers with value embeddings, sorted; None if VE_LAYERS names one that does not exist."""
-        names = self.ve_layers.split(",") if self.ve_layers.strip() else []
-        valid = {str(layer): layer for layer in range(self.num_layers)}
-        layers = [valid.get(name.strip()) for name in names]
-        return None if None in layers else sorted(set(layers))
+        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list numbers."""
+        return sorted({int(name) for name in self.ve_layers.split(",") if name.strip()})
 
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -282,6 +300,8 @@ GROUPS = {  # {setting: the class that it belongs to}
     for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
     for field in dataclasses.fields(group)
 }
+# What may differ when a command is repeated and its results are replaced.
+PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
     warmup_steps=0,
@@ -391,16 +411,15 @@ def config_from_env(environ, stored=None):
     preset = given.get("preset") or stored.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    if strange := stored.keys() - GROUPS:
-        names = ", ".join(sorted(strange))
-        raise UserError(f"the artifact has settings of another version of this script: {names}")
     for name, value in given.items():
         fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
         if fixed and value != stored[name]:
             raise UsageError(
-                f"{name.upper()}={value}: the artifact has {stored[name]}; unset it or train again"
+                f"{name.upper()}={value}: the weights have {stored[name]}; unset it, or set RUN_ID "
+                "to begin another run"
             )
-    return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
+    with blaming("the artifact is of another version of this script", TypeError):
+        return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
 
 
 def check_config(cfg):
@@ -426,15 +445,19 @@ def check_config(cfg):
             most = getattr(cfg, most)  # a field checked before, or a property of such
         need(value <= most, name, f"must be at most {most:.9g}")
     layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
-    need(cfg.value_layers is not None, "ve_layers", layers)
+    with blaming(f"VE_LAYERS={cfg.ve_layers!r}: {layers}", ValueError, error=UsageError):
+        need({*cfg.value_layers} <= {*range(cfg.num_layers)}, "ve_layers", layers)
     need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
     need(cfg.eval_stride < cfg.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
-# Rank, device and dtype are decided once and logged. Every rank uses as many CPU threads as a lone
-# one (all cores): the split of a product over threads can change its last bit, and 1 and 8 ranks
-# must commit the same integers.
+# Rank, device and dtype are decided once and logged. What surrounds the program is not trusted:
+# torchrun's variables count when all of them are there, threads are what this process may use,
+# alike on every rank, and one product is compared with float64's. A terminal or a disk that takes
+# no more ends no work; what a command writes is tried before the work.
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 @dataclass
@@ -452,10 +475,6 @@ class Runtime:
         """Whether this is the rank that writes files and the log."""
         return self.rank == 0
 
-    def alone(self):
-        """Return this runtime as a world of one rank."""
-        return dataclasses.replace(self, rank=0, world=1)
-
     def sum_over_ranks(self, tensor):
         """Sum `tensor` in place over the ranks; every rank must call it equally often."""
         if self.world > 1:
@@ -467,21 +486,20 @@ class Runtime:
         mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
         return self.sum_over_ranks(mine).item()
 
-    def barrier(self):
-        """Wait until every rank is here."""
-        self.from_main(0.0)
-
-    @contextlib.contextmanager
-    def fail_together(self):
-        """Raise UserError on every rank if the block raises it on any: none waits forever."""
-        failure = None
-        try:
-            yield
-        except UserError as error:
-            failure = error
-        failed = torch.tensor([float(failure is not None)], device=self.device)
-        if self.sum_over_ranks(failed).item():
-            raise failure or UserError("another rank has failed")
+    def by_main(self, action, *args):
+        """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
+        result = None
+        failure = [None]
+        if self.is_main:
+            try:
+                result = action(*args)
+            except UserError as error:
+                failure = [error]
+        if self.world > 1:
+            dist.broadcast_object_list(failure)
+        if failure[0]:
+            raise failure.pop()  # popped, or a cycle of error and frame would keep files open
+        return result
 
     def clock(self):
         """Return seconds on a clock, read once the device has done its work."""
@@ -497,11 +515,36 @@ class Runtime:
         return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def torchrun_ranks(environ):
+    """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
+    if not environ.keys() >= {*TORCHRUN}:
+        return [0, 1, 0, 1]
+    with blaming(f"unset {', '.join(TORCHRUN)}", ValueError, error=UsageError):
+        return [int(environ[name]) for name in TORCHRUN]
+
+
+def count_threads():
+    """Return torch's threads (OMP_NUM_THREADS, or processors), or what the control group allows."""
+    threads = torch.get_num_threads()
+    with contextlib.suppress(OSError, ValueError):  # there is no group, or its limit is "max"
+        quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
+        threads = min(threads, -(-quota // period))
+    return threads
+
+
+def check_arithmetic(device, dtype):
+    """Raise UserError if a product of ones, exact in any type, is wrong on `device`."""
+    ones = torch.ones(256, 256, dtype=dtype, device=device)
+    if not (ones @ ones == 256).all():
+        raise UserError(
+            f"{dtype} products on {device} are wrong: OpenMP or torch's math library is broken; "
+            "unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
+        )
+
+
 def start_runtime(cfg, environ):
     """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
-    rank = int(environ.get("RANK", 0))
-    world = int(environ.get("WORLD_SIZE", 1))
-    ranks_here = int(environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, world, local_rank, ranks_here = torchrun_ranks(environ)
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
     if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
         raise UsageError(
@@ -513,25 +556,26 @@ def start_runtime(cfg, environ):
     name = units.get("cpu_name", os.uname().machine)
     kernel = "SDPA's own kernels"
     if cuda:
-        device = torch.device("cuda", int(environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        kernel = attention_kernel()
-    torch.set_num_threads(os.cpu_count())
-    keep_freed_memory()
-    dtype, why = torch.float32, "no bf16 units"
-    if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
-        dtype, why = torch.bfloat16, "multiplied in hardware"
+        with contextlib.suppress(ImportError, RuntimeError):  # it is not installed
+            torch.nn.attention.activate_flash_attention_impl("FA3")
+            kernel = "FlashAttention-3 inside SDPA"
+    has_bf16_units = cuda or units.get("avx512_bf16") or units.get("amx_bf16")
+    dtype = torch.bfloat16 if has_bf16_units else torch.float32
     if world > 1:
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", **({"device_id": device} if cuda else {})
-        )
-    notes = (
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    rt = Runtime(rank, world, device, dtype)
+    torch.set_num_threads(int(rt.from_main(count_threads())))
+    keep_freed_memory()
+    check_arithmetic(device, dtype)
+    rt.notes = (
         f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
-        f"dtype {dtype}: {why}",
+        f"dtype {dtype}",
         f"attention: {kernel}",
     )
-    return Runtime(rank, world, device, dtype, notes)
+    return rt
 
 
 def keep_freed_memory():
@@ -543,60 +587,99 @@ def keep_freed_memory():
         mallopt(-2, 1 << 28)  # M_TOP_PAD
 
 
-def attention_kernel():
-    """Switch FlashAttention-3 on where it is installed; return what attention runs on."""
-    try:
-        torch.nn.attention.activate_flash_attention_impl("FA3")
-    except (ImportError, RuntimeError):
-        return "SDPA's own kernels; FlashAttention-3 is not installed"
-    return "FlashAttention-3 inside SDPA"
+def say(line, file=None):
+    """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, file=file or sys.stdout, flush=True)
 
 
-def progress_line(done, total, start_s, unit):
-    """Return 'done/total unit, rate, elapsed, ETA' of work begun at perf_counter() == start_s."""
-    elapsed_s = max(time.perf_counter() - start_s, 1e-9)
-    eta_s = elapsed_s / max(done, 1) * (total - done)
-    return (
-        f"{done:,}/{total:,} {unit}, {done / elapsed_s:,.0f}/s, "
-        f"{elapsed_s:.0f} s, ETA {eta_s:.0f} s"
-    )
+def is_stream(path):
+    """Return whether what is written to `path` is no file: "-" (stdout), a device or a FIFO."""
+    return str(path) == "-" or (os.path.exists(path) and not os.path.isfile(path))
 
 
-def write_atomically(path, data):
-    """Write bytes to a file beside `path`, then rename it: no reader sees a part of them."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
-    try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        hint = "free space or write elsewhere"
-        raise UserError(f"cannot write {path}: {error.strerror}; {hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+def write_atomically(path, data, like=""):
+    """Write bytes beside `path` and rename the file: no reader sees a part of them.
+
+    A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = Path(f"{target}.tmp{os.getpid()}")
+    with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
+        if is_stream(path):
+            with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
+                file.write(data)
+            return
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            if os.path.isfile(like):
+                shutil.copymode(like, temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_file(path, name="", hint=""):
-    """Return a file's bytes; UserError: `name`, the path, the reason, then `hint`."""
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}cannot read {path}: {error.strerror}{hint}") from error
+    """Return a file's bytes, stdin's for "-"; UserError: `name`, the path, `hint`, the reason."""
+    with blaming(f"{name}cannot read {path}{hint}", OSError):
+        return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
+
+
+def read_object(path):
+    """Return the JSON object in a file as a dict; UserError names the file if there is none."""
+    with blaming(f"{path} is not a JSON object; mend or remove it", ValueError, TypeError):
+        return dict(json.loads(read_file(path)))
+
+
+def write_object(path, contents):
+    """Write a dict to a file as JSON for people and programs."""
+    write_atomically(path, json.dumps(contents, indent=1).encode() + b"\n")
 
 
 def check_writable(folder, need_bytes):
-    """Raise UserError, before hours of work, if `folder` cannot be written to or has no room."""
-    write_atomically(folder / ".probe", b"probe")
-    (folder / ".probe").unlink()
-    free = shutil.disk_usage(folder).free
-    if free < need_bytes:
-        raise UserError(
-            f"LOG_DIR: {folder} has {free:,} bytes free, needs {need_bytes:,}: set it elsewhere"
-        )
+    """Return an open file without a name that takes need_bytes of `folder` until it is closed.
+
+    The folder is made. UserError, before hours of work, without room or permission.
+    """
+    with blaming(
+        f"LOG_DIR, OUT: cannot write {need_bytes:,} bytes to {folder}; name another", OSError
+    ):
+        folder.mkdir(parents=True, exist_ok=True)
+        room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its user closes it)
+        room.write(bytes(need_bytes))
+        room.flush()
+    return room
+
+
+def check_target(cfg, target, *sources):
+    """Return the log that goes with the output file `target`: say(), on stderr if it is "-".
+
+    UserError, before work, if it cannot be written, is one of the sources, or is there already and
+    REPLACE=1 does not allow to replace it.
+    """
+    if os.path.isdir(target):
+        raise UsageError(f"{target} is a folder; name a file")
+    if is_stream(target):
+        return functools.partial(say, file=sys.stderr)
+    check_writable(Path(target).parent, 0).close()
+    if os.path.exists(target):
+        if any(os.path.exists(path) and os.path.samefile(path, target) for path in sources):
+            raise UsageError(f"{target} is read for this; name another OUT")
+        if not cfg.replace:
+            raise UsageError(f"{target} is there already; REPLACE=1 replaces it")
+    return say
+
+
+def lock_folder(folder):
+    """Return an open file that locks `folder`; UserError if another process has locked it."""
+    file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
+    rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+    with contextlib.suppress(OSError), blaming(rival, BlockingIOError):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
+    return file
 
 
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
@@ -625,22 +708,21 @@ class TokenTable:
     @functools.cached_property
     def texts(self):
         """Bytes that each token prints, its leading space included; a boundary prints none."""
-        return tuple(self._text(piece, kind) for piece, kind in zip(self.pieces, self.kinds))
 
-    @staticmethod
-    def _text(piece, kind):
-        if kind == "B":
-            return bytes([int(piece[3:5], 16)])  # <0x0A>
-        return piece.replace(SPACE, " ").encode() if kind == "N" else b""
+        def text_of(piece, kind):
+            if kind == "B":
+                return bytes.fromhex(piece[3:5])  # <0x0A>
+            return piece.replace(SPACE, " ").encode() if kind == "N" else b""
+
+        return tuple(map(text_of, self.pieces, self.kinds))
 
     @functools.cached_property
     def byte_tables(self):
         """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
-        starts = [k == "N" and p.startswith(SPACE) for p, k in zip(self.pieces, self.kinds)]
-        leading = np.array(starts)
-        base = np.array([len(text) for text in self.texts], dtype=np.int64) - leading
-        boundary = np.array([kind in "UCX" for kind in self.kinds])
-        return base, leading, boundary
+        kinds = np.array(list(self.kinds))
+        leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
+        base = np.array([*map(len, self.texts)]) - leading
+        return base, leading, np.isin(kinds, ["U", "C", "X"])
 
     @property
     def word_begins(self):
@@ -668,11 +750,8 @@ def load_tokenizer(path, vocab_size, table=None):
     """
     import sentencepiece
 
-    try:
+    with blaming(f"TOKENIZER_PATH: {path} is no SentencePiece model", RuntimeError, OSError):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        message = f"TOKENIZER_PATH: {path} is no SentencePiece model; see README"
-        raise UserError(message) from error
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
     tests = dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
@@ -689,14 +768,15 @@ def load_tokenizer(path, vocab_size, table=None):
     return found, sp
 
 
-def audit_bytes(table, tokens, decode=None, digest=None):
-    """Return the bytes of tokens[1:] after comparing each document's count with its text.
+def audit_bytes(table, tokens, decode=None):
+    """Return (bytes of tokens[1:], SHA-256 of their text, in hexadecimal).
 
-    The text is SentencePiece's where `decode` is given, else the table's own; `digest`, a hashlib
-    object, is updated with it. UserError where they differ, where a text is not UTF-8 (a last
-    document may be cut inside a character), or where the stream does not begin with BOS.
+    Each document's count is compared with its text: SentencePiece's where `decode` is given, else
+    the table's own. UserError where they differ, where a text is not UTF-8 (a last document may be
+    cut inside a character), or where the stream does not begin with BOS.
     """
     counts = table.count_bytes(tokens)
+    digest = hashlib.sha256()
     starts = np.flatnonzero(tokens == table.bos_id)
     if tokens[0] != table.bos_id:
         raise UserError(
@@ -710,20 +790,15 @@ def audit_bytes(table, tokens, decode=None, digest=None):
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        try:
-            text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if not is_last or error.reason != "unexpected end of data":
-                message = f"{where}: {error}; shards and tokenizer do not belong together"
-                raise UserError(message) from error
+        with blaming(f"{where}: shards and tokenizer do not belong together", UnicodeDecodeError):
+            codecs.getincrementaldecoder("utf-8")().decode(text, final=not is_last)
         counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
         if counted != len(text):
             raise UserError(
                 f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
             )
-        if digest:
-            digest.update(text)
-    return int(counts.sum())
+        digest.update(text)
+    return int(counts.sum()), digest.hexdigest()
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -749,22 +824,24 @@ CHUNK_BYTES = 1 << 16
 def read_chunks(path):
     """Yield a file's contents in parts, decompressed if its name ends in .zst.
 
-    EOFError for a cut frame. Any window size that zstandard can write is accepted.
+    UserError for what cannot be read or is cut. Any window size of zstandard is accepted.
     """
+    compressed = str(path).endswith(".zst")
+    if compressed:
+        import zstandard
     frame = None
-    with open(path, "rb") as file:
+    # zstandard raises a class of its own.
+    with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
         for data in iter(lambda: file.read(CHUNK_BYTES), b""):
-            while data and str(path).endswith(".zst"):
-                import zstandard
-
+            while data and compressed:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data
                 if frame.eof:
                     frame = None
             yield data
-    if frame:
-        raise EOFError("its end is missing")
+        if frame:
+            raise EOFError("its end is missing")
 
 
 def read_shard(path, vocab_size, most=1 << 40):
@@ -775,15 +852,10 @@ def read_shard(path, vocab_size, most=1 << 40):
     """
     wanted = SHARD_HEADER_BYTES + 2 * most
     data = bytearray()
-    try:
-        for chunk in read_chunks(path):
-            data += chunk
-            if len(data) > wanted:
-                break
-    except ImportError:
-        raise
-    except Exception as error:  # zstandard raises a class of its own
-        raise UserError(f"shard {path} cannot be read ({error}); download it again") from error
+    for chunk in read_chunks(path):
+        data += chunk
+        if len(data) > wanted:
+            break
     magic, version, count = struct.unpack("<iii", data[:12].ljust(12, b"\0"))
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise UserError(
@@ -1423,6 +1495,7 @@ class WeightAverage:
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
 CALIBRATION_SHARE = 0.03
+WEIGHTS = "weights.pt"  # in the run's folder, from the last step until the run is finished
 
 
 @dataclass
@@ -1434,8 +1507,7 @@ class TrainResult:
     seconds: float = 0.0
     warmup_seconds: float = 0.0
     calibration_seconds: float = 0.0
-    stopped: str = ""  # empty: all steps were taken, or the time was up
-    interrupted: bool = False  # by Ctrl-C, which reaches every rank
+    stopped: str = ""  # why training ended early; empty: all steps were taken, or the time was up
 
 
 def training_loss(model, rt):
@@ -1562,7 +1634,6 @@ def train(model, cfg, rt, log, held_out):
         result.stopped = str(error)
     except KeyboardInterrupt:
         result.stopped = f"interrupted at step {result.steps}"
-        result.interrupted = True
     trainer.average.install()
     if stream.epochs:
         log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
@@ -1657,6 +1728,11 @@ class Artifact:
     table: TokenTable
     weights: dict  # {name: fp32 tensor}: the model's, and "mixer"
 
+    def overridden(self, cfg):
+        """Return the names, sorted, of the settings that differ from the artifact's."""
+        differing = {n for n, v in self.settings.items() if getattr(cfg, n) != v}
+        return sorted(n.upper() for n in differing - {"preset"})
+
 
 def sha256(data):
     """Return the SHA-256 of bytes, 32 bytes."""
@@ -1698,10 +1774,11 @@ def read_artifact(path):
     size = ARTIFACT_HEAD.size
     magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
     body = data[size:]
-    if magic != ARTIFACT_MAGIC:
-        raise UserError(f"artifact {path} is not an artifact of this program")
-    if version != ARTIFACT_VERSION:
-        raise UserError(f"artifact {path} has format version {version}, not {ARTIFACT_VERSION}")
+    if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
+        raise UserError(
+            f"{path} is no artifact of format version {ARTIFACT_VERSION}: use the script that made "
+            "it, or train again"
+        )
     if len(body) != length or sha256(body) != digest:
         counts = f"{len(body):,} bytes of {length:,}"
         raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
@@ -2106,6 +2183,8 @@ class TestTimeTrainer:
         self.params, self.average = (
             [p for p in m.parameters() if p.requires_grad] for m in (self.live, model)
         )
+        for p in self.params:
+            p.grad = torch.zeros_like(p)
         self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
 
     def adapts(self, name, p):
@@ -2139,15 +2218,14 @@ class TestTimeTrainer:
         )
         batches = list(zip(*sequences))[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
-            totals = [torch.zeros_like(p, dtype=torch.int64) for p in self.params]
+            total = torch.zeros_like(nn.utils.parameters_to_vector(self.params), dtype=torch.int64)
             for x, y, w in batches:
-                logits = self.live(x).flatten(0, 1)
-                nats = F.cross_entropy(logits, y.flatten(), reduction="none")
-                grads = torch.autograd.grad((nats * w.flatten()).sum(), self.params)
-                for total, grad in zip(totals, grads):
-                    total += (grad.double() * TTT_GRADIENT_SCALE).round_().long()
-            for p, total in zip(self.params, totals):
-                p.grad = (self.rt.sum_over_ranks(total).double() / scale).to(p)
+                nats = F.cross_entropy(self.live(x).mT, y, reduction="none")
+                grads = torch.autograd.grad((nats * w).sum(), self.params)
+                flat = nn.utils.parameters_to_vector(grads).double()
+                total += (flat * TTT_GRADIENT_SCALE).round_().long()
+            mean = (self.rt.sum_over_ranks(total).double() / scale).to(self.params[0])
+            nn.utils.vector_to_parameters(mean, [p.grad for p in self.params])
             nn.utils.clip_grad_norm_(self.params, 1.0)
             self.optimizer.step()
             self.take_average()
@@ -2250,16 +2328,12 @@ class Engine:
         the order of the stream: all lanes of a row together.
         """
 
-        def is_whole(piece):
-            run, begin, end = piece
-            return end - begin == self.plan.run and run >= self.plan.context
-
+        pieces = self.runs(first, last)
         # Whole runs of one lane have the same shape: they are computed side by side.
-        for whole, pieces in itertools.groupby(self.runs(first, last), is_whole):
-            pieces = list(pieces)
-            size = self.batch if whole and len(tokens) == 1 else 1
-            for i in range(0, len(pieces), size):
-                yield self.compute(tokens, pieces[i : i + size])
+        whole = all(e - b == self.plan.run and r >= self.plan.context for r, b, e in pieces)
+        size = self.batch if whole and len(tokens) == 1 else 1
+        for i in range(0, len(pieces), size):
+            yield self.compute(tokens, pieces[i : i + size])
 
     def runs(self, first, last):
         """Return [(run's first row, begin, end)]: rows first..last-1, cut at runs, this rank's."""
@@ -2444,8 +2518,12 @@ def walk(predictor, stream, log=None, step=None):
             predictor.update(stream[:stop])
         if log and time.perf_counter() - logged_s > 15:
             logged_s = time.perf_counter()
-            done = progress_line(stop - first, len(stream) - first, start_s, "tokens")
-            log(f"{'+'.join(predictor.plan.stages)}: {done}")
+            spent_s = logged_s - start_s
+            eta_s = spent_s / (stop - first) * (len(stream) - stop)
+            log(
+                f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
+                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, ETA {eta_s:.0f} s"
+            )
 
 
 def evaluate(predictor, tokens, total_bytes, log, keep=1):
@@ -2485,7 +2563,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 #    8 bytes  magic "PGOLFTXT"           3 x 32   SHA-256 of artifact, settings (JSON) and text
 #    4 bytes  format version            64        what made it, UTF-8, zeros after it
 #    4 bytes  CRC-32 of all that follows 4 each   checks: CRC-32 of all frequencies up to the first
-#    4 bytes  lanes L; 0: one, with TTT           position, the 4,097th, ...
+#    4 bytes  lanes L; 0: one, with TTT           position, the 4,097th, ...; up to the last
 #    8 bytes  tokens n, after BOS        rest     code words
 #    8 bytes  bytes of the text
 # With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
@@ -2493,9 +2571,10 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 # on, without TTT. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
 CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 3
+CODE_VERSION = 4
 CODE_START = struct.Struct("<8sII")
 CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
+CODE_HEAD_BYTES = CODE_START.size + CODE_HEAD.size
 CHECK_EVERY = 4096
 MOST_LANES = 16
 
@@ -2582,7 +2661,7 @@ class CodeHead(NamedTuple):
         if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
             raise UserError(f"{path} is cut or altered; copy it again")
         head = cls(*CODE_HEAD.unpack_from(body))
-        count = -(-head.tokens // CHECK_EVERY)
+        count = 1 - -head.tokens // CHECK_EVERY
         words_at = CODE_HEAD.size + 4 * count
         words = body[words_at:]
         if len(body) < words_at or head.tokens > len(words) << 27:
@@ -2629,7 +2708,7 @@ class Codec:
 
         code(freqs, symbol) takes a position's frequencies, int32 (V,), and what the stream holds
         there; the symbol that it returns is written there. check(CRC-32 of all frequencies so far)
-        is called at the first position and every 4,096 later.
+        is called at the first position, every 4,096 later, and at the end.
         """
         stage = plan.stages[-1]
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
@@ -2644,6 +2723,7 @@ class Codec:
                 symbol = code(freqs, int(targets[i]))
                 targets[i] = symbol
                 coded.append(freqs[symbol])
+        check(crc)
         return bits[stage], np.array(coded, dtype=np.int64)
 
     def encode(self, tokens, lanes=0):
@@ -2665,26 +2745,17 @@ class Codec:
 
         bits, freqs = self.code(plan, stream, checks.append, write)
         text = table.decode(tokens)
-        maker = (
-            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-            f"{torch.get_num_threads()} threads"
-        )
-        head = CodeHead(
-            lanes,
-            len(order),
-            len(text),
-            self.artifact.digest,
-            settings_digest(self.cfg),
-            sha256(text),
-            maker.encode()[:64],
-        )
+        capability = torch.backends.cpu.get_cpu_capability()
+        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
+        digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
+        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
         return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
-        """Return (tokens int64 (n + 1,), BOS first, frequencies as encode has them, text in bytes).
+        """Return the text, in bytes, that is coded in a file.
 
-        The text is None if it is not the one that was coded. UserError if the file is damaged, of
-        another artifact or other settings, or its checks show that this machine cannot decode it.
+        UserError if the file is damaged, of another artifact or other settings, or its checks show
+        that this machine cannot decode it.
         """
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
@@ -2703,63 +2774,59 @@ class Codec:
             if crc != check:
                 maker = head.maker.rstrip(b"\0").decode(errors="replace")
                 raise UserError(
-                    f"{path} cannot be followed here beyond token {token}: it was made with "
-                    f"{maker}; decode it there"
+                    f"{path} cannot be followed here: the frequencies up to token "
+                    f"{min(token, head.tokens)} are not those of {maker}; decode it there"
                 )
 
         stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
-        _, freqs = self.code(plan, stream, follow, lambda f, _: decoder.decode(f), plan.lanes)
+        self.code(plan, stream, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
         tokens = np.full(head.tokens + 1, table.bos_id)
         tokens[1:][lane_order(head.tokens, plan.lanes)] = stream[plan.lanes :].numpy()
         text = table.decode(tokens)
-        same = len(text) == head.text_bytes and sha256(text) == head.text
-        return tokens, freqs, text if same else None
+        if len(text) != head.text_bytes or sha256(text) != head.text:
+            raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
+        return text
 
 
 def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS, let another process without shards decode them; UserError if they differ.
 
     For rank 0 alone: no other rank takes part. scored, int64 (n,): the frequencies under which the
-    run has just scored these tokens, which the decoder must have too; None: the encoder's.
+    run has just scored these tokens, which must be the coder's.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
-    data, bits, freqs = Codec(artifact, cfg, run.rt.alone(), run.report.log).encode(tokens)
+    alone = dataclasses.replace(run.rt, world=1)
+    data, bits, freqs = Codec(artifact, cfg, alone, run.report.log).encode(tokens)
     write_atomically(path, data)
     encode_s = time.perf_counter() - start_s
-
-    start_s = time.perf_counter()
-    decoded, complaint = decode_elsewhere(path, artifact, run)
-    decode_s = time.perf_counter() - start_s
-    freqs = freqs if scored is None else scored
-    differs = (decoded["tokens"][1:] != tokens[1:]) | (decoded["freqs"] != freqs)
-    if differs.any():
-        t = int(differs.argmax())
+    if scored is not None and (freqs != scored).any():
+        t = int((freqs != scored).argmax())
         raise UserError(
-            f"verify: position {t + 1}: expected token {tokens[t + 1]} of frequency {freqs[t]}, "
-            f"decoded {decoded['tokens'][t + 1]} of {decoded['freqs'][t]}"
+            f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
+            f"{scored[t]}, and coded with {freqs[t]}"
         )
-    if complaint:
-        raise UserError(f"verify: the decoder gave up: {complaint}")
-    size = len(data) - CODE_START.size - CODE_HEAD.size
-    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=size)
-    run.report.results["proof"] = proof | dict(encode_seconds=encode_s, decode_seconds=decode_s)
-    run.report.write()
+    start_s = time.perf_counter()
+    if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
+        raise UserError("verify: the decoder's text is another")
+    decode_s = time.perf_counter() - start_s
+    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=len(data) - CODE_HEAD_BYTES)
+    run.report.record("proof", proof | dict(encode_seconds=encode_s, decode_seconds=decode_s))
     run.report.log(
-        f"proof: another process decoded {n:,} tokens from the artifact and {size:,} B; "
-        f"predicted: {bits / 8:,.1f} B; {n / encode_s:,.1f} tokens/s to encode, "
-        f"{n / decode_s:,.1f} to decode"
+        f"proof: another process decoded {n:,} tokens from the artifact and "
+        f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
+        f"{n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode"
     )
 
 
 def decode_elsewhere(path, artifact, run):
-    """Return ({"tokens", "freqs"}, complaint) of a second process that decodes a code file.
+    """Return the text, in bytes, that a second process decodes from a code file.
 
     It gets the artifact, no shards, no tokenizer and no settings; what it prints goes into the log.
-    The complaint is empty if it has found the text complete; UserError if it decoded nothing.
+    UserError if it gives up, or finds other frequencies or another text than were coded.
     """
     env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS}
     env |= dict(
@@ -2767,28 +2834,30 @@ def decode_elsewhere(path, artifact, run):
         ARTIFACT_PATH=str(artifact.path),
         DATA_PATH=os.devnull,
         TOKENIZER_PATH=os.devnull,
+        REPLACE="1",
     )
-    arrays_path = path.with_suffix(".npz")
-    arrays_path.unlink(missing_ok=True)
-    paths = path, path.with_suffix(".txt"), arrays_path
-    command = [sys.executable, __file__, "decompress", *paths]
-    last_line = ""
+    target = path.with_suffix(".txt")
+    command = [sys.executable, __file__, "decompress", path, target]
+    line = ""
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as decoder:
         for line in decoder.stdout:
-            last_line = line.strip()
-            run.report.log(last_line)
-    complaint = decoder.returncode and (last_line or f"exit status {decoder.returncode}")
-    if not arrays_path.exists():
-        raise UserError(f"verify: the decoder gave up: {complaint}")
-    with np.load(arrays_path) as arrays:
-        return dict(arrays), complaint
+            run.report.log(line.strip())
+    if decoder.returncode:
+        why = line.strip() or f"exit status {decoder.returncode}"
+        raise UserError(f"verify: the decoder gave up: {why}")
+    return read_file(target)
 
 
 # ---- Report --------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the
 # competition's limits. `summarize` makes a submission of several results.
+
+
+def run_traits(results):
+    """Return what two runs of one command have in common, of a results.json."""
+    return {**results["settings"], **results["environment"], "command": results["command"]}
 
 
 class Report:
@@ -2797,79 +2866,92 @@ class Report:
     def __init__(self, cfg, rt, command):
         self.cfg = cfg
         self.rt = rt
-        self.files = []
-        if rt.is_main:
-            log_path = cfg.run_dir / f"{command}.log"
-            self.files = [sys.stdout, open(log_path, "a", encoding="utf-8")]  # noqa: SIM115
-        source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        self.lock = None  # on the run's folder
+        self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
+        environment = {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "device": rt.notes[0],
+            "world_size": rt.world,
+            "dtype": str(rt.dtype),
+            "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+        }
         self.results = {
             "run_id": cfg.run_dir.name,
             "seed": cfg.seed,
             "command": command,
             "settings": settings,
-            "environment": {
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "device": rt.notes[0],
-                "world_size": rt.world,
-                "dtype": str(rt.dtype),
-                "source_sha256": source,
-            },
+            "environment": environment,
             "train": None,
             "artifact": None,
             "stages": [],
             "val_bpb": None,
         }
+        rt.by_main(self.take_folder)
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         self.log(f"{command} {cfg.run_dir.name}, {when}")
-        self.log(f"python {sys.version.split()[0]}, torch {torch.__version__}, source {source}")
+        self.log("python {python}, torch {torch}, source {source_sha256}".format(**environment))
         for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
             self.log(line)
+
+    def take_folder(self):
+        """Lock the run's folder and open the log in it; for rank 0 alone.
+
+        UserError without room, at another run's work, or at results of another command, source or
+        setting, which stay.
+        """
+
+        folder = self.cfg.run_dir
+        path = folder / "results.json"
+        check_writable(folder, 2 * self.cfg.size_limit_bytes).close()
+        self.lock = lock_folder(folder)
+        if path.exists() and not self.cfg.replace:
+            own, found = (run_traits(results) for results in (self.results, read_object(path)))
+            if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
+                raise UsageError(
+                    f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, or "
+                    "REPLACE=1 to replace it"
+                )
+        log_path = folder / f"{self.results['command']}.log"
+        log = open(log_path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
+        self.files = [sys.stdout, log]
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
         for file in self.files:
-            with contextlib.suppress(OSError):  # a closed pipe or a full disk does not end a run
-                print(line, file=file, flush=True)
-
-    def write(self):
-        """Write results.json; for rank 0 alone."""
-        text = json.dumps(self.results, indent=1) + "\n"
-        write_atomically(self.cfg.run_dir / "results.json", text.encode())
+            say(line, file)
 
     def record(self, name, value):
-        """Set one key of the results, on every rank, and write them."""
+        """Set one key of the results, on every rank; rank 0 writes them."""
         self.results[name] = value
-        with self.rt.fail_together():
-            if self.rt.is_main:
-                self.write()
+        if self.rt.is_main:
+            write_object(self.cfg.run_dir / "results.json", self.results)
 
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
-        code = code_bytes()
         limit = self.cfg.size_limit_bytes
-        total = code + artifact.size_bytes
-        differing = {n for n, v in artifact.settings.items() if getattr(self.cfg, n) != v}
-        overridden = sorted(n.upper() for n in differing - {"preset"})
+        total = code_bytes() + artifact.size_bytes
+        overridden = artifact.overridden(self.cfg)
+        sizes = {
+            "path": str(artifact.path),
+            "weights_bytes": artifact.size_bytes,
+            "code_bytes": code_bytes(),
+            "total_bytes": total,
+            "limit_bytes": limit,
+            "sha256": artifact.digest.hex(),
+            "overridden": overridden,
+        }
+        self.record("artifact", sizes)
         self.log(
-            f"artifact {artifact.path}: {artifact.size_bytes:,} B weights + {code:,} B code "
-            f"= {total:,} of {limit:,} B"
+            f"artifact {artifact.path}: {artifact.size_bytes:,} B weights "
+            f"+ {code_bytes():,} B code = {total:,} of {limit:,} B"
         )
         if overridden:
-            names = ", ".join(overridden)
-            self.log(f"note: {names} are not the artifact's: its decoder would not get these bits")
-        sizes = {"weights_bytes": artifact.size_bytes, "code_bytes": code, "total_bytes": total}
-        self.record(
-            "artifact",
-            {
-                "path": str(artifact.path),
-                **sizes,
-                "limit_bytes": limit,
-                "sha256": artifact.digest.hex(),
-                "overridden": overridden,
-            },
-        )
+            self.log(
+                f"note: {', '.join(overridden)} are not the artifact's: its decoder would not get "
+                "these bits"
+            )
         if total > limit:
             raise UserError(
                 f"artifact {artifact.path} is {total - limit:,} bytes over "
@@ -2880,13 +2962,9 @@ class Report:
     def add_stages(self, stages):
         """Add scored stages, log their rows of the table, and write results.json."""
         if not self.results["stages"]:
-            self.log(
-                f"{'stage':<12}{'val_bpb':>10}{'delta':>11}{'val_loss':>10}"
-                f"{'tokens':>12}{'seconds':>9}"
-            )
+            self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
         for stage in stages:
-            before = self.results["val_bpb"]
-            delta = stage["val_bpb"] - (before or stage["val_bpb"])
+            delta = stage["val_bpb"] - (self.results["val_bpb"] or stage["val_bpb"])
             self.log(
                 f"{stage['name']:<12}{stage['val_bpb']:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
@@ -2895,18 +2973,16 @@ class Report:
         self.record("stages", self.results["stages"] + stages)
 
     def log_budget(self):
-        """Log seconds and bytes against the competition's limits."""
-        stages, artifact, train = (self.results[name] for name in ("stages", "artifact", "train"))
+        """Log seconds against the competition's limits."""
+        train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
         if train:
-            train_s = train["seconds"] + train["calibration_seconds"]
             self.log(
-                f"train       {train_s:>10.1f} s of 600 s, calibration included; "
-                f"quantize {train['quantize_seconds']:.1f} s"
+                f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
+                f"calibration included; quantize {train['quantize_seconds']:.1f} s"
             )
-        evaluation_s = sum(s["seconds"] for s in stages if s["name"] != "pre_quant")
-        self.log(f"evaluation  {evaluation_s:>10.1f} s of 600 s (without pre_quant)")
-        self.log(f"bytes       {artifact['total_bytes']:>10,} B of {artifact['limit_bytes']:,} B")
+        seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
+        self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
 
 
 def read_result(path):
@@ -2914,19 +2990,20 @@ def read_result(path):
 
     Two keys are added: `same`, what must agree between seeds, and `row`, the seed's own numbers.
     """
-    try:
-        run = json.loads(Path(path).read_text())
+    culprit = f"summarize: {path} is not a finished run's results.json"
+    with blaming(culprit, ValueError, LookupError, TypeError, UserError):
+        run = read_object(path)
         artifact = run["artifact"]
         last = run["stages"][-1]
         cfg = Config(**run["settings"])
         wanted = last_plan(cfg).stages[-1]
-        amiss = [
-            (last["name"] != wanted, f"it ends at {last['name']}, not at {wanted}"),
-            (artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000), "over the cap"),
-            (artifact["overridden"], f"{', '.join(artifact['overridden'])} overridden"),
-            (cfg.eval_dtype != "float64", f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved"),
-        ]
-        if faults := [why for fault, why in amiss if fault]:
+        amiss = {
+            f"it ends at {last['name']}, not at {wanted}": last["name"] != wanted,
+            "over the cap": artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000),
+            f"{', '.join(artifact['overridden'])} overridden": artifact["overridden"],
+            f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved": cfg.eval_dtype != "float64",
+        }
+        if faults := [why for why, is_so in amiss.items() if is_so]:
             raise ValueError(faults[0])
         run["same"] = {
             **stored_settings(cfg),
@@ -2944,10 +3021,7 @@ def read_result(path):
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
         }
-        return run
-    except (OSError, ValueError, LookupError, TypeError, UserError) as error:
-        message = f"summarize: {path} is not a finished run's results.json ({error!r})"
-        raise UserError(message) from error
+    return run
 
 
 def summarize(paths, out_path, mixed=False):
@@ -2968,27 +3042,21 @@ def summarize(paths, out_path, mixed=False):
     seeds = {str(run["seed"]): run["row"] for run in runs}
     if len(seeds) < len(runs):
         raise UserError("summarize: two results have the same seed; give one result a seed")
-    kept = {}
-    if Path(out_path).exists():
-        try:
-            kept = dict(json.loads(Path(out_path).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            message = f"summarize: {out_path} is not a JSON object ({error}); mend or remove it"
-            raise UserError(message) from error
-    scores = [row["val_bpb"] for row in seeds.values()]
+    kept = read_object(out_path) if Path(out_path).exists() else {}
+    columns = {n: [row[n] for row in seeds.values()] for n in runs[0]["row"]}
     summary = {
         **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: np.mean([row[n] for row in seeds.values()]) for n in ("val_loss", "val_bpb")},
-        **{n: max(row[n] for row in seeds.values()) for n in ("bytes_total", "bytes_code")},
-        "val_bpb_std": np.std(scores, ddof=1) if len(runs) > 1 else None,
+        **{n: np.mean(columns[n]) for n in ("val_loss", "val_bpb")},
+        **{n: max(columns[n]) for n in ("bytes_total", "bytes_code")},
+        "val_bpb_std": np.std(columns["val_bpb"], ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
         "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
         "seeds": seeds,
     }
     if len(runs) < 3:
         summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
-    write_atomically(out_path, (json.dumps(summary, indent=1) + "\n").encode())
+    write_object(out_path, summary)
     return summary
 
 
@@ -3009,70 +3077,90 @@ class Run:
     total_bytes: int  # of its text
 
 
-def open_run(cfg, environ, command, table=None):
-    """Return the Run of a command, everything checked; `table`: the artifact's, if there is one."""
+def open_run(cfg, environ, command, artifact=None):
+    """Return the Run of a command, everything checked; `artifact`: what is scored, if it exists."""
     rt = start_runtime(cfg, environ)
-    folders = [cfg.run_dir]
-    if table is None:
+    if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-        folders.append(cfg.artifact.parent)
-    with rt.fail_together():
-        for folder in folders if rt.is_main else ():
-            check_writable(folder, 2 * cfg.size_limit_bytes)
     report = Report(cfg, rt, command)
-    with rt.fail_together():
-        if rt.is_main:
-            prepare_demo(cfg, report.log)
+    rt.by_main(prepare_demo, cfg, report.log)
     tokens = load_validation(cfg)
-    shards = list_shards(cfg, "val") + ([] if table else list_shards(cfg, "train"))
+    table = artifact and artifact.table
     sp = None
-    if table is None or Path(cfg.tokenizer_path).exists():
+    if not artifact or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
+    shards = list_shards(cfg, "val") + ([] if artifact else list_shards(cfg, "train"))
     report.results["shards"] = check_shards(shards, table, sp)
-    text = hashlib.sha256()
-    total_bytes = audit_bytes(table, tokens, sp and sp.decode, text)
-    validation = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=text.hexdigest())
-    report.results["validation"] = validation
-    report.log(
-        f"validation: {len(tokens) - 1:,} tokens, {total_bytes:,} bytes, as the decoded text has"
-    )
+    total_bytes, digest = audit_bytes(table, tokens, sp and sp.decode)
+    n = len(tokens) - 1
+    report.results["validation"] = dict(tokens=n, bytes=total_bytes, sha256=digest)
+    report.log(f"validation: {n:,} tokens, {total_bytes:,} bytes, as the decoded text has")
     return Run(cfg, rt, report, table, tokens, total_bytes)
 
 
-def train_command(environ):
-    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove."""
-    cfg = config_from_env(environ)
+def train_command(environ, kept=None):
+    """Train, quantize, write the artifact, read it back, evaluate every stage, report, prove.
+
+    kept: what an earlier run has kept of its training, to go on from there.
+    """
+    cfg = config_from_env({**environ, "ARTIFACT_PATH": ""}, kept and kept["settings"])
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
-    model = new_model(cfg, run.rt)
-    run.report.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters")
-    result = train(model, cfg, run.rt, run.report.log, len(held_out))
+    model = new_model(cfg, run.rt, kept and kept["weights"])
+    count = sum(p.numel() for p in model.parameters())
+    run.report.log(f"model: {count:,} parameters")
+    path = cfg.run_dir / WEIGHTS
+    if kept:
+        result = TrainResult(**kept["result"])
+    else:
+        room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
+        result = train(model, cfg, run.rt, run.report.log, len(held_out))
+        if room and result.steps:
+            on_signals(lambda *_: None)
+            room.close()
+            parts = {"settings": asdict(cfg), "result": asdict(result)}
+            data = io.BytesIO()
+            torch.save({**parts, "weights": model.state_dict()}, data)
+            write_atomically(path, data.getvalue())
+            on_signals(interrupt)
+    try:
+        if result.stopped and not kept:
+            raise UserError(result.stopped)
+        finish(run, model, result, held_out)
+    except (UserError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):
+            run.report.log(traceback.format_exc())
+        why = str(error) or "interrupted"
+        if result.steps:
+            why += f"; {path} has the weights: the same command with `finish` goes on from them"
+        raise UserError(" ".join(why.split())) from error
+    if run.rt.is_main:
+        path.unlink()
+
+
+def finish_command(environ):
+    """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
+    path = find_run(environ).run_dir / WEIGHTS
+    data = io.BytesIO(read_file(path, "RUN_ID: ", "; there is no training to finish"))
+    with blaming(f"{path} is damaged; train again", RuntimeError, pickle.UnpicklingError):
+        kept = torch.load(data, map_location="cpu", weights_only=True)
+    train_command({**environ, "REPLACE": "1"}, kept)
+
+
+def finish(run, model, result, held_out):
+    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
+    cfg = run.cfg
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
-    if not result.stopped:
-        try:
-            limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
-            weights["mixer"], result.calibration_seconds = calibrate(
-                run, weights, held_out, limit_s
-            )
-        except UserError as error:
-            result.stopped = str(error)
-        except KeyboardInterrupt:
-            result.stopped = "calibration was interrupted"
-            result.interrupted = True
-    if result.stopped:
-        keep_last_good(run, weights, result)
+    limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
+    weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
     model = new_model(cfg, run.rt, model.state_dict(), cfg.eval_dtype)
-    predictor = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
-    stages, _ = evaluate(predictor, run.tokens, run.total_bytes, run.report.log)
-    run.report.add_stages(stages)
-    scored = evaluate_artifact(run, artifact)
+    exact = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
+    scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
         run.report.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
     elif cfg.verify_enabled:
-        with run.rt.fail_together():
-            if run.rt.is_main:
-                verify(run, artifact, scored)
+        run.rt.by_main(verify, run, artifact, scored)
 
 
 def calibrate(run, weights, held_out, limit_s):
@@ -3107,73 +3195,74 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.learner.weights, seconds
 
 
-def keep_last_good(run, weights, result):
-    """Write the weights of a training that ended early; raise UserError with their place."""
-    path = run.cfg.run_dir / "stopped.int6.lzma"
-    budget = 0.9 * (run.cfg.size_limit_bytes - code_bytes())
-    kept = f"the last good weights are in {path}, for ARTIFACT_PATH"
-    try:
-        if run.rt.is_main:
-            coarseness = estimate_coarseness(weights, budget)
-            write_atomically(path, pack_artifact(weights, run.cfg, run.table, coarseness))
-    except UserError as error:
-        kept = f"its weights are lost ({error})"
-    if not result.interrupted:
-        run.rt.barrier()  # torchrun kills the writer as soon as another rank leaves
-    raise UserError(f"{result.stopped}; {kept}")
-
-
 def write_artifact(run, weights, result):
     """Quantize to the cap, write the artifact and return it as read back from disk."""
     start_s = time.perf_counter()
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            data = fit_artifact(weights, run.cfg, run.table, run.report.log)
-            write_atomically(run.cfg.artifact, data)
-    quantize_s = time.perf_counter() - start_s
-    numbers = {n: v for n, v in asdict(result).items() if n not in ("stopped", "interrupted")}
-    rate = result.tokens / max(result.seconds, 1e-9)
-    numbers |= {"quantize_seconds": quantize_s, "tokens_per_second": rate}
-    run.report.record("train", numbers)
-    artifact = read_artifact(run.cfg.artifact)
-    run.report.check_size(artifact)
+    path = run.cfg.artifact
+    report = run.report
+
+    def write():
+        data = fit_artifact(weights, run.cfg, run.table, report.log)
+        write_atomically(path, data)
+        if read_file(path) != data:
+            raise UserError(f"artifact {path} is not what was written: who else writes there?")
+
+    run.rt.by_main(write)
+    numbers = {
+        "quantize_seconds": time.perf_counter() - start_s,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+    }
+    report.record("train", asdict(result) | numbers)
+    artifact = read_artifact(path)
+    report.check_size(artifact)
     return artifact
 
 
-def evaluate_artifact(run, artifact):
-    """Score the artifact in every stage; return the last one's first VERIFY_TOKENS frequencies."""
-    scored = None
-    for plan in evaluation_plans(run.cfg):
-        predictor = new_predictor(artifact, run.cfg, run.rt, plan)
-        keep = run.cfg.verify_tokens or len(run.tokens)
+def evaluate_artifact(run, artifact, *first):
+    """Score the predictors `first`, then the artifact in every stage.
+
+    Return the first VERIFY_TOKENS frequencies of the last stage.
+    """
+    cfg = run.cfg
+    later = (new_predictor(artifact, cfg, run.rt, plan) for plan in evaluation_plans(cfg))
+    keep = cfg.verify_tokens or len(run.tokens)
+    for predictor in itertools.chain(first, later):
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
         run.report.add_stages(stages)
     run.report.log_budget()
     return scored
 
 
+def find_run(environ):
+    """Return the Config of the settings that say where a run is."""
+    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
+    return config_from_env({name: environ[name] for name in places if name in environ})
+
+
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
-    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
-    path = config_from_env({name: environ[name] for name in places if name in environ}).artifact
+    path = find_run(environ).artifact
     artifact = read_artifact(path)
     return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
 def eval_command(environ, command):
-    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`)."""
+    """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`).
+
+    Results go beside the run, to a folder that is named after the settings that are overridden.
+    """
     artifact, cfg = open_artifact(environ)
-    if not cfg.run_id or cfg.artifact.resolve().parent == cfg.run_dir.resolve():
-        run_id = f"{cfg.run_dir.name}_{command}"  # beside the run that trained
-        cfg = dataclasses.replace(cfg, run_id=run_id)
-    run = open_run(cfg, environ, command, artifact.table)
+    folder = artifact.path.resolve().parent
+    if not cfg.run_id or folder == cfg.run_dir.resolve():
+        names = (f",{name}={getattr(cfg, name.lower())}" for name in artifact.overridden(cfg))
+        run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
+        cfg = dataclasses.replace(cfg, run_id=run_id[:200])
+    run = open_run(cfg, environ, command, artifact)
     run.report.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
-        return
-    with run.rt.fail_together():
-        if run.rt.is_main:
-            verify(run, artifact)
+    else:
+        run.rt.by_main(verify, run, artifact)
 
 
 def text_tokens(data, table, encode):
@@ -3183,43 +3272,35 @@ def text_tokens(data, table, encode):
     which prints nothing. White space (but one space before a word), and words that these tokens
     would not give back exactly, are spelled in byte pieces.
     """
-    byte_ids = {table.texts[i]: i for i, kind in enumerate(table.kinds) if kind == "B"}
+    byte_ids = {table.texts[i][0]: i for i, kind in enumerate(table.kinds) if kind == "B"}
     if len(byte_ids) < 256:
         raise UserError(
             "compress: the artifact's tokenizer has no byte pieces; train one by `tokenize`"
         )
     dot = len(encode("."))
 
-    def is_exact(ids, run):
-        if not ids or not table.texts[ids[-1]]:
-            return False  # what prints nothing at the end would swallow the next word's space
-        return table.decode(np.array([byte_ids[b"a"], *ids])) == b"a" + run
-
     @functools.cache
     def ids_of(run):
         """Return the tokens of one word or piece of white space, bytes."""
         word = run.decode("utf-8", "replace")
-        if run.isspace():
-            tries = []
-        elif word[0] == " ":
+        tries = [encode(word), [table.bos_id, *encode(word)]]
+        if word[0] == " ":
             tries = [encode("." + word)[dot:]]
-        else:
-            tries = [encode(word), [table.bos_id, *encode(word)]]
-        spelled = [byte_ids[run[i : i + 1]] for i in range(len(run))]
-        return next((ids for ids in tries if is_exact(ids, run)), spelled)
+        for ids in [] if run.isspace() else tries:
+            text = table.decode(np.array([byte_ids[ord("a")], *ids]))
+            # What prints nothing at the end would swallow the next word's space.
+            if text == b"a" + run and table.texts[ids[-1]]:
+                return ids
+        return [byte_ids[byte] for byte in run]
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
     return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
 
 
-def show(line):
-    """Print a line of progress at once."""
-    print(line, flush=True)
-
-
 def compress_command(source, target, environ):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
     artifact, cfg = open_artifact(environ)
+    log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -3227,31 +3308,22 @@ def compress_command(source, target, environ):
     windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # so each lane has 2 or more
     largest_power = 1 << (windows.bit_length() - 1)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
-    coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), show).encode(tokens, lanes)
-    write_atomically(target, coded)
-    rate = len(tokens) / (time.perf_counter() - start_s)
-    show(
-        f"{len(data):,} B -> {len(coded):,} B: a header of "
-        f"{CODE_START.size + CODE_HEAD.size} B, the rest predicted as {bits / 8:,.1f} B; "
-        f"{rate:,.0f} tokens/s"
+    coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
+    write_atomically(target, coded, source)
+    log(
+        f"{len(data):,} B -> {len(coded):,} B: a header of {CODE_HEAD_BYTES} B, "
+        f"the rest predicted as {bits / 8:,.1f} B; "
+        f"{len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
     )
 
 
-def decompress_command(source, target, environ, arrays_path=None):
-    """Decode SOURCE into TARGET, and tokens and frequencies into a .npz file if one is named."""
+def decompress_command(source, target, environ):
+    """Decode SOURCE into TARGET."""
     artifact, cfg = open_artifact(environ)
-    codec = Codec(artifact, cfg, start_runtime(cfg, {}), show)
+    log = check_target(cfg, target, source, artifact.path)
+    codec = Codec(artifact, cfg, start_runtime(cfg, {}), log)
     torch.set_num_threads(1)  # a row at a time is too little to share
-    tokens, freqs, text = codec.decode(source)
-    if arrays_path:
-        arrays = io.BytesIO()
-        np.savez(arrays, tokens=tokens, freqs=freqs)
-        write_atomically(arrays_path, arrays.getvalue())
-    if text is None:
-        raise UserError(
-            f"{source} decodes to another text here than was coded: another machine or torch?"
-        )
-    write_atomically(target, text)
+    write_atomically(target, codec.decode(source), source)
 
 
 def dispatch(args, environ):
@@ -3259,46 +3331,61 @@ def dispatch(args, environ):
     match args:
         case []:
             train_command(environ)
+        case ["finish"]:
+            finish_command(environ)
         case ["eval" | "verify" as command]:
             eval_command(environ, command)
         case ["compress", source, target]:
             compress_command(source, target, environ)
-        case ["decompress", source, target, *arrays] if len(arrays) < 2:
-            decompress_command(source, target, environ, *arrays)
+        case ["decompress", source, target]:
+            decompress_command(source, target, environ)
         case ["tokenize", out_dir, first, *more]:
             tokenize_command(out_dir, [first, *more], environ)
         case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
             mixed = args[1] != first
-            show(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
+            say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            show(__doc__)
+            say(__doc__)
             for name, field in FIELDS.items():
-                show(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+                say(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
             )
 
 
+def on_signals(action):
+    """Call action(number, frame) at the signals that end a program, unless nohup ignores them."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, action)
+
+
+def interrupt(*_):
+    """Raise KeyboardInterrupt; what it starts is not interrupted again."""
+    on_signals(lambda *_: None)
+    raise KeyboardInterrupt
+
+
 def main():
     """Run the command line and return its exit status; what a user can mend is one line on stderr.
 
-    SIGTERM and SIGHUP (unless nohup ignores it) end a command as Ctrl-C does. The caller must leave
-    by os._exit: a normal exit would keep other ranks waiting in a collective, can abort in gloo's
-    teardown, and on a closed stdout would change the status.
+    The caller must leave by os._exit: a normal exit would keep other ranks waiting in a collective,
+    can abort in gloo's teardown, and on a closed stdout would change the status.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
     status = 0
+    rank = 0
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="backslashreplace")
+    on_signals(interrupt)
     try:
+        rank = torchrun_ranks(os.environ)[0]
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt, ImportError) as error:
+    except (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
-        if os.environ.get("RANK", "0") == "0":
-            message = str(error) or "interrupted; files are kept"
-            print(f"error: {message}{hint}", file=sys.stderr, flush=True)
+        if rank == 0:
+            say(f"error: {str(error) or 'interrupted'}{hint}", sys.stderr)
     if dist.is_initialized() and not status:
         dist.barrier()
     return status
@@ -3353,12 +3440,11 @@ def read_documents(path):
                         raise ValueError('no string under the key "text"')
             number += line.endswith(b"\n")
         yield document + decode(b"", True)
-    except ImportError:
-        raise
-    except Exception as error:  # what is read, decoded or parsed; zstandard has its own class
-        where = f'line {number}: expected UTF-8 text, in .jsonl {{"text": "..."}}: {error}'
-        why = getattr(error, "strerror", where)
-        raise UserError(f"tokenize: cannot read {path}: {why}") from error
+    except (ValueError, RecursionError) as error:  # what is decoded or parsed
+        raise UserError(
+            f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
+            f'{{"text": "..."}}: {error}'
+        ) from error
 
 
 def demo_documents():
@@ -3367,13 +3453,13 @@ def demo_documents():
 
     documents = [text for _, text in sorted(topics.topics.items())]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
-    for root in (Path(module.__file__).parent for module in (os, np, torch)):
+    for module in (os, np, torch):
+        root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
             if full or skipped & set(path.relative_to(root).parts):
                 continue
-            source = path.read_text("utf-8", errors="ignore")
-            found = re.findall('"""(.*?)"""', source, re.DOTALL)
+            found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
             long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
             documents.append("\n\n".join(long))
     return list(filter(None, documents))
@@ -3381,12 +3467,12 @@ def demo_documents():
 
 def prepare_demo(cfg, log):
     """Make the demo's shards and tokenizer in its cache where one of them is missing."""
-    cache = Path(DEMO_CACHE)
     parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
-    if Path(cfg.data_path) == cache and not all((cache / part).exists() for part in parts):
+    whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
+    if cfg.data_path == DEMO_CACHE and not whole:
         log("demo: gathering English from the documentation on this machine")
         documents = demo_documents()
-        write_shards(lambda: documents, cache, cfg, log)
+        write_shards(lambda: documents, DEMO_CACHE, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
@@ -3401,7 +3487,7 @@ def train_tokenizer(documents, vocab_size, path):
     inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
     part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
     lines = (line for text in documents for line in part.findall(text) if line.strip())
-    try:
+    with blaming(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
             model_writer=model,
@@ -3415,9 +3501,6 @@ def train_tokenizer(documents, vocab_size, path):
             num_threads=os.cpu_count(),
             minloglevel=2,
         )
-    except RuntimeError as error:
-        message = f"VOCAB_SIZE={vocab_size}: raise or lower it for this text ({error})"
-        raise UserError(message) from error
     write_atomically(path, model.getvalue())
 
 
@@ -3478,7 +3561,7 @@ def tokenize_command(out_dir, paths, environ):
     def documents():
         return (text for path in paths for text in read_documents(path) if text.strip())
 
-    write_shards(documents, out_dir, cfg, show)
+    write_shards(documents, out_dir, cfg, say)
 
 
 if __name__ == "__main__":
