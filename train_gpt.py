@@ -97,6 +97,16 @@ class UsageError(UserError):
     exit_status = 2
 
 
+# What may end work that was done right, and then must not lose it.
+FORESEEN = (UserError, KeyboardInterrupt, MemoryError, OSError, RuntimeError)
+
+
+def one_line(error):
+    """Return what an exception says, in one line; of a failed system call the reason alone."""
+    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(why.split())
+
+
 @contextlib.contextmanager
 def blaming(culprit, *causes, error=UserError):
     """Turn exceptions of the kinds `causes` in the block into `error`: culprit and cure, then why.
@@ -106,8 +116,7 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        why = getattr(cause, "strerror", None) or " ".join(str(cause).split())
-        raise error(f"{culprit} ({why})") from cause
+        raise error(f"{culprit} ({one_line(cause)})") from cause
 
 
 BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
@@ -664,7 +673,9 @@ def check_target(cfg, target, *sources):
         raise UsageError(f"{target} is a folder; name a file")
     if is_stream(target):
         return functools.partial(say, file=sys.stderr)
-    check_writable(Path(target).parent, 0).close()
+    folder, name = os.path.split(os.path.realpath(target))
+    with blaming(f"cannot write {target}", OSError):
+        tempfile.NamedTemporaryFile(dir=folder, prefix=name).close()
     if os.path.exists(target):
         if any(os.path.exists(path) and os.path.samefile(path, target) for path in sources):
             raise UsageError(f"{target} is read for this; name another OUT")
@@ -1630,10 +1641,12 @@ def train(model, cfg, rt, log, held_out):
                 )
             if result.seconds + per_step_s > limit_s:
                 break
-    except UserError as error:
-        result.stopped = str(error)
     except KeyboardInterrupt:
         result.stopped = f"interrupted at step {result.steps}"
+    except FORESEEN as error:
+        result.stopped = one_line(error)
+        if isinstance(error, RuntimeError):
+            log(traceback.format_exc())
     trainer.average.install()
     if stream.epochs:
         log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
@@ -3127,13 +3140,13 @@ def train_command(environ, kept=None):
         if result.stopped and not kept:
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
-    except (UserError, KeyboardInterrupt, MemoryError, OSError, RuntimeError) as error:
+    except FORESEEN as error:
         if isinstance(error, RuntimeError):
             run.report.log(traceback.format_exc())
-        why = str(error) or "interrupted"
+        why = one_line(error)
         if result.steps:
             why += f"; {path} has the weights: the same command with `finish` goes on from them"
-        raise UserError(" ".join(why.split())) from error
+        raise UserError(why) from error
     if run.rt.is_main:
         path.unlink()
 
@@ -3364,7 +3377,7 @@ def on_signals(action):
 def interrupt(*_):
     """Raise KeyboardInterrupt; what it starts is not interrupted again."""
     on_signals(lambda *_: None)
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("interrupted")
 
 
 def main():
@@ -3385,7 +3398,7 @@ def main():
         status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         if rank == 0:
-            say(f"error: {str(error) or 'interrupted'}{hint}", sys.stderr)
+            say(f"error: {one_line(error)}{hint}", sys.stderr)
     if dist.is_initialized() and not status:
         dist.barrier()
     return status
