@@ -102,9 +102,8 @@ FORESEEN = (UserError, KeyboardInterrupt, MemoryError, OSError, RuntimeError)
 
 
 def one_line(error):
-    """Return what an exception says, in one line; of a failed system call the reason alone."""
-    why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(why.split())
+    """Return what an exception says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -116,7 +115,8 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        raise error(f"{culprit} ({one_line(cause)})") from cause
+        why = getattr(cause, "strerror", None) or one_line(cause)
+        raise error(f"{culprit} ({why})") from cause
 
 
 BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
@@ -2788,7 +2788,7 @@ class Codec:
                 maker = head.maker.rstrip(b"\0").decode(errors="replace")
                 raise UserError(
                     f"{path} cannot be followed here: the frequencies up to token "
-                    f"{min(token, head.tokens)} are not those of {maker}; decode it there"
+                    f"{min(token + 1, head.tokens)} are not those of {maker}; decode it there"
                 )
 
         stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
@@ -3135,6 +3135,7 @@ def train_command(environ, kept=None):
             data = io.BytesIO()
             torch.save({**parts, "weights": model.state_dict()}, data)
             write_atomically(path, data.getvalue())
+            run.report.record("train", parts["result"])
             on_signals(interrupt)
     try:
         if result.stopped and not kept:

@@ -311,7 +311,7 @@ def test_header_is_as_documented(code_files):
     capability = torch.backends.cpu.get_cpu_capability()
     assert HEAD_BYTES == 196
     assert magic == b"PGOLFTXT"
-    assert version == 3
+    assert version == 4
     assert checksum == zlib.crc32(data[16:])
     assert counts == [0, CODED_TOKENS, len(text)]
     assert artifact == hashlib.sha256(file.cfg.artifact.read_bytes()).digest()
@@ -320,22 +320,23 @@ def test_header_is_as_documented(code_files):
     assert maker == made_with.encode().ljust(64, b"\0")
 
 
-def test_check_of_the_first_position_follows_the_header(code_files):
-    """It is the CRC-32 of its frequencies, int32; a file of up to 4,096 tokens has no other."""
+def test_checks_of_the_first_position_and_of_all_follow_the_header(code_files):
+    """They are CRC-32 of frequencies, int32; a file of up to 4,096 tokens has no others."""
     file = code_files("learned")
     data = file.path.read_bytes()
-    (check,) = struct.unpack("<I", data[196:200])
-    assert check == zlib.crc32(tables_of(file)[0].astype("<i4").tobytes())
-    assert CodeHead.unpack(file.path, data)[1:] == ((check,), data[200:])
+    checks = struct.unpack("<II", data[196:204])
+    tables = tables_of(file).astype("<i4")
+    assert checks == (zlib.crc32(tables[0].tobytes()), zlib.crc32(tables.tobytes()))
+    assert CodeHead.unpack(file.path, data)[1:] == (checks, data[204:])
 
 
 def test_checks_are_of_all_frequencies_so_far(code_files, monkeypatch):
-    """Up to the first position, the 65th, the 129th and the 193rd, if one stands every 64."""
+    """Up to the first position, the 65th, the 129th, the 193rd and the last, with one every 64."""
     monkeypatch.setattr(train_gpt, "CHECK_EVERY", 64)
     file = code_files("learned")
     data = codec(file.cfg).encode(file.tokens).data
     tables = tables_of(file).astype("<i4")
-    checks = [zlib.crc32(tables[:count].tobytes()) for count in (1, 65, 129, 193)]
+    checks = [zlib.crc32(tables[:count].tobytes()) for count in (1, 65, 129, 193, None)]
     assert list(CodeHead.unpack("", data)[1]) == checks
 
 
@@ -345,7 +346,7 @@ def test_empty_text_has_a_code_file(artifacts, tmp_path):
     coded = coder.encode(CODED_STREAM[:1])
     assert coded.bits == 0
     assert len(coded.freqs) == 0
-    assert len(coded.data) <= HEAD_BYTES + 8
+    assert len(coded.data) <= HEAD_BYTES + 4 + 8
     path = tmp_path / "empty.code"
     path.write_bytes(coded.data)
     decoded = coder.decode(path)
@@ -435,7 +436,7 @@ def test_absurd_heads_are_refused_before_work(change, words, code_files, tmp_pat
 @pytest.mark.parametrize("n, words", [(40, 0), (10_000, 3), (2**27 + 1, 1)])
 def test_no_more_tokens_are_believed_than_words_can_hold(n, words):
     """A byte of code words is 2^27 tokens at most, of a frequency of nearly 2^24."""
-    checks = [0] * -(-n // 4096)
+    checks = [0] * (1 - -n // 4096)
     data = CodeHead(0, n, 1, *4 * [b""]).pack(checks, bytes(words))
     if n > words << 27:
         assert f"cannot hold {n:,} tokens" in refusal(CodeHead.unpack, "x.code", data)
@@ -443,10 +444,10 @@ def test_no_more_tokens_are_believed_than_words_can_hold(n, words):
         assert CodeHead.unpack("x.code", data)[0].tokens == n
 
 
-@pytest.mark.parametrize("n", [1, 4096, 4097, 20_000])
+@pytest.mark.parametrize("n", [0, 1, 4096, 4097, 20_000])
 def test_cut_checks_are_refused(n):
     """A file that lacks one, and has no code words either, is told by name."""
-    checks = [0] * (-(-n // 4096) - 1)
+    checks = [0] * -(-n // 4096)
     data = CodeHead(0, n, 1, *4 * [b""]).pack(checks, b"")
     assert f"x.code is cut or altered: it cannot hold {n:,} tokens" in refusal(
         CodeHead.unpack, "x.code", data
@@ -509,14 +510,12 @@ def test_settings_of_the_machine_do_not_matter(code_files):
     "change", [dict(text=bytes(32)), dict(text_bytes=0), dict(text_bytes=2**64 - 1)]
 )
 def test_text_that_was_not_coded_is_not_returned(change, code_files, tmp_path):
-    """The text's checksum and length are compared: there is none where one differs, but tokens."""
+    """The text's checksum and length are compared, besides all checks."""
     file = code_files("none, no ttt", 40)
     path = tmp_path / "other.code"
     head, checks, words = CodeHead.unpack(file.path, file.path.read_bytes())
     path.write_bytes(head._replace(**change).pack(checks, words))
-    decoded = codec(file.cfg).decode(path)
-    assert decoded.text is None
-    assert decoded.tokens.tolist() == file.tokens.tolist()
+    assert f"{path} decodes to another text" in refusal(codec(file.cfg).decode, path)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -551,24 +550,20 @@ def long_code(artifacts, tmp_path, monkeypatch):
 
 
 def test_decoder_that_can_follow_says_nothing(long_code):
-    """Over both checks of 4,099 tokens."""
+    """Over the three checks of 4,099 tokens."""
     coder, path, _ = long_code
     assert coder.decode(path).tokens.tolist() == LONG_STREAM.tolist()
 
 
-@pytest.mark.parametrize("position, known", [(1, 0), (2, 4096), (4096, 4096), (4097, 4096)])
-def test_first_check_that_differs_is_told(position, known, long_code):
-    """One unit of one frequency, though the tokens be the same: so many tokens were decoded."""
+@pytest.mark.parametrize(
+    "position, check", [(1, 1), (2, 4097), (4096, 4097), (4097, 4097), (4098, 4099), (4099, 4099)]
+)
+def test_first_check_that_differs_is_told(position, check, long_code):
+    """One unit of one frequency, though the tokens be the same; the last one counts as well."""
     coder, path, altered = long_code
     altered(position)
-    assert f"{path} cannot be followed here beyond token {known}:" in refusal(coder.decode, path)
-
-
-def test_frequency_after_the_last_check_is_left_to_the_text(long_code):
-    """Its checksum says whether the tokens are right."""
-    coder, path, altered = long_code
-    altered(4098)
-    assert coder.decode(path).text == TABLE.decode(LONG_STREAM)
+    message = refusal(coder.decode, path)
+    assert f"{path} cannot be followed here: the frequencies up to token {check} are" in message
 
 
 @pytest.mark.parametrize(
@@ -583,7 +578,7 @@ def test_what_made_the_file_is_told(maker, long_code):
     altered(1)
     written = head.maker.rstrip(b"\0") if maker is None else maker
     made_with = written.decode(errors="replace")
-    assert f"it was made with {made_with}; decode it there" in refusal(coder.decode, path)
+    assert f"are not those of {made_with}; decode it there" in refusal(coder.decode, path)
 
 
 # ---- What a decoder repeats ----------------------------------------------------------------------

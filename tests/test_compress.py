@@ -488,8 +488,7 @@ def test_file_compressed_here_comes_back_without_vector_units(coders, command_li
     assert command_line("compress", "in", "code", **settings) == (0, "")
     path = tmp_path / "code"
     found = decompress_on_plain_machine(settings["ARTIFACT_PATH"], path)
-    texts = {threads: text for (_, threads), (text, _, _) in found.items()}
-    assert texts == {1: README[:1500], 2: README[:1500]}
+    assert list(found.values()) == [README[:1500]] * 2
 
 
 @pytest.mark.slow
@@ -523,29 +522,6 @@ def test_decompress_gives_the_bytes_back_under_any_name(target, command_line, co
     assert os.listdir(tmp_path) == [target]
 
 
-def test_decompress_writes_frequencies_beside_the_text(command_line, code_files, tmp_path):
-    """`decompress X.code OUT FREQS.npz` writes the text, and tokens and frequencies."""
-    file = code_files("none, no ttt", 40)
-    settings = {"ARTIFACT_PATH": file.cfg.artifact_path}
-    args = ("decompress", file.path, "out.npz", "freqs.npz")
-    assert command_line(*args, **settings) == (0, "")
-    assert (tmp_path / "out.npz").read_bytes() == TABLE.decode(file.tokens)
-    decoded = np.load(tmp_path / "freqs.npz")
-    assert set(decoded) == {"tokens", "freqs"}
-    assert decoded["tokens"].tolist() == file.tokens.tolist()
-    assert decoded["freqs"].tolist() == file.freqs.tolist()
-    assert sorted(os.listdir(tmp_path)) == ["freqs.npz", "out.npz"]
-
-
-def test_frequencies_that_cannot_be_written_are_told(command_line, code_files, tmp_path):
-    """Status 1 and one line that names their file."""
-    file = code_files("none, no ttt", 40)
-    (tmp_path / "file").write_bytes(b"")
-    args = ("decompress", file.path, "out", "file/freqs.npz")
-    message = error_line(command_line(*args, ARTIFACT_PATH=file.cfg.artifact_path), 1)
-    assert "file/freqs.npz" in message
-
-
 def test_decompress_refuses_damaged_files(command_line, code_files, tmp_path):
     """Cut, altered, padded, empty: status 1, one line that names the file, nothing written."""
     file = code_files("none, no ttt", 40)
@@ -561,7 +537,7 @@ def test_decompress_refuses_damaged_files(command_line, code_files, tmp_path):
 
 
 def test_decompress_refuses_another_text(command_line, code_files, tmp_path):
-    """The text's checksum decides: no text is written, only what was decoded, if asked for."""
+    """The text's checksum decides: no text is written."""
     file = code_files("none, no ttt", 40)
     settings = {"ARTIFACT_PATH": file.cfg.artifact_path}
     bad = tmp_path / "bad.code"
@@ -569,10 +545,6 @@ def test_decompress_refuses_another_text(command_line, code_files, tmp_path):
     message = error_line(command_line("decompress", bad, "out.txt", **settings), 1)
     assert f"{bad} decodes to another text" in message
     assert os.listdir(tmp_path) == ["bad.code"]
-    args = ("decompress", bad, "out.txt", "freqs.npz")
-    assert error_line(command_line(*args, **settings), 1) == message
-    assert np.load(tmp_path / "freqs.npz")["tokens"].tolist() == file.tokens.tolist()
-    assert not (tmp_path / "out.txt").exists()
 
 
 def test_decompress_names_a_missing_file(command_line, code_files, tmp_path):
