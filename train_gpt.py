@@ -4,6 +4,7 @@
     torchrun --standalone --nproc_per_node=8 train_gpt.py
                                        train on 8xH100, write the artifact, score it, prove it
     PRESET=demo python train_gpt.py    the same on a laptop: no data, no GPU, three minutes
+    train_gpt.py finish                go on with the run RUN_ID from the weights that it has kept
     train_gpt.py eval                  score the artifact at ARTIFACT_PATH again
     train_gpt.py verify                prove its figure by decoding
     train_gpt.py compress IN OUT       any file to code words, with the artifact
@@ -11,6 +12,8 @@
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
     train_gpt.py summarize JSON...     results of several seeds to submission.json; `--mixed` before
                                        them: of several scripts, devices or training texts
+
+IN and OUT may be "-", standard input and output. An OUT that exists stays, unless REPLACE=1.
 
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
@@ -504,7 +507,7 @@ class Runtime:
                 result = action(*args)
             except UserError as error:
                 failure = [error]
-        if self.world > 1:
+        if dist.is_initialized():
             dist.broadcast_object_list(failure)
         if failure[0]:
             raise failure.pop()  # popped, or a cycle of error and frame would keep files open
@@ -2865,7 +2868,8 @@ def decode_elsewhere(path, artifact, run):
 
 # ---- Report --------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the
-# competition's limits. `summarize` makes a submission of several results.
+# competition's limits. A run's folder is its own: it is locked, and results of another command,
+# script or setting in it stay. `summarize` makes a submission of several results.
 
 
 def run_traits(results):
@@ -3075,7 +3079,8 @@ def summarize(paths, out_path, mixed=False):
 
 # ---- Commands ------------------------------------------------------------------------------------
 # All that can be checked is checked before long work starts: device, disk, tokenizer, validation
-# text.
+# text. Right after the last step of training the weights are on disk, and stay there until all is
+# done: whatever ends the run before, `finish` goes on from them.
 
 
 @dataclass
