@@ -666,7 +666,7 @@ def test_ctrl_c_while_scoring_is_told(command, trained, monkeypatch):
     """After training: status 130 and one line."""
 
     def interrupt(*args):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("interrupted")
 
     monkeypatch.setattr(train_gpt, "evaluate", interrupt)
     message = error_line(command("eval", ARTIFACT_PATH=artifact_of(trained)), 130)
@@ -677,7 +677,7 @@ def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
     """Untrained weights are not offered as the last good ones."""
 
     def interrupt(*args):
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("interrupted")
 
     monkeypatch.setattr(train_gpt, "TrainStream", interrupt)
     assert "interrupted" in error_line(command(), 130)
