@@ -88,8 +88,6 @@ except ImportError as missing:
 class UserError(Exception):
     """Report what the user can mend, in one line: the setting or file, and the way out."""
 
-    exit_status = 1
-
 
 class UsageError(UserError):
     """Report a bad command line or setting."""
@@ -118,7 +116,7 @@ def option(default, doc, **limits):
 
     Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
     name of another property of Config; `divides`, the names of settings that must be multiples of
-    this one; `choices`, the allowed words.
+    this one, between spaces; `choices`, the allowed words, comma-separated.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
@@ -128,7 +126,7 @@ class RunSettings:
     """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`."""
 
     preset: str = option("record", "record, bench or demo")
-    device: str = option("auto", "auto, cuda or cpu", choices=("auto", "cuda", "cpu"))
+    device: str = option("auto", "auto, cuda or cpu", choices="auto, cuda, cpu")
     data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
@@ -185,8 +183,8 @@ class ModelSettings:
     vocab_size: int = option(1024, "tokens in the vocabulary (V)", minimum=2, maximum=65_536)
     num_layers: int = option(11, "transformer blocks", minimum=2)
     model_dim: int = option(512, "width of the residual stream (D)")
-    num_heads: int = option(8, "query heads (H)", divides=("model_dim",))
-    num_kv_heads: int = option(4, "key and value heads (G)", divides=("num_heads",))
+    num_heads: int = option(8, "query heads (H)", divides="model_dim")
+    num_kv_heads: int = option(4, "key and value heads (G)", divides="num_heads")
     mlp_mult: int = option(3, "hidden width of the MLP in units of D")
     xsa_last_n: int = option(
         4, "last layers with exclusive self-attention", maximum="num_layers", minimum=0
@@ -203,7 +201,7 @@ class ModelSettings:
     train_seq_len: int = option(
         2048,
         "tokens in a training sequence; sets the rotary base",
-        divides=("train_batch_tokens", "micro_batch_tokens"),
+        divides="train_batch_tokens micro_batch_tokens",
     )
 
 
@@ -212,18 +210,16 @@ class EvalSettings:
     """What shapes the code length; the `eval` command may override it."""
 
     eval_stride: int = option(
-        64,
-        "rows S of a tile; a row sees the W - S rows before it",
-        divides=("eval_seq_len",),
+        64, "rows S of a tile; a row sees the W - S rows before it", divides="eval_seq_len"
     )
-    eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
+    eval_seq_len: int = option(2048, "window W", divides="ttt_chunk_tokens")
     eval_run_tiles: int = option(
         1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
     )
     eval_dtype: str = option(
         "float64",
         "what is proved; float32 or bfloat16: a quick look",
-        choices=("float64", "float32", "bfloat16"),
+        choices="float64, float32, bfloat16",
     )
     ttt_enabled: bool = option(True, "score-first test-time training")
     ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
@@ -235,27 +231,21 @@ class EvalSettings:
     )
     ttt_temperature: float = option(0.98, "divides the logits from the ttt stage on", minimum=1e-3)
     polyak_decay: float = option(0.998, "average of TTT's weights that scores", maximum=BELOW_ONE)
-    mixer: str = option(
-        "learned", "learned, entropy or none", choices=("learned", "entropy", "none")
-    )
+    mixer: str = option("learned", "learned, entropy or none", choices="learned, entropy, none")
     ngram_order: int = option(
         10, "longest n-gram, the predicted token included; above 9 as 9", minimum=2
     )
     ngram_recent: int = option(4, "last occurrences that a context looks at")
     ngram_hash_bits: int = option(26, "2^this heads of chains for each kind of context", maximum=30)
     mixer_block: int = option(
-        16_384,
-        "positions between two updates of the learned mixer",
-        divides=("ttt_chunk_tokens",),
+        16_384, "positions between two updates of the learned mixer", divides="ttt_chunk_tokens"
     )
     mixer_lr: float = option(1e-3, "learned mixer, Adam")
     min_count: int = option(
         1, "occurrences that a context needs, else back off", maximum="ngram_recent", minimum=0
     )
     alpha_base: float = option(
-        0.0,
-        "entropy mixer: alpha = base + range * sigmoid(2 (H - center))",
-        maximum=1,
+        0.0, "entropy mixer: alpha = base + range * sigmoid(2 (H - center))", maximum=1
     )
     alpha_range: float = option(0.10, "entropy mixer", maximum="most_alpha_range")
     alpha_center: float = option(1.0, "entropy mixer, nats of neural entropy H")
@@ -266,7 +256,33 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
 
     def __post_init__(self):
-        check_config(self)
+        """Raise UsageError for the first impossible value or combination."""
+
+        def need(ok, name, allowed):
+            if not ok:
+                raise UsageError(f"{name.upper()}={getattr(self, name)!r}: {allowed}")
+
+        for name, value in asdict(self).items():
+            limits = FIELDS[name].metadata
+            if "choices" in limits:
+                allowed = limits["choices"]
+                need(value in allowed.split(", "), name, f"there are {allowed}")
+            if isinstance(value, str):
+                continue
+            least = limits.get("minimum", int(FIELDS[name].type is int))
+            need(value >= least, name, f"must be at least {least}")
+            for multiple in limits.get("divides", "").split():
+                whole = getattr(self, multiple) % value == 0
+                need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
+            most = limits.get("maximum", 2**63 - 1)
+            if isinstance(most, str):
+                most = getattr(self, most)  # a field checked before, or a property of such
+            need(value <= most, name, f"must be at most {most:.9g}")
+        layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
+        with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
+            self.value_layers  # noqa: B018 (it raises)
+        need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
     @property
     def run_dir(self):
@@ -290,16 +306,13 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
     @property
     def value_layers(self):
-        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list numbers."""
-        return sorted({int(name) for name in self.ve_layers.split(",") if name.strip()})
+        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list layers."""
+        layers = range(self.num_layers)
+        return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-GROUPS = {  # {setting: the class that it belongs to}
-    field.name: group
-    for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
-    for field in dataclasses.fields(group)
-}
+FIELDS = Config.__dataclass_fields__  # {setting: its field}
+GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
@@ -351,7 +364,7 @@ PRESETS = {
     "demo": SMALL
     | dict(
         data_path=DEMO_CACHE,
-        tokenizer_path=DEMO_CACHE + "/tokenizer.model",
+        tokenizer_path=f"{DEMO_CACHE}/tokenizer.model",
         val_tokens=10_240,
         size_limit_bytes=1_000_000,
         log_every=10,
@@ -383,11 +396,9 @@ PRESETS = {
 def parse_setting(field, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(field.type)
+    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
     with contextlib.suppress(ValueError, KeyError):
-        value = words[text] if field.type is bool else field.type(text)
-        if field.type is not float or math.isfinite(value):
-            return value
+        return words[text] if field.type is bool else field.type(text)
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 
@@ -420,35 +431,6 @@ def config_from_env(environ, stored=None):
             )
     with blaming("the artifact is of another version of this script", TypeError):
         return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
-
-
-def check_config(cfg):
-    """Raise UsageError for the first impossible value or combination."""
-
-    def need(ok, name, allowed):
-        if not ok:
-            raise UsageError(f"{name.upper()}={getattr(cfg, name)!r}: {allowed}")
-
-    for name, value in asdict(cfg).items():
-        limits = FIELDS[name].metadata
-        if "choices" in limits:
-            need(value in limits["choices"], name, f"there are {', '.join(limits['choices'])}")
-        if isinstance(value, str):
-            continue
-        least = limits.get("minimum", int(FIELDS[name].type is int))
-        need(value >= least, name, f"must be at least {least}")
-        for multiple in limits.get("divides", ()):
-            whole = getattr(cfg, multiple) % value == 0
-            need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-        most = limits.get("maximum", math.inf if FIELDS[name].type is float else 2**63 - 1)
-        if isinstance(most, str):
-            most = getattr(cfg, most)  # a field checked before, or a property of such
-        need(value <= most, name, f"must be at most {most:.9g}")
-    layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
-    with blaming(f"VE_LAYERS={cfg.ve_layers!r}: {layers}", ValueError, error=UsageError):
-        need({*cfg.value_layers} <= {*range(cfg.num_layers)}, "ve_layers", layers)
-    need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
-    need(cfg.eval_stride < cfg.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
