@@ -62,6 +62,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -115,8 +116,8 @@ def option(default, doc, **limits):
     """Return a setting's field with its default, one line of documentation and its limits.
 
     Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
-    name of another property of Config; `divides`, the names of settings that must be multiples of
-    this one, between spaces; `choices`, the allowed words, comma-separated.
+    name of another property of Config; `divides`, space-separated names of settings that must be
+    multiples of this one; `choices`, the allowed words, comma-separated.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
@@ -312,6 +313,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
 
 FIELDS = Config.__dataclass_fields__  # {setting: its field}
+# {setting: the class that it belongs to}
 GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
@@ -396,7 +398,7 @@ PRESETS = {
 def parse_setting(field, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a number")
+    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a finite number")
     with contextlib.suppress(ValueError, KeyError):
         return words[text] if field.type is bool else field.type(text)
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
@@ -465,8 +467,8 @@ class Runtime:
 
     def from_main(self, value):
         """Return rank 0's float on every rank."""
-        mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
-        return self.sum_over_ranks(mine).item()
+        mine = torch.tensor(value * self.is_main, dtype=torch.float64, device=self.device)
+        return float(self.sum_over_ranks(mine))
 
     def by_main(self, action, *args):
         """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
@@ -572,7 +574,7 @@ def keep_freed_memory():
 def say(line, file=None):
     """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=file or sys.stdout, flush=True)
+        print(line, file=file, flush=True)
 
 
 def is_stream(path):
@@ -629,7 +631,7 @@ def check_writable(folder, need_bytes):
     with blaming(
         f"LOG_DIR, OUT: cannot write {need_bytes:,} bytes to {folder}; name another", OSError
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its user closes it)
         room.write(bytes(need_bytes))
         room.flush()
@@ -689,22 +691,21 @@ class TokenTable:
 
     @functools.cached_property
     def texts(self):
-        """Bytes that each token prints, its leading space included; a boundary prints none."""
-
-        def text_of(piece, kind):
-            if kind == "B":
-                return bytes.fromhex(piece[3:5])  # <0x0A>
-            return piece.replace(SPACE, " ").encode() if kind == "N" else b""
-
-        return tuple(map(text_of, self.pieces, self.kinds))
+        """Bytes that each token prints, its leading space included; a boundary alone has none."""
+        return tuple(
+            bytes.fromhex(piece[3:5])  # <0x0A>
+            if kind == "B"
+            else piece.replace(SPACE, " ").encode() * (kind == "N")
+            for piece, kind in zip(self.pieces, self.kinds)
+        )
 
     @functools.cached_property
     def byte_tables(self):
         """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
         kinds = np.array(list(self.kinds))
         leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
-        base = np.array([*map(len, self.texts)]) - leading
-        return base, leading, np.isin(kinds, ["U", "C", "X"])
+        lengths = np.array([*map(len, self.texts)])
+        return lengths - leading, leading, lengths == 0
 
     @property
     def word_begins(self):
@@ -736,16 +737,16 @@ def load_tokenizer(path, vocab_size, table=None):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
-    tests = dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
-    ids = range(vocab_size)
-    kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
-    found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
+    ids = list(range(vocab_size))
+    tests = [sp.is_unknown(ids), sp.is_control(ids), sp.is_unused(ids), sp.is_byte(ids)]
+    kinds = "".join(np.select(tests, [*"UCXB"], "N"))
+    found = TokenTable(tuple(sp.id_to_piece(ids)), kinds, sp.bos_id())
     if SPACE not in found.pieces:
         raise UserError(
             f"TOKENIZER_PATH={path}: no piece for a lone space, which would count as 3 bytes: "
             "train one with U+2581 in its vocabulary, as `tokenize` does"
         )
-    if table and table.digest != found.digest:
+    if table and table != found:
         raise UserError(f"TOKENIZER_PATH={path}: the artifact has another tokenizer")
     return found, sp
 
@@ -848,13 +849,12 @@ def read_shard(path, vocab_size, most=1 << 40):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    known = (len(data) - SHARD_HEADER_BYTES) // 2
-    tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
-    if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+    tokens = np.frombuffer(memoryview(data)[SHARD_HEADER_BYTES:wanted], dtype="<u2")
+    if size <= wanted and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
-    return tokens[:most]
+    return tokens
 
 
 def shard_bytes(tokens, tokenizer=bytes(32)):
@@ -875,22 +875,22 @@ def list_shards(cfg, split):
     """
     folder = Path(cfg.data_path)
     candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
-    names = (path.name for path in folder.glob("*"))
-    found = sorted({name.removesuffix(".zst") for name in names if candidate.match(name)})
-    if not found:
+    twins_first = sorted(map(str, folder.glob("*")), reverse=True)  # .zst, which .bin overwrites
+    found = {os.path.basename(path).removesuffix(".zst"): path for path in twins_first}
+    names = sorted(filter(candidate.match, found))
+    if not names:
         raise UserError(
             f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
             "(see README), make some with `tokenize`, or run PRESET=demo, which needs none"
         )
-    for number, name in enumerate(found):
+    for number, name in enumerate(names):
         expected = f"fineweb_{split}_{number:06d}.bin"
         if name != expected:
             raise UserError(
                 f"DATA_PATH: {folder} has {name} where {expected} is expected (.zst aside): shards "
                 "are numbered without gaps, and nothing beside them may look like one"
             )
-    paths = (folder / name for name in found)
-    return [str(path) if path.exists() else f"{path}.zst" for path in paths]
+    return [found[name] for name in names]
 
 
 def share_returned(sp, tokens):
@@ -950,7 +950,7 @@ def load_held_out(cfg):
     """Return the end of the last training shard, uint16 (n + 1,), for calibration; maybe empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if cfg.mixer != "learned" or wanted == 1:
-        return np.zeros(0, dtype=np.uint16)
+        return np.uint16([])
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
         raise UserError(
@@ -966,7 +966,7 @@ class TrainStream:
         self.files = list_shards(cfg, "train")
         self.vocab_size = cfg.vocab_size
         self.held_out = held_out  # tokens at the end of the last file
-        self.tokens = np.zeros(0, dtype=np.uint16)  # read and not yet taken
+        self.tokens = np.uint16([])  # read and not yet taken
         self.opened = 0  # files so far, over all epochs
         self.take(0)  # a bad first shard is found out before long work
 
@@ -1006,8 +1006,7 @@ def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
     sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
     size = micro_batch_sequences(cfg, rt.world)
-    share = len(sequences[0]) // rt.world
-    mine = [t[rt.rank * share :][:share].to(rt.device).split(size) for t in sequences]
+    mine = [t.chunk(rt.world)[rt.rank].to(rt.device).split(size) for t in sequences]
     return list(zip(*mine))
 
 
@@ -3442,9 +3441,9 @@ def demo_documents():
             if full or skipped & set(path.relative_to(root).parts):
                 continue
             found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
-            long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
-            documents.append("\n\n".join(long))
-    return list(filter(None, documents))
+            if long := [inspect.cleandoc(text) for text in found if len(text) >= 80]:
+                documents.append("\n\n".join(long))
+    return documents
 
 
 def prepare_demo(cfg, log):
@@ -3487,14 +3486,14 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield each shard's tokens, as uint16 bytes: whole documents, each after BOS."""
-    tokens = bytearray()
+    """Yield each shard's tokens, an array of uint16: whole documents, each after BOS."""
+    tokens = array("H")
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
         for ids in sp.encode(batch, num_threads=os.cpu_count()):
-            tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
-            if len(tokens) >= 2 * SHARD_TOKENS:
+            tokens.extend([sp.bos_id(), *ids])
+            if len(tokens) >= SHARD_TOKENS:
                 yield tokens
-                tokens = bytearray()
+                tokens = array("H")
     if tokens:
         yield tokens
 
@@ -3508,15 +3507,16 @@ def write_shards(documents, out_dir, cfg, log):
     path = Path(cfg.tokenizer_path)
     if path.name.startswith("fineweb_") and not path.exists():
         path = Path(out_dir, "tokenizer.model")
-    for folder in (Path(out_dir), path.parent):
-        check_writable(folder, 0)
+    check_writable(out_dir, 0)
+    check_writable(path.parent, 0)
     held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if held.all() or not held.any():
-        held = np.arange(len(held)) == len(held) - 1
+    if held.all() == held.any():
+        held[:] = False
+        held[-1] = True
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
         train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
@@ -3524,9 +3524,8 @@ def write_shards(documents, out_dir, cfg, log):
     for split, chosen in ("train", ~held), ("val", held):
         log(f"{split}: {chosen.sum():,} documents")
         texts = itertools.compress(documents(), chosen)
-        for number, data in enumerate(token_shards(texts, sp)):
-            tokens = np.frombuffer(data, dtype="<u2")
-            target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
+        for number, tokens in enumerate(token_shards(texts, sp)):
+            target = f"{out_dir}/fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={path} VOCAB_SIZE={cfg.vocab_size}")
@@ -3535,8 +3534,9 @@ def write_shards(documents, out_dir, cfg, log):
 def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg = config_from_env(environ)
-    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
-        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
+    for path in paths:
+        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
         raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
 
