@@ -412,13 +412,13 @@ def config_from_env(environ, stored=None):
     that this version does not have.
     """
     stored = stored or {}
-    known = {name.upper(): field for name, field in FIELDS.items()}
+    known = [name.upper() for name in FIELDS]
     for name in environ.keys() - known:
         for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {
         field.name: parse_setting(field, environ[name])
-        for name, field in known.items()
+        for name, field in zip(known, FIELDS.values())
         if name in environ
     }
     preset = given.get("preset") or stored.get("preset", "record")
@@ -587,7 +587,7 @@ def write_atomically(path, data, like=""):
 
     A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
     """
-    target = Path(os.path.realpath(path))
+    target = os.path.realpath(path)
     temporary = Path(f"{target}.tmp{os.getpid()}")
     with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
         if is_stream(path):
@@ -3430,9 +3430,9 @@ def read_documents(path):
 
 def demo_documents():
     """Return pydoc's topics and the longer docstrings of the standard library, numpy and torch."""
-    from pydoc_data import topics
+    from pydoc_data.topics import topics
 
-    documents = [text for _, text in sorted(topics.topics.items())]
+    documents = [topics[name] for name in sorted(topics)]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
     for module in (os, np, torch):
         root = Path(module.__file__).parent
