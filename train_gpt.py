@@ -65,6 +65,7 @@ import tempfile
 import time
 import traceback
 import zlib
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -90,8 +91,6 @@ except ImportError as missing:
 
 class UserError(Exception):
     """Report what the user can mend, in one line: the setting or file, and the way out."""
-
-    exit_status = 1
 
 
 class UsageError(UserError):
@@ -129,8 +128,8 @@ def option(default, doc, **limits):
     """Return a setting's field with its default, one line of documentation and its limits.
 
     Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
-    name of another property of Config; `divides`, the names of settings that must be multiples of
-    this one; `choices`, the allowed words.
+    name of another property of Config; `divides`, space-separated names of settings that must be
+    multiples of this one; `choices`, the allowed words, comma-separated.
     """
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
@@ -140,7 +139,7 @@ class RunSettings:
     """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`."""
 
     preset: str = option("record", "record, bench or demo")
-    device: str = option("auto", "auto, cuda or cpu", choices=("auto", "cuda", "cpu"))
+    device: str = option("auto", "auto, cuda or cpu", choices="auto, cuda, cpu")
     data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
     tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
@@ -197,8 +196,8 @@ class ModelSettings:
     vocab_size: int = option(1024, "tokens in the vocabulary (V)", minimum=2, maximum=65_536)
     num_layers: int = option(11, "transformer blocks", minimum=2)
     model_dim: int = option(512, "width of the residual stream (D)")
-    num_heads: int = option(8, "query heads (H)", divides=("model_dim",))
-    num_kv_heads: int = option(4, "key and value heads (G)", divides=("num_heads",))
+    num_heads: int = option(8, "query heads (H)", divides="model_dim")
+    num_kv_heads: int = option(4, "key and value heads (G)", divides="num_heads")
     mlp_mult: int = option(3, "hidden width of the MLP in units of D")
     xsa_last_n: int = option(
         4, "last layers with exclusive self-attention", maximum="num_layers", minimum=0
@@ -215,7 +214,7 @@ class ModelSettings:
     train_seq_len: int = option(
         2048,
         "tokens in a training sequence; sets the rotary base",
-        divides=("train_batch_tokens", "micro_batch_tokens"),
+        divides="train_batch_tokens micro_batch_tokens",
     )
 
 
@@ -224,18 +223,16 @@ class EvalSettings:
     """What shapes the code length; the `eval` command may override it."""
 
     eval_stride: int = option(
-        64,
-        "rows S of a tile; a row sees the W - S rows before it",
-        divides=("eval_seq_len",),
+        64, "rows S of a tile; a row sees the W - S rows before it", divides="eval_seq_len"
     )
-    eval_seq_len: int = option(2048, "window W", divides=("ttt_chunk_tokens",))
+    eval_seq_len: int = option(2048, "window W", divides="ttt_chunk_tokens")
     eval_run_tiles: int = option(
         1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
     )
     eval_dtype: str = option(
         "float64",
         "what is proved; float32 or bfloat16: a quick look",
-        choices=("float64", "float32", "bfloat16"),
+        choices="float64, float32, bfloat16",
     )
     ttt_enabled: bool = option(True, "score-first test-time training")
     ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
@@ -247,27 +244,21 @@ class EvalSettings:
     )
     ttt_temperature: float = option(0.98, "divides the logits from the ttt stage on", minimum=1e-3)
     polyak_decay: float = option(0.998, "average of TTT's weights that scores", maximum=BELOW_ONE)
-    mixer: str = option(
-        "learned", "learned, entropy or none", choices=("learned", "entropy", "none")
-    )
+    mixer: str = option("learned", "learned, entropy or none", choices="learned, entropy, none")
     ngram_order: int = option(
         10, "longest n-gram, the predicted token included; above 9 as 9", minimum=2
     )
     ngram_recent: int = option(4, "last occurrences that a context looks at")
     ngram_hash_bits: int = option(26, "2^this heads of chains for each kind of context", maximum=30)
     mixer_block: int = option(
-        16_384,
-        "positions between two updates of the learned mixer",
-        divides=("ttt_chunk_tokens",),
+        16_384, "positions between two updates of the learned mixer", divides="ttt_chunk_tokens"
     )
     mixer_lr: float = option(1e-3, "learned mixer, Adam")
     min_count: int = option(
         1, "occurrences that a context needs, else back off", maximum="ngram_recent", minimum=0
     )
     alpha_base: float = option(
-        0.0,
-        "entropy mixer: alpha = base + range * sigmoid(2 (H - center))",
-        maximum=1,
+        0.0, "entropy mixer: alpha = base + range * sigmoid(2 (H - center))", maximum=1
     )
     alpha_range: float = option(0.10, "entropy mixer", maximum="most_alpha_range")
     alpha_center: float = option(1.0, "entropy mixer, nats of neural entropy H")
@@ -278,7 +269,33 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
 
     def __post_init__(self):
-        check_config(self)
+        """Raise UsageError for the first impossible value or combination."""
+
+        def need(ok, name, allowed):
+            if not ok:
+                raise UsageError(f"{name.upper()}={getattr(self, name)!r}: {allowed}")
+
+        for name, value in asdict(self).items():
+            limits = FIELDS[name].metadata
+            if "choices" in limits:
+                allowed = limits["choices"]
+                need(value in allowed.split(", "), name, f"there are {allowed}")
+            if isinstance(value, str):
+                continue
+            least = limits.get("minimum", int(FIELDS[name].type is int))
+            need(value >= least, name, f"must be at least {least}")
+            for multiple in limits.get("divides", "").split():
+                whole = getattr(self, multiple) % value == 0
+                need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
+            most = limits.get("maximum", 2**63 - 1)
+            if isinstance(most, str):
+                most = getattr(self, most)  # a field checked before, or a property of such
+            need(value <= most, name, f"must be at most {most:.9g}")
+        layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
+        with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
+            self.value_layers  # noqa: B018 (it raises)
+        need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
     @property
     def run_dir(self):
@@ -302,16 +319,14 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
     @property
     def value_layers(self):
-        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list numbers."""
-        return sorted({int(name) for name in self.ve_layers.split(",") if name.strip()})
+        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list layers."""
+        layers = range(self.num_layers)
+        return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-GROUPS = {  # {setting: the class that it belongs to}
-    field.name: group
-    for group in (RunSettings, TrainSettings, ModelSettings, EvalSettings)
-    for field in dataclasses.fields(group)
-}
+FIELDS = Config.__dataclass_fields__  # {setting: its field}
+# {setting: the class that it belongs to}
+GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
@@ -363,7 +378,7 @@ PRESETS = {
     "demo": SMALL
     | dict(
         data_path=DEMO_CACHE,
-        tokenizer_path=DEMO_CACHE + "/tokenizer.model",
+        tokenizer_path=f"{DEMO_CACHE}/tokenizer.model",
         val_tokens=10_240,
         size_limit_bytes=1_000_000,
         log_every=10,
@@ -395,11 +410,9 @@ PRESETS = {
 def parse_setting(field, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-    expected = {bool: "0 or 1", int: "a whole number", float: "a finite number"}.get(field.type)
+    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a finite number")
     with contextlib.suppress(ValueError, KeyError):
-        value = words[text] if field.type is bool else field.type(text)
-        if field.type is not float or math.isfinite(value):
-            return value
+        return words[text] if field.type is bool else field.type(text)
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
 
@@ -411,13 +424,13 @@ def config_from_env(environ, stored=None):
     that this version does not have.
     """
     stored = stored or {}
-    known = {name.upper(): field for name, field in FIELDS.items()}
+    known = [name.upper() for name in FIELDS]
     for name in environ.keys() - known:
         for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {
         field.name: parse_setting(field, environ[name])
-        for name, field in known.items()
+        for name, field in zip(known, FIELDS.values())
         if name in environ
     }
     preset = given.get("preset") or stored.get("preset", "record")
@@ -432,35 +445,6 @@ def config_from_env(environ, stored=None):
             )
     with blaming("the artifact is of another version of this script", TypeError):
         return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
-
-
-def check_config(cfg):
-    """Raise UsageError for the first impossible value or combination."""
-
-    def need(ok, name, allowed):
-        if not ok:
-            raise UsageError(f"{name.upper()}={getattr(cfg, name)!r}: {allowed}")
-
-    for name, value in asdict(cfg).items():
-        limits = FIELDS[name].metadata
-        if "choices" in limits:
-            need(value in limits["choices"], name, f"there are {', '.join(limits['choices'])}")
-        if isinstance(value, str):
-            continue
-        least = limits.get("minimum", int(FIELDS[name].type is int))
-        need(value >= least, name, f"must be at least {least}")
-        for multiple in limits.get("divides", ()):
-            whole = getattr(cfg, multiple) % value == 0
-            need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-        most = limits.get("maximum", math.inf if FIELDS[name].type is float else 2**63 - 1)
-        if isinstance(most, str):
-            most = getattr(cfg, most)  # a field checked before, or a property of such
-        need(value <= most, name, f"must be at most {most:.9g}")
-    layers = f"must be comma-separated layers below NUM_LAYERS={cfg.num_layers}"
-    with blaming(f"VE_LAYERS={cfg.ve_layers!r}: {layers}", ValueError, error=UsageError):
-        need({*cfg.value_layers} <= {*range(cfg.num_layers)}, "ve_layers", layers)
-    need(cfg.rope_dims % 2 == 0, "rope_dims", "must be even")
-    need(cfg.eval_stride < cfg.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -495,8 +479,8 @@ class Runtime:
 
     def from_main(self, value):
         """Return rank 0's float on every rank."""
-        mine = torch.tensor([value * self.is_main], dtype=torch.float64, device=self.device)
-        return self.sum_over_ranks(mine).item()
+        mine = torch.tensor(value * self.is_main, dtype=torch.float64, device=self.device)
+        return float(self.sum_over_ranks(mine))
 
     def by_main(self, action, *args):
         """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
@@ -602,7 +586,7 @@ def keep_freed_memory():
 def say(line, file=None):
     """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
     with contextlib.suppress(OSError, ValueError):
-        print(line, file=file or sys.stdout, flush=True)
+        print(line, file=file, flush=True)
 
 
 def is_stream(path):
@@ -615,7 +599,7 @@ def write_atomically(path, data, like=""):
 
     A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
     """
-    target = Path(os.path.realpath(path))
+    target = os.path.realpath(path)
     temporary = Path(f"{target}.tmp{os.getpid()}")
     with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
         if is_stream(path):
@@ -659,7 +643,7 @@ def check_writable(folder, need_bytes):
     with blaming(
         f"LOG_DIR, OUT: cannot write {need_bytes:,} bytes to {folder}; name another", OSError
     ):
-        folder.mkdir(parents=True, exist_ok=True)
+        os.makedirs(folder, exist_ok=True)
         room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its user closes it)
         room.write(bytes(need_bytes))
         room.flush()
@@ -721,22 +705,21 @@ class TokenTable:
 
     @functools.cached_property
     def texts(self):
-        """Bytes that each token prints, its leading space included; a boundary prints none."""
-
-        def text_of(piece, kind):
-            if kind == "B":
-                return bytes.fromhex(piece[3:5])  # <0x0A>
-            return piece.replace(SPACE, " ").encode() if kind == "N" else b""
-
-        return tuple(map(text_of, self.pieces, self.kinds))
+        """Bytes that each token prints, its leading space included; a boundary alone has none."""
+        return tuple(
+            bytes.fromhex(piece[3:5])  # <0x0A>
+            if kind == "B"
+            else piece.replace(SPACE, " ").encode() * (kind == "N")
+            for piece, kind in zip(self.pieces, self.kinds)
+        )
 
     @functools.cached_property
     def byte_tables(self):
         """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
         kinds = np.array(list(self.kinds))
         leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
-        base = np.array([*map(len, self.texts)]) - leading
-        return base, leading, np.isin(kinds, ["U", "C", "X"])
+        lengths = np.array([*map(len, self.texts)])
+        return lengths - leading, leading, lengths == 0
 
     @property
     def word_begins(self):
@@ -768,16 +751,16 @@ def load_tokenizer(path, vocab_size, table=None):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
-    tests = dict(U=sp.is_unknown, C=sp.is_control, X=sp.is_unused, B=sp.is_byte)
-    ids = range(vocab_size)
-    kinds = "".join(next((kind for kind, test in tests.items() if test(i)), "N") for i in ids)
-    found = TokenTable(tuple(map(sp.id_to_piece, ids)), kinds, sp.bos_id())
+    ids = list(range(vocab_size))
+    tests = [sp.is_unknown(ids), sp.is_control(ids), sp.is_unused(ids), sp.is_byte(ids)]
+    kinds = "".join(np.select(tests, [*"UCXB"], "N"))
+    found = TokenTable(tuple(sp.id_to_piece(ids)), kinds, sp.bos_id())
     if SPACE not in found.pieces:
         raise UserError(
             f"TOKENIZER_PATH={path}: no piece for a lone space, which would count as 3 bytes: "
             "train one with U+2581 in its vocabulary, as `tokenize` does"
         )
-    if table and table.digest != found.digest:
+    if table and table != found:
         raise UserError(f"TOKENIZER_PATH={path}: the artifact has another tokenizer")
     return found, sp
 
@@ -880,13 +863,12 @@ def read_shard(path, vocab_size, most=1 << 40):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    known = (len(data) - SHARD_HEADER_BYTES) // 2
-    tokens = np.frombuffer(data, dtype="<u2", count=known, offset=SHARD_HEADER_BYTES)
-    if len(data) == size and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+    tokens = np.frombuffer(memoryview(data)[SHARD_HEADER_BYTES:wanted], dtype="<u2")
+    if size <= wanted and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
-    return tokens[:most]
+    return tokens
 
 
 def shard_bytes(tokens, tokenizer=bytes(32)):
@@ -907,22 +889,22 @@ def list_shards(cfg, split):
     """
     folder = Path(cfg.data_path)
     candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
-    names = (path.name for path in folder.glob("*"))
-    found = sorted({name.removesuffix(".zst") for name in names if candidate.match(name)})
-    if not found:
+    twins_first = sorted(map(str, folder.glob("*")), reverse=True)  # .zst, which .bin overwrites
+    found = {os.path.basename(path).removesuffix(".zst"): path for path in twins_first}
+    names = sorted(filter(candidate.match, found))
+    if not names:
         raise UserError(
             f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
             "(see README), make some with `tokenize`, or run PRESET=demo, which needs none"
         )
-    for number, name in enumerate(found):
+    for number, name in enumerate(names):
         expected = f"fineweb_{split}_{number:06d}.bin"
         if name != expected:
             raise UserError(
                 f"DATA_PATH: {folder} has {name} where {expected} is expected (.zst aside): shards "
                 "are numbered without gaps, and nothing beside them may look like one"
             )
-    paths = (folder / name for name in found)
-    return [str(path) if path.exists() else f"{path}.zst" for path in paths]
+    return [found[name] for name in names]
 
 
 def share_returned(sp, tokens):
@@ -982,7 +964,7 @@ def load_held_out(cfg):
     """Return the end of the last training shard, uint16 (n + 1,), for calibration; maybe empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if cfg.mixer != "learned" or wanted == 1:
-        return np.zeros(0, dtype=np.uint16)
+        return np.uint16([])
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
         raise UserError(
@@ -998,7 +980,7 @@ class TrainStream:
         self.files = list_shards(cfg, "train")
         self.vocab_size = cfg.vocab_size
         self.held_out = held_out  # tokens at the end of the last file
-        self.tokens = np.zeros(0, dtype=np.uint16)  # read and not yet taken
+        self.tokens = np.uint16([])  # read and not yet taken
         self.opened = 0  # files so far, over all epochs
         self.take(0)  # a bad first shard is found out before long work
 
@@ -1038,8 +1020,7 @@ def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
     sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
     size = micro_batch_sequences(cfg, rt.world)
-    share = len(sequences[0]) // rt.world
-    mine = [t[rt.rank * share :][:share].to(rt.device).split(size) for t in sequences]
+    mine = [t.chunk(rt.world)[rt.rank].to(rt.device).split(size) for t in sequences]
     return list(zip(*mine))
 
 
@@ -3468,9 +3449,9 @@ def read_documents(path):
 
 def demo_documents():
     """Return pydoc's topics and the longer docstrings of the standard library, numpy and torch."""
-    from pydoc_data import topics
+    from pydoc_data.topics import topics
 
-    documents = [text for _, text in sorted(topics.topics.items())]
+    documents = [topics[name] for name in sorted(topics)]
     skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
     for module in (os, np, torch):
         root = Path(module.__file__).parent
@@ -3479,9 +3460,9 @@ def demo_documents():
             if full or skipped & set(path.relative_to(root).parts):
                 continue
             found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
-            long = [inspect.cleandoc(text) for text in found if len(text) >= 80]
-            documents.append("\n\n".join(long))
-    return list(filter(None, documents))
+            if long := [inspect.cleandoc(text) for text in found if len(text) >= 80]:
+                documents.append("\n\n".join(long))
+    return documents
 
 
 def prepare_demo(cfg, log):
@@ -3524,14 +3505,14 @@ def train_tokenizer(documents, vocab_size, path):
 
 
 def token_shards(texts, sp):
-    """Yield each shard's tokens, as uint16 bytes: whole documents, each after BOS."""
-    tokens = bytearray()
+    """Yield each shard's tokens, an array of uint16: whole documents, each after BOS."""
+    tokens = array("H")
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
         for ids in sp.encode(batch, num_threads=os.cpu_count()):
-            tokens += np.array([sp.bos_id(), *ids], dtype="<u2").tobytes()
-            if len(tokens) >= 2 * SHARD_TOKENS:
+            tokens.extend([sp.bos_id(), *ids])
+            if len(tokens) >= SHARD_TOKENS:
                 yield tokens
-                tokens = bytearray()
+                tokens = array("H")
     if tokens:
         yield tokens
 
@@ -3545,15 +3526,16 @@ def write_shards(documents, out_dir, cfg, log):
     path = Path(cfg.tokenizer_path)
     if path.name.startswith("fineweb_") and not path.exists():
         path = Path(out_dir, "tokenizer.model")
-    for folder in (Path(out_dir), path.parent):
-        check_writable(folder, 0)
+    check_writable(out_dir, 0)
+    check_writable(path.parent, 0)
     held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if held.all() or not held.any():
-        held = np.arange(len(held)) == len(held) - 1
+    if held.all() == held.any():
+        held[:] = False
+        held[-1] = True
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
         train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)
@@ -3561,9 +3543,8 @@ def write_shards(documents, out_dir, cfg, log):
     for split, chosen in ("train", ~held), ("val", held):
         log(f"{split}: {chosen.sum():,} documents")
         texts = itertools.compress(documents(), chosen)
-        for number, data in enumerate(token_shards(texts, sp)):
-            tokens = np.frombuffer(data, dtype="<u2")
-            target = Path(out_dir) / f"fineweb_{split}_{number:06d}.bin"
+        for number, tokens in enumerate(token_shards(texts, sp)):
+            target = f"{out_dir}/fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
             log(f"{target}: {len(tokens):,} tokens")
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={path} VOCAB_SIZE={cfg.vocab_size}")
@@ -3572,8 +3553,9 @@ def write_shards(documents, out_dir, cfg, log):
 def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg = config_from_env(environ)
-    if odd := [path for path in paths if not path.endswith((".txt", ".jsonl", ".jsonl.zst"))]:
-        raise UsageError(f"tokenize: {odd[0]} is none of .txt, .jsonl, .jsonl.zst")
+    for path in paths:
+        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
         raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
 

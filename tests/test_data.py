@@ -574,7 +574,7 @@ def corpus(tmp_path_factory, texts):
     shown = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_gpt, "SHARD_TOKENS", 20_001)  # several shards
-        patch.setattr(train_gpt, "show", shown.append)
+        patch.setattr(train_gpt, "say", shown.append)
         tokenize(folder, folder / "a.jsonl", folder / "b.jsonl.zst", folder / "c.txt")
     cut = list(train_gpt.read_documents(str(folder / "c.txt")))
     split = {True: [], False: []}
@@ -629,8 +629,9 @@ def test_tokenize_ends_with_the_settings_to_use(corpus):
     window = {"EVAL_SEQ_LEN": "64", "EVAL_STRIDE": "32"}
     environ = corpus.settings | window | {"PRESET": "bench", "VAL_TOKENS": "0"}
     tokens = train_gpt.load_validation(train_gpt.config_from_env(environ))
-    total_bytes = sum(len(text.encode()) for text in corpus.val)
-    assert train_gpt.audit_bytes(corpus.table, tokens) == total_bytes
+    text = "".join(corpus.val).encode()
+    digest = hashlib.sha256(text).hexdigest()
+    assert train_gpt.audit_bytes(corpus.table, tokens) == (len(text), digest)
 
 
 def test_tokenize_takes_a_tokenizer_that_exists(tmp_path, texts, tokenizer):
@@ -705,8 +706,8 @@ MALFORMED = {
     "zst, no JSON": ("a.jsonl.zst", zstandard.compress(GOOD_LINES + b"{broken\n"), "line 4"),
     "no zst": ("a.jsonl.zst", GOOD_LINES, "cannot read"),
     "cut zst": ("a.jsonl.zst", zstandard.compress(GOOD_LINES)[:-4], "cannot read"),
-    "missing": ("a.jsonl", None, "a.jsonl: No such file"),
-    "folder": ("a.txt", "folder", "a.txt: Is a directory"),
+    "missing": ("a.jsonl", None, "a.jsonl; copy or make it again (No such file or directory)"),
+    "folder": ("a.txt", "folder", "a.txt; copy or make it again (Is a directory)"),
     "cut zst after a line": (
         "a.jsonl.zst",
         zstandard.compress(GOOD_LINES) + zstandard.compress(GOOD_LINES)[:9],
