@@ -2291,7 +2291,7 @@ def last_plan(cfg, lanes=0):
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
     mixer = () if cfg.mixer == "none" else ("mixer",)
-    return new_plan(cfg, neural, *mixer, lanes=max(lanes, 1))
+    return new_plan(cfg, neural, *mixer, lanes=lanes or 1)
 
 
 def evaluation_plans(cfg):
@@ -2337,9 +2337,7 @@ class Engine:
 
     def runs(self, first, last):
         """Return [(run's first row, begin, end)]: rows first..last-1, cut at runs, this rank's."""
-        if not self.plan.run:
-            return [(self.origin, first, last)] if self.rt.is_main else []
-        size = self.plan.run
+        size = self.plan.run or sys.maxsize
         number = (first - self.origin) // size  # of the run that `first` is in
         number += (self.rt.rank - number) % self.rt.world
         starts = range(self.origin + number * size, last, size * self.rt.world)
