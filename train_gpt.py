@@ -2604,28 +2604,28 @@ class RangeEncoder:
 
     def finish(self):
         """Return the code words, as bytes."""
-        return bytes(self.out) + self.low.to_bytes(8, "big")
+        return bytes(self.out) + self.low.to_bytes(8)
 
 
 class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
 
     def __init__(self, words):
-        self.bytes = itertools.chain(words, itertools.repeat(0))  # zeros beyond the end
+        self.bytes = iter(words)  # zeros follow them
         self.range = 1 << 64
-        self.value = int.from_bytes(itertools.islice(self.bytes, 8), "big")
+        self.value = int.from_bytes(next(self.bytes, 0) for _ in range(8))
 
     def decode(self, freqs):
         """Return the next symbol; freqs (V,) are what the encoder had."""
         unit = self.range >> TOTAL_BITS
-        ends = np.cumsum(freqs, dtype=np.int64)
-        symbol = min(int(np.searchsorted(ends, self.value // unit, side="right")), len(freqs) - 1)
-        freq = int(freqs[symbol])
+        self.value = min(self.value, unit * TOTAL - 1)  # foreign words stay in bounds
+        ends = freqs.cumsum()
+        symbol = ends.searchsorted(self.value // unit, side="right")
+        freq = freqs.item(symbol)
         self.range = freq * unit
-        self.value -= (int(ends[symbol]) - freq) * unit
-        self.value = min(self.value, self.range - 1)  # foreign words stay in bounds
+        self.value -= (ends.item(symbol) - freq) * unit
         while self.range < 1 << 48:
-            self.value = self.value << 8 | next(self.bytes)
+            self.value = self.value << 8 | next(self.bytes, 0)
             self.range <<= 8
         return symbol
 
