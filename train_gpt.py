@@ -2652,17 +2652,17 @@ class CodeHead(NamedTuple):
 
         No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
         """
-        magic, version, checksum = CODE_START.unpack_from(data.ljust(CODE_START.size, b"\0"))
+        data = data.ljust(CODE_HEAD_BYTES, b"\0")  # so that a cut head has a wrong checksum
+        magic, version, checksum = CODE_START.unpack_from(data)
         body = data[CODE_START.size :]
         if (magic, version) != (CODE_MAGIC, CODE_VERSION):
             raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
-        if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
+        if zlib.crc32(body) != checksum:
             raise UserError(f"{path} is cut or altered; copy it again")
         head = cls(*CODE_HEAD.unpack_from(body))
         count = 1 - -head.tokens // CHECK_EVERY
-        words_at = CODE_HEAD.size + 4 * count
-        words = body[words_at:]
-        if len(body) < words_at or head.tokens > len(words) << 27:
+        words = body[CODE_HEAD.size + 4 * count :]
+        if head.tokens >= len(words) << 27:  # also where checks are missing: there are no words
             raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
         return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
 
