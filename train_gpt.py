@@ -2793,30 +2793,35 @@ def verify(run, artifact, scored=None):
     run has just scored these tokens, which must be the coder's.
     """
     cfg = run.cfg
-    tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
+    tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
     alone = dataclasses.replace(run.rt, world=1)
     data, bits, freqs = Codec(artifact, cfg, alone, run.report.log).encode(tokens)
     write_atomically(path, data)
-    encode_s = time.perf_counter() - start_s
+    coded_s = time.perf_counter()
     if scored is not None and (freqs != scored).any():
-        t = int((freqs != scored).argmax())
+        t = (freqs != scored).argmax()
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
         )
-    start_s = time.perf_counter()
     if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
-    decode_s = time.perf_counter() - start_s
-    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=len(data) - CODE_HEAD_BYTES)
-    run.report.record("proof", proof | dict(encode_seconds=encode_s, decode_seconds=decode_s))
+    proof = dict(
+        tokens=n,
+        predicted_bits=bits,
+        bytes_on_disk=len(data) - CODE_HEAD_BYTES,
+        encode_seconds=coded_s - start_s,
+        decode_seconds=time.perf_counter() - coded_s,
+    )
+    run.report.record("proof", proof)
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and "
         f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
-        f"{n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode"
+        f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
+        f"{n / proof['decode_seconds']:,.1f} to decode"
     )
 
 
