@@ -2858,18 +2858,12 @@ def decode_elsewhere(path, artifact, run):
 # competition's limits. `summarize` makes a submission of several results.
 
 
-def run_traits(results):
-    """Return what two runs of one command have in common, of a results.json."""
-    return {**results["settings"], **results["environment"], "command": results["command"]}
-
-
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the text."""
 
     def __init__(self, cfg, rt, command):
         self.cfg = cfg
         self.rt = rt
-        self.lock = None  # on the run's folder
         self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
         environment = {
@@ -2878,7 +2872,7 @@ class Report:
             "device": rt.notes[0],
             "world_size": rt.world,
             "dtype": str(rt.dtype),
-            "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            "source_sha256": sha256(Path(__file__).read_bytes()).hex(),
         }
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -2910,15 +2904,17 @@ class Report:
         check_writable(folder, 2 * self.cfg.size_limit_bytes).close()
         self.lock = lock_folder(folder)
         if path.exists() and not self.cfg.replace:
-            own, found = (run_traits(results) for results in (self.results, read_object(path)))
+            own, found = (
+                results["settings"] | results["environment"] | {"command": results["command"]}
+                for results in (self.results, read_object(path))
+            )
             if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
                 raise UsageError(
                     f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, or "
                     "REPLACE=1 to replace it"
                 )
-        log_path = folder / f"{self.results['command']}.log"
-        log = open(log_path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self.files = [sys.stdout, log]
+        log = folder / f"{self.results['command']}.log"
+        self.files = [sys.stdout, log.open("a", encoding="utf-8", errors="backslashreplace")]
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
@@ -3006,8 +3002,9 @@ def read_result(path):
             f"{', '.join(artifact['overridden'])} overridden": artifact["overridden"],
             f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved": cfg.eval_dtype != "float64",
         }
-        if faults := [why for why, is_so in amiss.items() if is_so]:
-            raise ValueError(faults[0])
+        for why, is_so in amiss.items():
+            if is_so:
+                raise ValueError(why)
         run["same"] = {
             **stored_settings(cfg),
             "seed": 0,
