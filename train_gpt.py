@@ -3118,9 +3118,13 @@ def train_command(environ, kept=None):
         if room and result.steps:
             on_signals(lambda *_: None)
             room.close()
-            parts = {"settings": asdict(cfg), "result": asdict(result)}
+            parts = {
+                "settings": asdict(cfg),
+                "result": asdict(result),
+                "weights": model.state_dict(),
+            }
             data = io.BytesIO()
-            torch.save({**parts, "weights": model.state_dict()}, data)
+            torch.save(parts, data)
             write_atomically(path, data.getvalue())
             on_signals(interrupt)
     try:
@@ -3154,8 +3158,8 @@ def finish(run, model, result, held_out):
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
-    model = new_model(cfg, run.rt, model.state_dict(), cfg.eval_dtype)
-    exact = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
+    unquantized = dataclasses.replace(artifact, weights=weights)
+    exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
         run.report.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
@@ -3177,7 +3181,7 @@ def calibrate(run, weights, held_out, limit_s):
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
     model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64))
-    block = max(1, cfg.eval_seq_len // 2)
+    block = cfg.eval_seq_len // 2
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=0, calibration_blocks=len(stream) // block
     )
@@ -3284,9 +3288,11 @@ def text_tokens(data, table, encode):
         """Return the tokens of one word or piece of white space, bytes."""
         word = run.decode("utf-8", "replace")
         tries = [encode(word), [table.bos_id, *encode(word)]]
-        if word[0] == " ":
+        if run.isspace():
+            tries = []
+        elif word[0] == " ":
             tries = [encode("." + word)[dot:]]
-        for ids in [] if run.isspace() else tries:
+        for ids in tries:
             text = table.decode(np.array([byte_ids[ord("a")], *ids]))
             # What prints nothing at the end would swallow the next word's space.
             if text == b"a" + run and table.texts[ids[-1]]:
@@ -3294,7 +3300,7 @@ def text_tokens(data, table, encode):
         return [byte_ids[byte] for byte in run]
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
-    return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
+    return np.concatenate([[table.bos_id], *map(ids_of, runs)])
 
 
 def compress_command(source, target, environ):
@@ -3305,9 +3311,9 @@ def compress_command(source, target, environ):
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
     tokens = text_tokens(data, artifact.table, sp.encode)
-    windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # so each lane has 2 or more
-    largest_power = 1 << (windows.bit_length() - 1)
-    lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
+    lanes = math.gcd(cfg.mixer_block, MOST_LANES)  # a power of two
+    while lanes > 1 and 2 * cfg.eval_seq_len * lanes > len(tokens):  # two windows a lane
+        lanes //= 2
     coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
     write_atomically(target, coded, source)
     log(
