@@ -2701,14 +2701,16 @@ class Codec:
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
 
-    def code(self, plan, stream, check, code, step=None):
-        """Code the stream; return (predicted bits, the symbols' frequencies, int64 (n,)).
+    def code(self, plan, tokens, check, code, step=None):
+        """Code tokens, int64 (n + 1,), BOS first; return (predicted bits, frequencies int64 (n,)).
 
-        code(freqs, symbol) takes a position's frequencies, int32 (V,), and what the stream holds
-        there; the symbol that it returns is written there. check(CRC-32 of all frequencies so far)
-        is called at the first position, every 4,096 later, and at the end.
+        code(freqs, symbol) takes a position's frequencies, int32 (V,), and the token there; the
+        symbol that it returns is written there. check(CRC-32 of all frequencies so far) is called
+        at the first position, every 4,096 later, and at the end.
         """
         stage = plan.stages[-1]
+        order = lane_order(len(tokens) - 1, plan.lanes)
+        stream = torch.from_numpy(np.append(np.repeat(tokens[:1], plan.lanes), tokens[1:][order]))
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
         coded = []
@@ -2722,6 +2724,7 @@ class Codec:
                 targets[i] = symbol
                 coded.append(freqs[symbol])
         check(crc)
+        tokens[1:][order] = stream[plan.lanes :]
         return bits[stage], np.array(coded, dtype=np.int64)
 
     def encode(self, tokens, lanes=0):
@@ -2730,23 +2733,19 @@ class Codec:
         Return (bytes of the code file, predicted bits: the sum that the scorer would report,
         frequencies int64 (n,) of the tokens in the order in which they are coded).
         """
-        table = self.artifact.table
-        plan = last_plan(self.cfg, lanes)
-        order = lane_order(len(tokens) - 1, plan.lanes)
-        stream = torch.from_numpy(np.append(np.full(plan.lanes, table.bos_id), tokens[1:][order]))
         coder = RangeEncoder()
         checks = []
 
         def write(freqs, symbol):
-            coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+            coder.encode(freqs[:symbol].sum().item(), freqs.item(symbol))
             return symbol
 
-        bits, freqs = self.code(plan, stream, checks.append, write)
-        text = table.decode(tokens)
+        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, write)
+        text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
         digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
-        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
+        head = CodeHead(lanes, len(freqs), len(text), *digests, maker.encode())  # cut to 64 bytes
         return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
@@ -2763,7 +2762,6 @@ class Codec:
         plan = last_plan(self.cfg, head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        table = self.artifact.table
         decoder = RangeDecoder(words)
         expected = zip(itertools.count(0, CHECK_EVERY), checks)
 
@@ -2776,11 +2774,9 @@ class Codec:
                     f"{min(token, head.tokens)} are not those of {maker}; decode it there"
                 )
 
-        stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
-        self.code(plan, stream, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
-        tokens = np.full(head.tokens + 1, table.bos_id)
-        tokens[1:][lane_order(head.tokens, plan.lanes)] = stream[plan.lanes :].numpy()
-        text = table.decode(tokens)
+        tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
+        self.code(plan, tokens, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
+        text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
         return text
