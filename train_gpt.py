@@ -2288,7 +2288,7 @@ def last_plan(cfg, lanes=0):
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
     mixer = () if cfg.mixer == "none" else ("mixer",)
-    return new_plan(cfg, neural, *mixer, lanes=max(lanes, 1))
+    return new_plan(cfg, neural, *mixer, lanes=lanes or 1)
 
 
 def evaluation_plans(cfg):
@@ -2334,9 +2334,7 @@ class Engine:
 
     def runs(self, first, last):
         """Return [(run's first row, begin, end)]: rows first..last-1, cut at runs, this rank's."""
-        if not self.plan.run:
-            return [(self.origin, first, last)] if self.rt.is_main else []
-        size = self.plan.run
+        size = self.plan.run or sys.maxsize
         number = (first - self.origin) // size  # of the run that `first` is in
         number += (self.rt.rank - number) % self.rt.world
         starts = range(self.origin + number * size, last, size * self.rt.world)
@@ -2603,28 +2601,28 @@ class RangeEncoder:
 
     def finish(self):
         """Return the code words, as bytes."""
-        return bytes(self.out) + self.low.to_bytes(8, "big")
+        return bytes(self.out) + self.low.to_bytes(8)
 
 
 class RangeDecoder:
     """The mirror image: `value` is the code's distance from the interval's low end."""
 
     def __init__(self, words):
-        self.bytes = itertools.chain(words, itertools.repeat(0))  # zeros beyond the end
+        self.bytes = iter(words)  # zeros follow them
         self.range = 1 << 64
-        self.value = int.from_bytes(itertools.islice(self.bytes, 8), "big")
+        self.value = int.from_bytes(next(self.bytes, 0) for _ in range(8))
 
     def decode(self, freqs):
         """Return the next symbol; freqs (V,) are what the encoder had."""
         unit = self.range >> TOTAL_BITS
-        ends = np.cumsum(freqs, dtype=np.int64)
-        symbol = min(int(np.searchsorted(ends, self.value // unit, side="right")), len(freqs) - 1)
-        freq = int(freqs[symbol])
+        self.value = min(self.value, unit * TOTAL - 1)  # foreign words stay in bounds
+        ends = freqs.cumsum()
+        symbol = ends.searchsorted(self.value // unit, side="right")
+        freq = freqs.item(symbol)
         self.range = freq * unit
-        self.value -= (int(ends[symbol]) - freq) * unit
-        self.value = min(self.value, self.range - 1)  # foreign words stay in bounds
+        self.value -= (ends.item(symbol) - freq) * unit
         while self.range < 1 << 48:
-            self.value = self.value << 8 | next(self.bytes)
+            self.value = self.value << 8 | next(self.bytes, 0)
             self.range <<= 8
         return symbol
 
@@ -2651,17 +2649,17 @@ class CodeHead(NamedTuple):
 
         No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
         """
-        magic, version, checksum = CODE_START.unpack_from(data.ljust(CODE_START.size, b"\0"))
+        data = data.ljust(CODE_HEAD_BYTES, b"\0")  # so that a cut head has a wrong checksum
+        magic, version, checksum = CODE_START.unpack_from(data)
         body = data[CODE_START.size :]
         if (magic, version) != (CODE_MAGIC, CODE_VERSION):
             raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
-        if len(body) < CODE_HEAD.size or zlib.crc32(body) != checksum:
+        if zlib.crc32(body) != checksum:
             raise UserError(f"{path} is cut or altered; copy it again")
         head = cls(*CODE_HEAD.unpack_from(body))
         count = 1 - -head.tokens // CHECK_EVERY
-        words_at = CODE_HEAD.size + 4 * count
-        words = body[words_at:]
-        if len(body) < words_at or head.tokens > len(words) << 27:
+        words = body[CODE_HEAD.size + 4 * count :]
+        if head.tokens >= len(words) << 27:  # also where checks are missing: there are no words
             raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
         return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
 
@@ -2700,14 +2698,16 @@ class Codec:
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
 
-    def code(self, plan, stream, check, code, step=None):
-        """Code the stream; return (predicted bits, the symbols' frequencies, int64 (n,)).
+    def code(self, plan, tokens, check, code, step=None):
+        """Code tokens, int64 (n + 1,), BOS first; return (predicted bits, frequencies int64 (n,)).
 
-        code(freqs, symbol) takes a position's frequencies, int32 (V,), and what the stream holds
-        there; the symbol that it returns is written there. check(CRC-32 of all frequencies so far)
-        is called at the first position, every 4,096 later, and at the end.
+        code(freqs, symbol) takes a position's frequencies, int32 (V,), and the token there; the
+        symbol that it returns is written there. check(CRC-32 of all frequencies so far) is called
+        at the first position, every 4,096 later, and at the end.
         """
         stage = plan.stages[-1]
+        order = lane_order(len(tokens) - 1, plan.lanes)
+        stream = torch.from_numpy(np.append(np.repeat(tokens[:1], plan.lanes), tokens[1:][order]))
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
         coded = []
@@ -2721,6 +2721,7 @@ class Codec:
                 targets[i] = symbol
                 coded.append(freqs[symbol])
         check(crc)
+        tokens[1:][order] = stream[plan.lanes :]
         return bits[stage], np.array(coded, dtype=np.int64)
 
     def encode(self, tokens, lanes=0):
@@ -2729,23 +2730,19 @@ class Codec:
         Return (bytes of the code file, predicted bits: the sum that the scorer would report,
         frequencies int64 (n,) of the tokens in the order in which they are coded).
         """
-        table = self.artifact.table
-        plan = last_plan(self.cfg, lanes)
-        order = lane_order(len(tokens) - 1, plan.lanes)
-        stream = torch.from_numpy(np.append(np.full(plan.lanes, table.bos_id), tokens[1:][order]))
         coder = RangeEncoder()
         checks = []
 
         def write(freqs, symbol):
-            coder.encode(int(freqs[:symbol].sum()), int(freqs[symbol]))
+            coder.encode(freqs[:symbol].sum().item(), freqs.item(symbol))
             return symbol
 
-        bits, freqs = self.code(plan, stream, checks.append, write)
-        text = table.decode(tokens)
+        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, write)
+        text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
         digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
-        head = CodeHead(lanes, len(order), len(text), *digests, maker.encode()[:64])
+        head = CodeHead(lanes, len(freqs), len(text), *digests, maker.encode())  # cut to 64 bytes
         return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
@@ -2762,7 +2759,6 @@ class Codec:
         plan = last_plan(self.cfg, head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        table = self.artifact.table
         decoder = RangeDecoder(words)
         expected = zip(itertools.count(0, CHECK_EVERY), checks)
 
@@ -2775,11 +2771,9 @@ class Codec:
                     f"{min(token + 1, head.tokens)} are not those of {maker}; decode it there"
                 )
 
-        stream = torch.full((plan.lanes + head.tokens,), table.bos_id)
-        self.code(plan, stream, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
-        tokens = np.full(head.tokens + 1, table.bos_id)
-        tokens[1:][lane_order(head.tokens, plan.lanes)] = stream[plan.lanes :].numpy()
-        text = table.decode(tokens)
+        tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
+        self.code(plan, tokens, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
+        text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
         return text
@@ -2792,30 +2786,35 @@ def verify(run, artifact, scored=None):
     run has just scored these tokens, which must be the coder's.
     """
     cfg = run.cfg
-    tokens = run.tokens[: cfg.verify_tokens + 1] if cfg.verify_tokens else run.tokens
+    tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
     n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
     alone = dataclasses.replace(run.rt, world=1)
     data, bits, freqs = Codec(artifact, cfg, alone, run.report.log).encode(tokens)
     write_atomically(path, data)
-    encode_s = time.perf_counter() - start_s
+    coded_s = time.perf_counter()
     if scored is not None and (freqs != scored).any():
-        t = int((freqs != scored).argmax())
+        t = (freqs != scored).argmax()
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
         )
-    start_s = time.perf_counter()
     if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
-    decode_s = time.perf_counter() - start_s
-    proof = dict(tokens=n, predicted_bits=bits, bytes_on_disk=len(data) - CODE_HEAD_BYTES)
-    run.report.record("proof", proof | dict(encode_seconds=encode_s, decode_seconds=decode_s))
+    proof = dict(
+        tokens=n,
+        predicted_bits=bits,
+        bytes_on_disk=len(data) - CODE_HEAD_BYTES,
+        encode_seconds=coded_s - start_s,
+        decode_seconds=time.perf_counter() - coded_s,
+    )
+    run.report.record("proof", proof)
     run.report.log(
         f"proof: another process decoded {n:,} tokens from the artifact and "
         f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
-        f"{n / encode_s:,.1f} tokens/s to encode, {n / decode_s:,.1f} to decode"
+        f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
+        f"{n / proof['decode_seconds']:,.1f} to decode"
     )
 
 
@@ -2853,18 +2852,12 @@ def decode_elsewhere(path, artifact, run):
 # script or setting in it stay. `summarize` makes a submission of several results.
 
 
-def run_traits(results):
-    """Return what two runs of one command have in common, of a results.json."""
-    return {**results["settings"], **results["environment"], "command": results["command"]}
-
-
 class Report:
     """What a run has shown so far; results.json is rewritten after every pass over the text."""
 
     def __init__(self, cfg, rt, command):
         self.cfg = cfg
         self.rt = rt
-        self.lock = None  # on the run's folder
         self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
         environment = {
@@ -2873,7 +2866,7 @@ class Report:
             "device": rt.notes[0],
             "world_size": rt.world,
             "dtype": str(rt.dtype),
-            "source_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
+            "source_sha256": sha256(Path(__file__).read_bytes()).hex(),
         }
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -2905,15 +2898,17 @@ class Report:
         check_writable(folder, 2 * self.cfg.size_limit_bytes).close()
         self.lock = lock_folder(folder)
         if path.exists() and not self.cfg.replace:
-            own, found = (run_traits(results) for results in (self.results, read_object(path)))
+            own, found = (
+                results["settings"] | results["environment"] | {"command": results["command"]}
+                for results in (self.results, read_object(path))
+            )
             if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
                 raise UsageError(
                     f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, or "
                     "REPLACE=1 to replace it"
                 )
-        log_path = folder / f"{self.results['command']}.log"
-        log = open(log_path, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
-        self.files = [sys.stdout, log]
+        log = folder / f"{self.results['command']}.log"
+        self.files = [sys.stdout, log.open("a", encoding="utf-8", errors="backslashreplace")]
 
     def log(self, line):
         """Show a line to people: on the screen and in the log file, by rank 0 alone."""
@@ -3001,8 +2996,9 @@ def read_result(path):
             f"{', '.join(artifact['overridden'])} overridden": artifact["overridden"],
             f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved": cfg.eval_dtype != "float64",
         }
-        if faults := [why for why, is_so in amiss.items() if is_so]:
-            raise ValueError(faults[0])
+        for why, is_so in amiss.items():
+            if is_so:
+                raise ValueError(why)
         run["same"] = {
             **stored_settings(cfg),
             "seed": 0,
@@ -3117,9 +3113,13 @@ def train_command(environ, kept=None):
         if room and result.steps:
             on_signals(lambda *_: None)
             room.close()
-            parts = {"settings": asdict(cfg), "result": asdict(result)}
+            parts = {
+                "settings": asdict(cfg),
+                "result": asdict(result),
+                "weights": model.state_dict(),
+            }
             data = io.BytesIO()
-            torch.save({**parts, "weights": model.state_dict()}, data)
+            torch.save(parts, data)
             write_atomically(path, data.getvalue())
             run.report.record("train", parts["result"])
             on_signals(interrupt)
@@ -3154,8 +3154,8 @@ def finish(run, model, result, held_out):
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     artifact = write_artifact(run, weights, result)
-    model = new_model(cfg, run.rt, model.state_dict(), cfg.eval_dtype)
-    exact = Predictor(model, None, cfg, run.table, run.rt, new_plan(cfg, "pre_quant"))
+    unquantized = dataclasses.replace(artifact, weights=weights)
+    exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
         run.report.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
@@ -3177,7 +3177,7 @@ def calibrate(run, weights, held_out, limit_s):
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
     model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64))
-    block = max(1, cfg.eval_seq_len // 2)
+    block = cfg.eval_seq_len // 2
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=0, calibration_blocks=len(stream) // block
     )
@@ -3284,9 +3284,11 @@ def text_tokens(data, table, encode):
         """Return the tokens of one word or piece of white space, bytes."""
         word = run.decode("utf-8", "replace")
         tries = [encode(word), [table.bos_id, *encode(word)]]
-        if word[0] == " ":
+        if run.isspace():
+            tries = []
+        elif word[0] == " ":
             tries = [encode("." + word)[dot:]]
-        for ids in [] if run.isspace() else tries:
+        for ids in tries:
             text = table.decode(np.array([byte_ids[ord("a")], *ids]))
             # What prints nothing at the end would swallow the next word's space.
             if text == b"a" + run and table.texts[ids[-1]]:
@@ -3294,7 +3296,7 @@ def text_tokens(data, table, encode):
         return [byte_ids[byte] for byte in run]
 
     runs = re.findall(rb"(?s)(?<=.) \S+|\S+|\s", data)
-    return np.concatenate([[table.bos_id], *map(ids_of, runs)]).astype(np.int64)
+    return np.concatenate([[table.bos_id], *map(ids_of, runs)])
 
 
 def compress_command(source, target, environ):
@@ -3305,9 +3307,9 @@ def compress_command(source, target, environ):
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
     tokens = text_tokens(data, artifact.table, sp.encode)
-    windows = max(1, len(tokens) // (2 * cfg.eval_seq_len))  # so each lane has 2 or more
-    largest_power = 1 << (windows.bit_length() - 1)
-    lanes = math.gcd(cfg.mixer_block, MOST_LANES, largest_power)
+    lanes = math.gcd(cfg.mixer_block, MOST_LANES)  # a power of two
+    while lanes > 1 and 2 * cfg.eval_seq_len * lanes > len(tokens):  # two windows a lane
+        lanes //= 2
     coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
     write_atomically(target, coded, source)
     log(
