@@ -463,14 +463,11 @@ Decoded = collections.namedtuple("Decoded", "tokens freqs text")
 class NamingCodec(train_gpt.Codec):
     """A Codec whose results have named parts."""
 
-    def code(self, plan, stream, *how):
+    def code(self, plan, tokens, *how):
         """Remember what was coded, and under which frequencies."""
-        bits, freqs = super().code(plan, stream, *how)
-        n = len(stream) - plan.lanes
-        self.tokens = np.full(n + 1, TABLE.bos_id)
-        self.tokens[1:][train_gpt.lane_order(n, plan.lanes)] = stream[plan.lanes :].numpy()
-        self.freqs = freqs
-        return bits, freqs
+        bits, self.freqs = super().code(plan, tokens, *how)
+        self.tokens = tokens
+        return bits, self.freqs
 
     def encode(self, tokens, lanes=0):
         """Return what the Codec does, as Coded."""
