@@ -1087,27 +1087,27 @@ def exclude_self(y, v):
     return torch.addcmul(grouped, along, direction, value=-1)
 
 
-def rotary_rates(dims, train_seq_len):
-    """Return the rotary embedding's rates, in radians a row, float64 (dims / 2,).
+def rotary_rates(dims, width, train_seq_len):
+    """Return each dimension's rotary rate, in radians a row, float64 (width,): 0 from `dims` on.
 
-    Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows.
+    Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows. The rates
+    of the first half turn backwards: rotate() adds to a dimension its partner times the sine.
     """
     base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
-    return base ** (-torch.arange(0, dims, 2).double() / dims)
+    rates = base ** (-torch.arange(0, dims, 2).double() / dims)
+    return F.pad(torch.cat([-rates, rates]), (0, width - dims))
 
 
-def rotary_turns(first, rows, rates, width):
+def rotary_turns(first, rows, rates):
     """Return (cosines, sines), (rows, 1, width) each, for `rows` rows from number `first` on."""
-    still = width - 2 * len(rates)  # dimensions that are not turned
-    positions = torch.arange(first, first + rows, device=rates.device).double()
-    angle = positions[:, None, None] * F.pad(torch.cat([-rates, rates]), (0, still))
+    angle = torch.arange(first, first + rows, device=rates.device)[:, None, None] * rates
     return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin, half):
     """Return x (N, heads, d), dimensions i and i + half turned, i < half; cos, sin (N, 1, d)."""
-    parts = [x[..., half : 2 * half], x[..., :half], x[..., 2 * half :]]
-    return torch.addcmul(x * cos, torch.cat(parts, -1), sin)
+    first, second, rest = x.tensor_split((half, 2 * half), -1)
+    return torch.addcmul(x * cos, torch.cat([second, first, rest], -1), sin)
 
 
 def parameter(*shape, fill=0.0):
@@ -1128,8 +1128,8 @@ class Embedding(nn.Module):
 
     def bigram_rows(self, tokens):
         """Return each position's row of the bigram table; the last row at position 0."""
-        last = self.bigrams.size(0) - 1
-        hashed = torch.bitwise_xor(36313 * tokens[:, 1:], 27191 * tokens[:, :-1]) % last
+        last = len(self.bigrams) - 1
+        hashed = (36313 * tokens[:, 1:] ^ 27191 * tokens[:, :-1]) % last
         return F.pad(hashed, (1, 0), value=last)
 
     def cast(self, dtype):
@@ -1200,11 +1200,11 @@ class Block(nn.Module):
         H, G = self.heads
         x = torch.addcmul(mix_x * x, mix_x0, x0)
         qkv = F.linear(unit(x), qkv_in).view(len(x), H + 2 * G, -1)
-        qk = rotate(unit(qkv[:, : H + G]) * gain, *turns, self.half)
-        own_v = qkv[:, H + G :]
+        qk, own_v = qkv.split((H + G, G), 1)
+        qk = rotate(unit(qk) * gain, *turns, self.half)
         v = own_v + extra_v
         q, keys, values = (
-            z.unflatten(0, (batch, -1)).transpose(1, 2) for z in (qk[:, :H], qk[:, H:], v)
+            z.unflatten(0, (batch, -1)).transpose(1, 2) for z in (*qk.split(self.heads, 1), v)
         )
         if cache:
             keys, values = cache.append(self.layer, keys, values)
@@ -1225,7 +1225,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
-        rates = rotary_rates(cfg.rope_dims, cfg.train_seq_len)
+        rates = rotary_rates(cfg.rope_dims, cfg.head_dim, cfg.train_seq_len)
         self.register_buffer("rotary_rates", rates, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.skip_weights = parameter(cfg.num_layers // 2, cfg.model_dim, fill=1.0)
@@ -1259,8 +1259,8 @@ class GPT(nn.Module):
         head = embed[0] * embed[0].size(1) ** 0.5
         return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
 
-    def forward(self, tokens, weights=None, cache=None, lead=0, wanted=None):
-        """Return the logits (B, wanted, V) of the last `wanted` rows (all: None); fp32 at least.
+    def forward(self, tokens, weights=None, cache=None, lead=0, unwanted=0):
+        """Return the logits (B, T - unwanted, V), fp32 at least, of rows `unwanted` to T - 1.
 
         tokens (B, lead + T) int64: the first `lead` only complete the embedding of the T rows after
         them. weights: what cast() has returned; None: cast now. With a cache, the T rows follow the
@@ -1274,7 +1274,7 @@ class GPT(nn.Module):
         bias = None  # causal, by a fused kernel
         if cache or not x.is_cuda:
             bias = causal_bias(T, known, reach, x).repeat(cfg.num_heads // cfg.num_kv_heads, 1)
-        turns = rotary_turns(first, T, self.rotary_rates, cfg.head_dim)
+        turns = rotary_turns(first, T, self.rotary_rates)
         rows = B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
 
         x = x0 = x.flatten(0, 1)
@@ -1293,9 +1293,7 @@ class GPT(nn.Module):
                 v0 = own_v
             if i < half:
                 skips.append(x)
-        x = x.unflatten(0, (B, -1))
-        if wanted is not None:
-            x = x[:, T - wanted :]
+        x = x.unflatten(0, (B, -1))[:, unwanted:]
         z = F.linear(unit(x), head).to(torch.promote_types(x.dtype, torch.float32))
         return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
 
@@ -1319,21 +1317,21 @@ class Cache:
     def grow(self, rows):
         """Make room for `rows` rows; return (first one's number, kept rows before it, reach)."""
         if self.used + rows > self.store.size(4):  # used > 2 reach: no overlap
-            last_rows = self.store[..., self.used - self.reach : self.used, :]
-            self.store[..., : self.reach, :] = last_rows
+            last_rows = self.store.narrow(4, self.used - self.reach, self.reach)
+            self.store.narrow(4, 0, self.reach).copy_(last_rows)
             self.used = self.reach
         known = min(self.reach, self.used)
-        self.new = slice(self.used, self.used + rows)
-        self.seen = slice(self.used - known, self.used + rows)
+        self.new = self.store.narrow(4, self.used, rows)
+        self.seen = self.store.narrow(4, self.used - known, known + rows)
         self.used += rows
         self.rows += rows
         return self.rows - rows, known, self.reach
 
     def append(self, layer, k, v):
         """Take in a layer's new keys and values (B, G, T, d); return all that the pass sees."""
-        self.store[layer, 0, :, :, self.new] = k
-        self.store[layer, 1, :, :, self.new] = v
-        return self.store[layer, :, :, :, self.seen].unbind()
+        self.new[layer, 0] = k
+        self.new[layer, 1] = v
+        return self.seen[layer].unbind()
 
 
 def new_model(cfg, rt, weights=None, dtype=None):
@@ -1345,7 +1343,7 @@ def new_model(cfg, rt, weights=None, dtype=None):
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
     if weights:
-        model.load_state_dict({name: w for name, w in weights.items() if name != "mixer"})
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
     if dtype == "float64":
         model.double()
     return model.to(rt.device)
@@ -1371,9 +1369,10 @@ class BigramCounts:
 
     def add(self, batches):
         """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
-        pairs = torch.cat([(x * len(self.counts) + y).flatten() for x, y in batches])
-        new = torch.bincount(pairs, minlength=self.counts.numel()).int()
-        self.counts += self.rt.sum_over_ranks(new).view_as(self.counts)
+        new = torch.zeros_like(self.counts)
+        for x, y in batches:
+            new.index_put_((x, y), new.new_ones(()), accumulate=True)
+        self.counts += self.rt.sum_over_ranks(new)
 
 
 # ---- Optimizers, schedules, averaging ------------------------------------------------------------
@@ -1387,22 +1386,18 @@ def orthogonalize(matrices, dtype):
 
     They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
     """
-    a, b, c = 3.4445, -4.7750, 2.0315  # x -> ax + b(xx')x + c(xx')^2x
-    tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if tall else matrices).to(dtype)
-    x = x / x.flatten(1).norm(dim=1).clamp(min=1e-7)[:, None, None]
-    for _ in range(5):
+    if matrices.size(1) > matrices.size(2):
+        return orthogonalize(matrices.mT, dtype).mT
+    x = F.normalize(matrices.to(dtype), dim=(1, 2), eps=1e-7)
+    for _ in range(5):  # x -> 3.4445 x - 4.775 (xx')x + 2.0315 (xx')^2 x
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).float()
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
+    return x.float()
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon's rule, applied to all matrices of one shape at once."""
-
-    def __init__(self, groups, dtype):
-        super().__init__(groups, {})
-        self.dtype = dtype
+    """torch.optim.Muon's rule, applied to all matrices of one shape at once, in group's `dtype`."""
 
     @torch.no_grad()
     def step(self):
@@ -1415,7 +1410,7 @@ class Muon(torch.optim.Optimizer):
                 grads = torch.stack([p.grad for p in params])
                 mean = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
                 mean.lerp_(grads, 1 - group["momentum"])
-                update = orthogonalize(grads.lerp_(mean, group["momentum"]), self.dtype)
+                update = orthogonalize(grads.lerp_(mean, group["momentum"]), group["dtype"])
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, rows / cols) ** 0.5
                 torch._foreach_add_(params, update.unbind(), alpha=-rate)
@@ -1427,11 +1422,12 @@ def new_optimizers(model, cfg):
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
-    matrices = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd)
+    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, dtype=model.dtype)
+    matrices = group("matrix", "projection", **muon)
     tables = group("table", peak_lr=cfg.tied_embed_lr)
     vectors = group("vector", peak_lr=cfg.scalar_lr)
     adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda)
-    return [Muon([matrices], model.dtype), torch.optim.AdamW([tables, vectors], **adam)]
+    return [Muon([matrices], {}), torch.optim.AdamW([tables, vectors], **adam)]
 
 
 def lr_scale(step, elapsed_s, limit_s, cfg):
@@ -1468,12 +1464,13 @@ class WeightAverage:
     @torch.no_grad()
     def after_step(self, step, scale):
         """Take in the weights after step `step` (from 1) at learning-rate factor `scale`."""
-        if not self.cfg.swa_enabled:
-            decay = min(self.cfg.ema_decay, step / (step + 10))
-            torch._foreach_lerp_(self.mean, self.params, 1 - decay)
-        elif scale < 0.2 and step % self.cfg.swa_every == 0:
+        weight = 1 - min(self.cfg.ema_decay, step / (step + 10))
+        if self.cfg.swa_enabled:
+            if scale >= 0.2 or step % self.cfg.swa_every:
+                return
             self.snapshots += 1
-            torch._foreach_lerp_(self.mean, self.params, 1 / self.snapshots)
+            weight = 1 / self.snapshots
+        torch._foreach_lerp_(self.mean, self.params, weight)
 
     @torch.no_grad()
     def install(self):
@@ -1537,9 +1534,7 @@ class Trainer:
         """Fill .grad with the weighted loss's gradient over all ranks; return (weighted, plain)."""
         totals = torch.zeros(2, device=self.rt.device)
         for x, y in batches:
-            weights = None
-            if self.bigrams:
-                weights = self.bigrams.weights(x, y, self.cfg.complement_alpha)
+            weights = self.bigrams and self.bigrams.weights(x, y, self.cfg.complement_alpha)
             losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
             losses[0].backward()
             totals += losses.detach()
@@ -1555,7 +1550,7 @@ class Trainer:
         """
         losses = self.gradients(batches)
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if not all(map(math.isfinite, [*losses, norm.item()])):
+        if not math.isfinite(sum(losses, norm.item())):
             raise UserError(
                 f"step {step + 1}: loss {losses[1]}, gradient norm {norm.item()}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
@@ -1683,18 +1678,20 @@ def quantized(weights, coarseness):
     return {n: decode_tensor(encode_tensor(n, w, coarseness)) for n, w in weights.items()}
 
 
+def count_weights(weights, kind):
+    """Return the number of single weights that are stored as this kind."""
+    return sum(w.numel() for name, w in weights.items() if KINDS[role(name)] == kind)
+
+
 def estimate_coarseness(weights, budget_bytes):
     """Return the coarseness that gives budget_bytes if rows are Gaussian.
 
     A matrix then costs log2(4.133 * 31 / coarseness) bits a weight (4.133 = sqrt(2 pi e)), int8
     about 7, fp16 about 15; LZMA adds 3 %.
     """
-    counts = dict.fromkeys(KINDS.values(), 0)
-    for name, w in weights.items():
-        counts[KINDS[role(name)]] += w.numel()
-    bits = 8 * budget_bytes / 1.03 - 7 * counts["int8"] - 15 * counts["fp16"]
-    bits_a_level = min(max(bits / counts["int6"], 0), 30)
-    return min(max(4.133 * INT6_MAX / 2**bits_a_level, FINEST), COARSEST)
+    others = 7 * count_weights(weights, "int8") + 15 * count_weights(weights, "fp16")
+    bits = (8 * budget_bytes / 1.03 - others) / count_weights(weights, "int6")
+    return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
 
 
 # ---- Artifact ------------------------------------------------------------------------------------
@@ -1783,8 +1780,9 @@ def read_artifact(path):
     header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
 
     def take(dtype, shape):
-        data = reader.read(math.prod(shape) * np.dtype(dtype).itemsize)
-        return torch.tensor(np.frombuffer(data, dtype).reshape(shape))
+        array = np.empty(shape, dtype)
+        reader.readinto(array)
+        return torch.from_numpy(array)
 
     weights = {}
     for name, kind, shape in header["tensors"]:
@@ -1797,7 +1795,7 @@ def read_artifact(path):
 
 def code_bytes():
     """Return the bytes of this script, which count against the cap."""
-    return len(Path(__file__).read_bytes())
+    return os.path.getsize(__file__)
 
 
 def fit_artifact(weights, cfg, table, log):
@@ -1807,20 +1805,20 @@ def fit_artifact(weights, cfg, table, log):
     bit for every weight of a matrix; it is done within 0.2 % of the budget.
     """
     budget = cfg.size_limit_bytes - code_bytes()
-    bytes_a_bit = sum(w.numel() for name, w in weights.items() if role(name) == "matrix") / 8
+    bytes_a_bit = count_weights(weights, "int6") / 8
     coarseness = estimate_coarseness(weights, budget)
     best = b""
     for _ in range(6):
         data = pack_artifact(weights, cfg, table, coarseness)
         log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
-        fits = len(data) <= budget
-        if fits and len(data) > len(best):
-            best = data
-        done = coarseness == FINEST or len(data) >= 0.998 * budget
-        if coarseness == COARSEST or (fits and done):
-            break
-        coarseness *= 2 ** ((len(data) - 0.999 * budget) / bytes_a_bit)
+        size = len(data)
+        if size <= budget:
+            best = max(best, data, key=len)
+        tried = coarseness
+        coarseness *= 2 ** ((size - 0.999 * budget) / bytes_a_bit)
         coarseness = min(max(coarseness, FINEST), COARSEST)
+        if coarseness == tried or 0.998 * budget <= size <= budget:
+            break
     return best or data
 
 
@@ -1858,7 +1856,7 @@ class NgramHistory:
         self.prev = self.heads[:, :0]  # (C, size, and room to grow); -1: none
 
     def contexts(self, ends):
-        """Return the contexts that end at `ends` (C, n): int64 (C, n, 8), newest token first.
+        """Return the contexts that end at `ends` (..., C, n): int64 (..., C, n, 8), newest first.
 
         -1 beyond a context's length, its word's beginning or the stream's.
         """
@@ -1866,8 +1864,8 @@ class NgramHistory:
         positions = ends[..., None] - back * self.lanes
         tokens = self.tokens[positions.clamp(min=0)]
         inside = (back < self.lengths[:, None, None]) & (positions >= 0)
-        begins = self.word_begins[tokens[-1]].int()
-        inside[-1] &= begins.cumsum(-1) - begins == 0
+        begins = self.word_begins[tokens[..., -1, :, :]]
+        inside[..., -1, :, :] &= begins.cumsum(-1) == begins  # none that is newer
         return torch.where(inside, tokens, -1)
 
     def hashes(self, ends):
@@ -1875,7 +1873,7 @@ class NgramHistory:
         h = torch.zeros_like(ends)
         for tokens in self.contexts(ends).unbind(-1):
             h = (h ^ tokens) * -7046029254386353131  # odd: 0x9E3779B97F4A7C15 as int64
-            h = h ^ ((h >> 29) & 0x7FFFFFFFF)
+            h ^= (h >> 29) & 0x7FFFFFFFF
         return h & (self.heads.size(1) - 1)
 
     def extend(self, prefix):
@@ -1894,7 +1892,7 @@ class NgramHistory:
         ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
         ends = ends.gather(1, order)
-        is_first = F.pad(slot.diff() != 0, (1, 0), value=True)
+        is_first = slot.diff(prepend=slot[:, :1] - 1) != 0
         neighbour = ends.roll(1, 1).int()
         self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
         self.heads.scatter_reduce_(1, slot, ends.int(), "amax")  # the newest position is the head
@@ -1908,14 +1906,13 @@ class NgramHistory:
         # All lanes of a row are predicted together: the tokens after this row's ends are unknown.
         known = ends - ends % self.lanes  # the first position of the row
         chain = [ends.expand(CONTEXTS, -1)]
-        for _ in range(self.recent):
-            at = chain[-1]
-            chain.append(torch.where(at >= 0, self.prev.gather(1, at.clamp(min=0)).long(), -1))
-        chain = torch.stack(chain, 1)  # (C, 1 + M, R)
-        contexts = self.contexts(chain.flatten(1)).unflatten(1, chain.shape[1:])
-        same = (contexts[:, 1:] == contexts[:, :1]).all(-1)
-        older = chain[:, 1:]
-        return torch.where(same & (older < known), older, -1).permute(2, 0, 1)
+        for _ in range(self.recent):  # -1 leads to what is before position 0, -1 too
+            chain.append(self.prev.gather(1, chain[-1].clamp(min=0)).long())
+        chain = torch.stack(chain)  # (1 + M, C, R)
+        contexts = self.contexts(chain)
+        same = (contexts[1:] == contexts[0]).all(-1)
+        older = chain[1:]
+        return torch.where(same & (older < known), older, -1).permute(2, 1, 0)
 
 
 # ---- Mixers and commitment -----------------------------------------------------------------------
@@ -2002,11 +1999,12 @@ def mix_entropy(share, matches, following, cfg):
     the word's aside, with MIN_COUNT of its last M occurrences; without one, alpha is 0.
     share int64 (R, V): the model's; matches, following int64 (R, C, M).
     """
-    enough = (matches[:, :-1] >= 0).sum(2) >= cfg.min_count
+    real = matches >= 0
+    enough = real[:, :-1].sum(2) >= cfg.min_count
     longest = enough.int().argmax(1)
     row = torch.arange(len(matches), device=matches.device)
     tokens = following[row, longest]
-    real = (matches[row, longest] >= 0).long()
+    real = real[row, longest].long()
     counts = torch.zeros_like(share).scatter_add_(1, tokens, real)
     freqs = commit(share).long()
     p = freqs.double() / TOTAL
@@ -2025,18 +2023,17 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     """
     tokens = following.flatten(1)
     real = matches >= 0
-    same = following[..., None] == tokens[:, None, None]
-    same = (same & real[..., None]).byte()  # (R, C, M, J)
-    slots = torch.arange(tokens.size(1), device=tokens.device)
-    distinct = (same.flatten(1, 2).argmax(1) == slots) & real.flatten(1)
+    same = following[..., None] == tokens[:, None, None]  # (R, C, M, J)
+    same &= real[..., None]
+    distinct = real.flatten(1) & ~same.flatten(1, 2).triu(1).any(1)
 
     count = same.sum(2).double()  # (R, C, J)
-    total = real.sum(2)[..., None].double()
+    total = real.sum(2, keepdim=True)
     seen = count > 0
-    rank = same.argmax(2)
+    rank = same.byte().argmax(2)
     last = matches.gather(2, rank)
     distance = rows[:, None, None] - last
-    log_odds = ((count + 0.4) / (total - count + 0.4)).log() * (total > 0)
+    log_odds = ((count + 0.4) / (total - count + 0.4)).log()
     log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
     in_window = (distance <= reach * lanes) & (distance % lanes == 0)
     inverse_rank = seen / (1.0 + rank.double())
@@ -2106,9 +2103,8 @@ class LearnedMixer:
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         total = self.rt.sum_over_ranks(total).double()
         self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
-        left = 0.0
-        if self.plan.calibration_blocks:
-            left = max(0.0, 1 - self.blocks / self.plan.calibration_blocks)
+        blocks = self.plan.calibration_blocks
+        left = blocks and max(0.0, 1 - self.blocks / blocks)
         self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
         self.optimizer.step()
         self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
@@ -2182,7 +2178,7 @@ class TestTimeTrainer:
         )
         for p in self.params:
             p.grad = torch.zeros_like(p)
-        self.optimizer = torch.optim.AdamW(self.params, lr=0.0, weight_decay=0.0, foreach=True)
+        self.optimizer = torch.optim.Adam(self.params, foreach=True)
 
     def adapts(self, name, p):
         """Return whether TTT moves a parameter: vectors, token table, last blocks' matrices."""
@@ -2199,7 +2195,7 @@ class TestTimeTrainer:
     def adapt_chunk(self, tokens):
         """Train on a scored chunk and the token before it, int64 (TTT_CHUNK_TOKENS + 1,).
 
-        An epoch is one AdamW step on the byte-weighted mean loss over all ranks, its gradient
+        An epoch is one Adam step on the byte-weighted mean loss over all ranks, its gradient
         clipped to norm 1.
         """
         lr = self.rate()
@@ -2355,9 +2351,9 @@ class Engine:
             done = self.cache.rows
             stop = min(done + self.pass_rows, length)
             lead = min(EMBED_CONTEXT, done)
-            wanted = max(0, stop - max(done, length - (end - begin)))
+            unwanted = max(0, length - (end - begin) - done)
             passed = sequences[:, done - lead : stop]
-            parts.append(self.model(passed, self.weights, self.cache, lead, wanted))
+            parts.append(self.model(passed, self.weights, self.cache, lead, unwanted))
         logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
         rows = [torch.arange(b * lanes, e * lanes, device=logits.device) for _, b, e in group]
         return torch.cat(rows), logits

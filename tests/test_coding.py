@@ -610,10 +610,10 @@ def test_every_row_is_computed_once(step, tiles, runs, artifacts):
     forward = model.forward
     computed = 0
 
-    def counted(tokens, weights, cache, lead, wanted):
+    def counted(tokens, weights, cache, lead, unwanted):
         nonlocal computed
         computed += len(tokens) * (tokens.size(1) - lead)
-        return forward(tokens, weights, cache, lead, wanted)
+        return forward(tokens, weights, cache, lead, unwanted)
 
     model.forward = counted
     n = 109

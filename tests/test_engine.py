@@ -131,8 +131,8 @@ def test_model_computes_each_row_of_a_run_once(monkeypatch, tiles, step):
     forward = train_gpt.GPT.forward
     computed = []
 
-    def spy(model, tokens, weights, cache, lead, wanted):
-        logits = forward(model, tokens, weights, cache, lead, wanted)
+    def spy(model, tokens, weights, cache, lead, unwanted):
+        logits = forward(model, tokens, weights, cache, lead, unwanted)
         computed.append((len(tokens) * (tokens.size(1) - lead), len(tokens) * logits.size(1)))
         return logits
 

@@ -93,14 +93,14 @@ def test_cast_weights_change_no_bit(dtype):
         assert torch.equal(model(tokens, model.cast()), model(tokens))
 
 
-@pytest.mark.parametrize("wanted", [0, 1, 5, 24])
-def test_only_wanted_rows_have_logits(wanted):
+@pytest.mark.parametrize("unwanted", [0, 19, 23, 24, 30])
+def test_unwanted_rows_have_no_logits(unwanted):
     """The last rows' logits are those of a pass that returns all."""
     model, tokens = warm_model(tiny_config(), dtype=torch.float64), random_tokens(2, 24)
     with torch.no_grad():
-        logits, last = model(tokens), model(tokens, wanted=wanted)
-    assert last.shape == (2, wanted, VOCAB)
-    torch.testing.assert_close(last, logits[:, 24 - wanted :], atol=1e-13, rtol=0)
+        logits, last = model(tokens), model(tokens, unwanted=unwanted)
+    assert last.shape == (2, max(0, 24 - unwanted), VOCAB)
+    torch.testing.assert_close(last, logits[:, unwanted:], atol=1e-13, rtol=0)
 
 
 def test_default_model_has_the_documented_number_of_parameters():
@@ -290,9 +290,9 @@ def test_exclude_self_takes_out_the_own_value():
 )
 def test_rotary_turns_half_split_pairs(train_seq_len, base):
     """The first 16 of 24 dimensions turn as pairs (j, j + 8), by position times frequency."""
-    rates = train_gpt.rotary_rates(16, train_seq_len)
+    rates = train_gpt.rotary_rates(16, 24, train_seq_len)
     x = torch.randn(20, 2, 24).double()
-    out = train_gpt.rotate(x, *train_gpt.rotary_turns(5, 20, rates, 24), 8)
+    out = train_gpt.rotate(x, *train_gpt.rotary_turns(5, 20, rates), 8)
     expected = naive_rotate(x.numpy(), 5, 16, base)
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-13)
     assert torch.equal(out[..., 16:], x[..., 16:])
