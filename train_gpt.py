@@ -236,7 +236,7 @@ class EvalSettings:
     )
     ttt_enabled: bool = option(True, "score-first test-time training")
     ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
-    ttt_lr: float = option(5e-4, "AdamW")
+    ttt_lr: float = option(5e-4, "Adam")
     ttt_epochs: int = option(3, "optimizer steps a chunk")
     ttt_chunk_tokens: int = option(32_768, "positions scored between two TTT updates")
     ttt_freeze_blocks: int = option(
@@ -293,7 +293,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             need(value <= most, name, f"must be at most {most:.9g}")
         layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
         with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
-            self.value_layers  # noqa: B018 (it raises)
+            getattr(self, "value_layers")  # noqa: B009 (it raises)
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
         need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
@@ -324,8 +324,8 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
 
 
-FIELDS = Config.__dataclass_fields__  # {setting: its field}
-# {setting: the class that it belongs to}
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+# {setting: the group, one of those classes, that it belongs to}
 GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
@@ -2176,8 +2176,6 @@ class TestTimeTrainer:
         self.params, self.average = (
             [p for p in m.parameters() if p.requires_grad] for m in (self.live, model)
         )
-        for p in self.params:
-            p.grad = torch.zeros_like(p)
         self.optimizer = torch.optim.Adam(self.params, foreach=True)
 
     def adapts(self, name, p):
@@ -2218,7 +2216,8 @@ class TestTimeTrainer:
                 flat = nn.utils.parameters_to_vector(grads).double()
                 total += (flat * TTT_GRADIENT_SCALE).round_().long()
             mean = (self.rt.sum_over_ranks(total).double() / scale).to(self.params[0])
-            nn.utils.vector_to_parameters(mean, [p.grad for p in self.params])
+            for p, grad in zip(self.params, mean.split([p.numel() for p in self.params])):
+                p.grad = grad.view_as(p)
             nn.utils.clip_grad_norm_(self.params, 1.0)
             self.optimizer.step()
             self.take_average()

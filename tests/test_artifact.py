@@ -237,8 +237,9 @@ def test_every_damage_to_an_artifact_is_told(packed):
 
 
 def test_other_format_version_is_told(packed):
-    """An artifact of a later format is refused with its version."""
-    assert "version 2" in refusal(unpacked, packed[:8] + b"\2\0\0\0" + packed[12:])
+    """An artifact of a later format is refused with the version that is read, and a way out."""
+    message = refusal(unpacked, packed[:8] + b"\2\0\0\0" + packed[12:])
+    assert "no artifact of format version 1: use the script that made it" in message
 
 
 @pytest.mark.parametrize("name", ["none.lzma", ""])
