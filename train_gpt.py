@@ -282,12 +282,13 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
-            least = limits.get("minimum", int(FIELDS[name].type is int))
+            is_int = FIELDS[name].type is int
+            least = limits.get("minimum", int(is_int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
                 whole = getattr(self, multiple) % value == 0
                 need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-            most = limits.get("maximum", 2**63 - 1)
+            most = limits.get("maximum", 2**63 - 1 if is_int else sys.float_info.max)
             if isinstance(most, str):
                 most = getattr(self, most)  # a field checked before, or a property of such
             need(value <= most, name, f"must be at most {most:.9g}")

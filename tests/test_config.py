@@ -159,7 +159,7 @@ def test_switches_are_0_or_1(name):
         ("MATRIX_LR=fast", "a finite number"),
         ("MATRIX_LR=nan", "at least 0"),
         ("TTT_LR=-inf", "at least 0"),
-        ("TTT_LR=inf", "at most 9.2"),
+        ("TTT_LR=inf", "at most 1.79"),
         ("TTT_ENABLED=yes", "0 or 1"),
         ("SWA_ENABLED=2", "0 or 1"),
         ("VRL_ENABLED=", "0 or 1"),
