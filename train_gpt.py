@@ -66,7 +66,9 @@ import time
 import traceback
 import zlib
 from array import array
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -479,22 +481,29 @@ class Runtime:
         return tensor
 
     def from_main(self, value):
-        """Return rank 0's float on every rank."""
-        mine = torch.tensor(value * self.is_main, dtype=torch.float64, device=self.device)
-        return float(self.sum_over_ranks(mine))
+        """Return rank 0's value on every rank, by gloo: no host waits for its device."""
+        sent = [value]
+        if dist.is_initialized():
+            dist.broadcast_object_list(sent)
+        return sent[0]
+
+    def upload(self, tensor):
+        """Return a CPU tensor on the device, by a copy for which the host does not wait."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def by_main(self, action, *args):
         """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
         result = None
-        failure = [None]
+        failure = []
         if self.is_main:
             try:
                 result = action(*args)
             except UserError as error:
                 failure = [error]
-        if dist.is_initialized():
-            dist.broadcast_object_list(failure)
-        if failure[0]:
+        failure = self.from_main(failure)
+        if failure:
             raise failure.pop()  # popped, or a cycle of error and frame would keep files open
         return result
 
@@ -556,15 +565,22 @@ def start_runtime(cfg, environ):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        with contextlib.suppress(ImportError, RuntimeError):  # it is not installed
+        try:
             torch.nn.attention.activate_flash_attention_impl("FA3")
             kernel = "FlashAttention-3 inside SDPA"
+        except Exception as error:  # a foreign package: missing, or of another version
+            kernel += f"; no FlashAttention-3: {one_line(error)}"
     has_bf16_units = cuda or units.get("avx512_bf16") or units.get("amx_bf16")
     dtype = torch.bfloat16 if has_bf16_units else torch.float32
     if world > 1:
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # Ranks wait for rank 0 while it packs and proves.
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            timeout=timedelta(hours=2),
+            device_id=device if cuda else None,
+        )
     rt = Runtime(rank, world, device, dtype)
-    torch.set_num_threads(int(rt.from_main(count_threads())))
+    torch.set_num_threads(rt.from_main(count_threads()))
     keep_freed_memory()
     check_arithmetic(device, dtype)
     rt.notes = (
@@ -981,24 +997,29 @@ class TrainStream:
         self.files = list_shards(cfg, "train")
         self.vocab_size = cfg.vocab_size
         self.held_out = held_out  # tokens at the end of the last file
-        self.tokens = np.uint16([])  # read and not yet taken
         self.opened = 0  # files so far, over all epochs
-        self.take(0)  # a bad first shard is found out before long work
+        self.tokens = self.read()  # and not yet taken; a bad first shard is found out at once
+        self.opened = 1
+        self.reader = ThreadPoolExecutor(1)
+        self.coming = self.reader.submit(self.read)  # another thread reads the file after this one
 
     @property
     def epochs(self):
         """How many times the files have been read over."""
         return (self.opened - 1) // len(self.files)
 
+    def read(self):
+        """Return the tokens of file number `opened`, uint16 (n,)."""
+        path = self.files[self.opened % len(self.files)]
+        shard = read_shard(path, self.vocab_size)
+        return shard[: len(shard) - self.held_out * (path == self.files[-1])]
+
     def take(self, count):
         """Return the next count + 1 tokens, int64; the stream moves on by count."""
         while len(self.tokens) <= count:
-            path = self.files[self.opened % len(self.files)]
-            shard = read_shard(path, self.vocab_size)
-            if path == self.files[-1]:
-                shard = shard[: len(shard) - self.held_out]
-            self.tokens = np.concatenate([self.tokens, shard])
+            self.tokens = np.concatenate([self.tokens, self.coming.result()])
             self.opened += 1
+            self.coming = self.reader.submit(self.read)
         taken = self.tokens[: count + 1].astype(np.int64)
         self.tokens = self.tokens[count:]
         return taken
@@ -1021,7 +1042,7 @@ def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
     sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
     size = micro_batch_sequences(cfg, rt.world)
-    mine = [t.chunk(rt.world)[rt.rank].to(rt.device).split(size) for t in sequences]
+    mine = [rt.upload(t.chunk(rt.world)[rt.rank]).split(size) for t in sequences]
     return list(zip(*mine))
 
 
@@ -1483,8 +1504,9 @@ class WeightAverage:
 # ---- Training loop -------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a
 # check that loss and gradient are finite *before* any weight moves, clip, two optimizers, average.
-# Rank 0's clock stops all ranks at one step. Before it starts, kernels are compiled on random
-# tokens and the weights are restored.
+# The host waits for the device in that check alone: while the optimizers run, it sends the next
+# step's tokens, and a thread has read the shard that comes next. Rank 0's clock stops all ranks at
+# one step. Before it starts, kernels are compiled on random tokens and the weights are restored.
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
 CALIBRATION_SHARE = 0.03
@@ -1532,33 +1554,37 @@ class Trainer:
         self.bigrams = BigramCounts(cfg.vocab_size, rt) if cfg.complement_alpha else None
 
     def gradients(self, batches):
-        """Fill .grad with the weighted loss's gradient over all ranks; return (weighted, plain)."""
-        totals = torch.zeros(2, device=self.rt.device)
+        """Fill .grad with the weighted loss's gradient over all ranks, without waiting for it.
+
+        Return [weighted loss, plain loss, norm of the gradient], fp32 (3,), on the device.
+        """
+        totals = torch.zeros(3, device=self.rt.device)
         for x, y in batches:
             weights = self.bigrams and self.bigrams.weights(x, y, self.cfg.complement_alpha)
             losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
             losses[0].backward()
-            totals += losses.detach()
+            totals[:2] += losses.detach()
         sums = [*(p.grad for p in self.model.parameters()), totals]
         flat = self.rt.sum_over_ranks(nn.utils.parameters_to_vector(sums))
         nn.utils.vector_to_parameters(flat, sums)
-        return totals.tolist()
+        totals[2] = flat[:-3].norm()
+        return totals
 
     def step(self, batches, step, scale):
         """Take one optimizer step; return (weighted, plain) loss.
 
         UserError, before any weight has moved, if loss or gradient is not finite.
         """
-        losses = self.gradients(batches)
-        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-        if not math.isfinite(sum(losses, norm.item())):
+        totals = self.gradients(batches)
+        *losses, norm = totals.tolist()  # the one time in a step that the host waits
+        if not math.isfinite(sum(losses, norm)):
             raise UserError(
-                f"step {step + 1}: loss {losses[1]}, gradient norm {norm.item()}; "
+                f"step {step + 1}: loss {losses[1]}, gradient norm {norm}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
         limit = self.cfg.grad_clip_norm
         if limit:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, norm)
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, totals[2])
         self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -2828,6 +2854,7 @@ def decode_elsewhere(path, artifact, run):
         TOKENIZER_PATH=os.devnull,
         REPLACE="1",
     )
+    torch.cuda.empty_cache()  # leave the device's memory to the decoder
     target = path.with_suffix(".txt")
     command = [sys.executable, __file__, "decompress", path, target]
     line = ""

@@ -105,7 +105,7 @@ def test_step_is_weighted_by_the_steps_before_it(data):
         nats = F.cross_entropy(twin(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
         expected = (naive_weights(pairs, x, y, 1.0) * nats).mean()
         expected.backward()
-        losses = trainer.gradients(batches)
+        losses = trainer.gradients(batches)[:2].tolist()
         assert losses == pytest.approx([expected.item(), nats.mean().item()], rel=1e-6)
         for p, q in zip(trainer.model.parameters(), twin.parameters()):
             torch.testing.assert_close(p.grad, q.grad, atol=1e-7, rtol=1e-4)
@@ -123,7 +123,7 @@ def test_alpha_zero_is_the_plain_loss(data):
         trainer.step(micro_batches(stream.take(128), cfg, HERE), step, 1.0)
     ((x, y),) = batches = micro_batches(stream.take(128), cfg, HERE)
     plain = F.cross_entropy(trainer.model(x).flatten(0, 1), y.flatten()).item()
-    assert trainer.gradients(batches) == pytest.approx([plain, plain], rel=1e-6)
+    assert trainer.gradients(batches)[:2].tolist() == pytest.approx([plain, plain], rel=1e-6)
 
 
 # ---- Optimizers ----------------------------------------------------------------------------------
@@ -496,7 +496,7 @@ def rank_report(rt, folder):
     cfg = tiny_config(data_path=folder)
     trainer, stream = new_trainer(warm_model(cfg), cfg, rt), TrainStream(cfg, 0)
     batches = micro_batches(stream.take(128), cfg, rt)
-    losses = trainer.gradients(batches)
+    losses = trainer.gradients(batches)[:2].tolist()
     gradients = gradients_of(trainer.model)
     trainer.model.zero_grad()
     for step in range(4):
