@@ -507,12 +507,6 @@ class Runtime:
             raise failure.pop()  # popped, or a cycle of error and frame would keep files open
         return result
 
-    def clock(self):
-        """Return seconds on a clock, read once the device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     def compiled(self, function):
         """Return `function` through torch.compile where that pays (CUDA), else as it is."""
         if self.device.type != "cuda":
@@ -1623,7 +1617,7 @@ def train(model, cfg, rt, log, held_out):
     if cfg.warmup_steps:
         began_s = time.perf_counter()
         warm_up(model, loss, cfg, rt)
-        result.warmup_seconds = rt.clock() - began_s
+        result.warmup_seconds = time.perf_counter() - began_s
         log(f"warm-up: {cfg.warmup_steps} steps, {result.warmup_seconds:.1f} s, not timed")
     trainer = Trainer(model, loss, cfg, rt)
     start_s = time.perf_counter()
@@ -2363,7 +2357,7 @@ class Engine:
         return [(run, max(run, first), min(run + size, last)) for run in starts]
 
     def compute(self, tokens, group):
-        """Return (positions (R,), logits (R, V)) of `group`, items of runs() of one shape."""
+        """Return (positions (R,), on the CPU; logits (R, V)) of `group`, items of runs() alike."""
         lanes = len(tokens)
         run, begin, end = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
@@ -2381,7 +2375,7 @@ class Engine:
             passed = sequences[:, done - lead : stop]
             parts.append(self.model(passed, self.weights, self.cache, lead, unwanted))
         logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
-        rows = [torch.arange(b * lanes, e * lanes, device=logits.device) for _, b, e in group]
+        rows = [torch.arange(b * lanes, e * lanes) for _, b, e in group]
         return torch.cat(rows), logits
 
 
@@ -2436,7 +2430,7 @@ class Predictor:
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
         self.mixture = Mixture(mixer, cfg, table, rt, plan) if "mixer" in plan.stages else None
-        self.mix_seconds = 0.0
+        self.mix_seconds = 0.0  # from a block's logits to its bits
 
     @torch.inference_mode()
     def predict(self, prefix, start, stop):
@@ -2457,24 +2451,25 @@ class Predictor:
             self.mixture.history.extend(known)
         tokens = known.view(-1, self.lanes).T
         pieces = []
+        grids = []
         broken = torch.zeros((), device=self.rt.device)
         for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
-            wanted = rows + self.lanes < stop  # the last row may lack lanes
-            rows = rows[wanted]
-            logits = logits[wanted].double()
+            positions = rows + self.lanes
+            positions = self.rt.upload(positions[positions < stop])  # the last row may lack lanes
+            logits = logits[: len(positions)].double()
             broken += ~logits.isfinite().all()
             grid = (logits * (LOGIT_SCALE / self.temperature)).round_().long()
-            freqs = {self.plan.stages[0]: commit(shares(grid))}
-            if self.mixture:
-                start_s = self.rt.clock()
-                freqs["mixer"] = self.mixture.mix(grid, rows)
-                self.mix_seconds += self.rt.clock() - start_s
-            pieces.append((rows + self.lanes, freqs))
-        if self.rt.sum_over_ranks(broken):
+            grids.append(grid)
+            pieces.append((positions, {self.plan.stages[0]: commit(shares(grid))}))
+        if self.rt.sum_over_ranks(broken):  # here the host waits for the model
             raise UserError(
                 f"logits are not finite between tokens {start} and {stop}: "
                 "TTT_LR is too high, or the artifact's weights are useless"
             )
+        if self.mixture:
+            self.mix_seconds -= time.perf_counter()
+            for grid, (positions, freqs) in zip(grids, pieces):
+                freqs["mixer"] = self.mixture.mix(grid, positions - self.lanes)
         self.pending = Commitment(start, stop, pieces)
         self.committed_to = stop
         return self.pending
@@ -2485,13 +2480,13 @@ class Predictor:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
         self.scored_to = commitment.stop
-        lengths = {}
-        for stage in self.plan.stages:
-            freqs = commitment.chosen(stage, targets.to(self.rt.device))
-            bits = TOTAL_BITS - freqs[freqs > 0].double().log2()
-            length = (bits * BITS_SCALE).round().long().sum()
-            lengths[stage] = int(self.rt.sum_over_ranks(length))
-        return lengths
+        targets = targets.to(self.rt.device)
+        freqs = torch.stack([commitment.chosen(stage, targets) for stage in self.plan.stages])
+        bits = torch.where(freqs > 0, TOTAL_BITS - freqs.double().log2(), 0)
+        lengths = self.rt.sum_over_ranks((bits * BITS_SCALE).round().long().sum(1)).tolist()
+        if self.mixture:
+            self.mix_seconds += time.perf_counter()
+        return dict(zip(self.plan.stages, lengths))
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
@@ -2548,17 +2543,16 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 
     The frequencies are those of the first `keep` > 0 targets under the last stage, int64.
     """
-    rt = predictor.rt
     names = predictor.plan.stages
-    start_s = rt.clock()
+    start_s = time.perf_counter()
     n = len(tokens) - 1
     kept = []
-    stream = torch.from_numpy(tokens).to(rt.device)
+    stream = torch.from_numpy(tokens).to(predictor.rt.device)
     for commitment, targets, bits in walk(predictor, stream, log):  # noqa: B007
         if commitment.start <= keep:
             kept.append(commitment.chosen(names[-1], targets))
     mix_s = predictor.mix_seconds
-    added_s = {names[0]: rt.clock() - start_s - mix_s, "mixer": mix_s}
+    added_s = {names[0]: time.perf_counter() - start_s - mix_s, "mixer": mix_s}
     stages = [
         {
             "name": stage,
@@ -2570,7 +2564,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
         }
         for stage in names
     ]
-    return stages, rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
+    return stages, predictor.rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
 
 
 # ---- Range coder, code files, proof --------------------------------------------------------------
@@ -3196,19 +3190,19 @@ def calibrate(run, weights, held_out, limit_s):
     rt = run.rt
     if not len(held_out):
         return weights["mixer"], 0.0
-    start_s = rt.clock()
+    start_s = time.perf_counter()
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
     model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
-    stream = torch.from_numpy(held_out.astype(np.int64))
+    stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
     block = cfg.eval_seq_len // 2
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
     for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
-        if rt.from_main(rt.clock() - start_s) > 0.95 * limit_s:
+        if rt.from_main(time.perf_counter() - start_s) > 0.95 * limit_s:
             break
-    seconds = rt.clock() - start_s
+    seconds = time.perf_counter() - start_s
     scored = predictor.scored_to - 1
     per_token = ", ".join(f"{stage} {b / max(scored, 1):.4f}" for stage, b in bits.items())
     run.report.log(
