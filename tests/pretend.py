@@ -224,7 +224,7 @@ class PretendDevice(TorchDispatchMode):
                 self.waits["from pageable memory"] += 1
         elif name in READS:
             self.waits[str(name)] += 1
-        elif name in INDEXED:
+        elif name in INDEXED and not (len(args) > 2 and args[2].numel() == 1):  # that is a fill
             masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
             self.waits["mask"] += len(masks)
         if not (func.is_view or away or from_host or name in FREE):

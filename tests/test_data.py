@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import sys
+import threading
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -395,6 +396,33 @@ def test_step_may_be_longer_than_all_text(tmp_path):
     stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
     assert stream.take(24).tolist() == [i % 10 for i in range(25)]
     assert stream.take(3).tolist() == [i % 10 for i in range(24, 28)]
+
+
+def test_next_shard_is_read_ahead(tmp_path, monkeypatch):
+    """Another thread reads the second shard while the first one's tokens are taken."""
+    write_shards(tmp_path, [tiny_stream(300, 1), tiny_stream(300, 2)])
+    by_main, here = [], threading.get_ident()
+
+    def read(*args):
+        by_main.append(threading.get_ident() == here)
+        return read_shard(*args)
+
+    monkeypatch.setattr(train_gpt, "read_shard", read)
+    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    stream.take(128)
+    assert len(stream.coming.result(60)) == 300
+    assert by_main == [True, False]
+    assert stream.opened == 1
+
+
+def test_bad_shard_is_told_when_its_tokens_are_due(tmp_path):
+    """Not earlier, though it was read ahead."""
+    write_shards(tmp_path, [tiny_stream(300, 1)])
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(b"cut")
+    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    stream.take(128)
+    stream.take(128)
+    assert "fineweb_train_000001.bin" in refusal(stream.take, 128)
 
 
 @pytest.mark.parametrize("world, size", [(1, 4), (2, 3), (4, 3)])
