@@ -1783,9 +1783,9 @@ def pack_artifact(weights, cfg, table, coarseness):
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
 
 
-def read_artifact(path):
-    """Return the Artifact in a file; UserError if it is none or damaged."""
-    data = read_file(path, "ARTIFACT_PATH: ", "; train first")
+def read_artifact(path, data=None):
+    """Return the Artifact in a file, or in its bytes `data`; UserError if it is none or damaged."""
+    data = data or read_file(path, "ARTIFACT_PATH: ", "; train first")
     size = ARTIFACT_HEAD.size
     magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
     body = data[size:]
@@ -3213,7 +3213,7 @@ def calibrate(run, weights, held_out, limit_s):
 
 
 def write_artifact(run, weights, result):
-    """Quantize to the cap, write the artifact and return it as read back from disk."""
+    """Quantize to the cap, write the artifact and return it as rank 0 has read it back."""
     start_s = time.perf_counter()
     path = run.cfg.artifact
     report = run.report
@@ -3221,16 +3221,18 @@ def write_artifact(run, weights, result):
     def write():
         data = fit_artifact(weights, run.cfg, run.table, report.log)
         write_atomically(path, data)
-        if read_file(path) != data:
+        found = read_file(path)
+        if found != data:
             raise UserError(f"artifact {path} is not what was written: who else writes there?")
+        return found
 
-    run.rt.by_main(write)
+    found = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
     numbers = {
         "quantize_seconds": time.perf_counter() - start_s,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
     }
     report.record("train", asdict(result) | numbers)
-    artifact = read_artifact(path)
+    artifact = read_artifact(path, found)
     report.check_size(artifact)
     return artifact
 
@@ -3552,7 +3554,7 @@ def write_shards(documents, out_dir, cfg, log):
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if held.all() == held.any():
+    if held.all() == held.any():  # all or none
         held[:] = False
         held[-1] = True
     if not path.exists():

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -718,3 +719,41 @@ def test_shard_that_goes_bad_on_two_ranks_keeps_the_weights(corpus, tmp_path):
     assert "fineweb_train_000001.bin" in message
     assert "weights.pt" in message
     assert len(kept_weights(tmp_path / "logs" / "run")) > 10
+
+
+# ---- Two machines without a shared disk ----------------------------------------------------------
+
+
+def node(folder, rank, port, **settings):
+    """Start one of two agents of torchrun, each with one rank and a folder of its own."""
+    folder.mkdir()
+    launcher = (
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        f"--node_rank={rank}",
+        "--master_addr=127.0.0.1",
+        f"--master_port={port}",
+    )
+    return start(folder, launcher=launcher, **settings)
+
+
+@pytest.mark.slow
+def test_two_nodes_need_no_shared_disk(corpus, tmp_path):
+    """The artifact travels; what both ranks score is what one rank scores, and one node writes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folders = [tmp_path / name for name in ("first", "second")]
+    settings = dict(corpus, RUN_ID="run")
+    nodes = [node(folder, rank, port, **settings) for rank, folder in enumerate(folders)]
+    ends = [finished(process) for process in nodes]
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    assert list(folders[1].iterdir()) == []
+    run_dir = folders[0] / "logs" / "run"
+    alone = start(tmp_path, "eval", ARTIFACT_PATH=str(run_dir / "model.int6.lzma"), **corpus)
+    status, _, err = finished(alone)
+    assert status == 0, err
+    evaluated = results_of(tmp_path / "logs" / "run_eval")
+    assert bpb_of(evaluated) == bpb_of(results_of(run_dir))
