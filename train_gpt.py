@@ -601,7 +601,7 @@ def write_atomically(path, data, like=""):
     A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
     """
     target = os.path.realpath(path)
-    temporary = Path(f"{target}.tmp{os.getpid()}")
+    temporary = Path(target).with_name(f".tmp{os.getpid()}")
     with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
         if is_stream(path):
             with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
@@ -3552,8 +3552,8 @@ def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg = config_from_env(environ)
     for path in paths:
-        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
+        if is_stream(path) or not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise UsageError(f"tokenize: {path} is no file named .txt, .jsonl or .jsonl.zst")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
         raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
 
