@@ -79,7 +79,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-except ImportError as missing:
+except (ImportError, OSError) as missing:  # OSError: a library of torch's own
     sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -514,7 +514,7 @@ class Runtime:
 
 def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
-    if not environ.keys() >= {*TORCHRUN}:
+    if not environ.keys() >= {*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"}:
         return [0, 1, 0, 1]
     with blaming(f"unset {', '.join(TORCHRUN)}", ValueError, error=UsageError):
         return [int(environ[name]) for name in TORCHRUN]
@@ -621,8 +621,11 @@ def write_atomically(path, data, like=""):
 
 def read_file(path, name="", hint=""):
     """Return a file's bytes, stdin's for "-"; UserError: `name`, the path, `hint`, the reason."""
-    with blaming(f"{name}cannot read {path}{hint}", OSError):
-        return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
+    with (
+        blaming(f"{name}cannot read {path}{hint}", OSError),
+        open(os.dup(0) if str(path) == "-" else path, "rb") as file,
+    ):
+        return file.read()
 
 
 def read_object(path):
@@ -657,8 +660,8 @@ def check_target(cfg, target, *sources):
     UserError, before work, if it cannot be written, is one of the sources, or is there already and
     REPLACE=1 does not allow to replace it.
     """
-    if os.path.isdir(target):
-        raise UsageError(f"{target} is a folder; name a file")
+    if os.path.isdir(target or "."):
+        raise UsageError(f"{str(target)!r} is a folder; name a file")
     if is_stream(target):
         return functools.partial(say, file=sys.stderr)
     folder, name = os.path.split(os.path.realpath(target))
@@ -3377,6 +3380,7 @@ def main():
         stream.reconfigure(errors="backslashreplace")
     on_signals(interrupt)
     try:
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (print(file=None): stdout)
         rank = torchrun_ranks(os.environ)[0]
         dispatch(sys.argv[1:], os.environ)
     except (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError) as error:
