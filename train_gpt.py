@@ -54,7 +54,6 @@ import json
 import lzma
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -81,7 +80,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
-except ImportError as missing:
+except (ImportError, OSError) as missing:  # OSError: a library of torch's own
     sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
 # ---- Config --------------------------------------------------------------------------------------
@@ -517,7 +516,7 @@ class Runtime:
 
 def torchrun_ranks(environ):
     """Return [rank, ranks, rank on this machine, ranks on it]; alone where torchrun set not all."""
-    if not environ.keys() >= {*TORCHRUN}:
+    if not environ.keys() >= {*TORCHRUN, "MASTER_ADDR", "MASTER_PORT"}:
         return [0, 1, 0, 1]
     with blaming(f"unset {', '.join(TORCHRUN)}", ValueError, error=UsageError):
         return [int(environ[name]) for name in TORCHRUN]
@@ -611,7 +610,7 @@ def write_atomically(path, data, like=""):
     A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
     """
     target = os.path.realpath(path)
-    temporary = Path(f"{target}.tmp{os.getpid()}")
+    temporary = Path(target).with_name(f".tmp{os.getpid()}")
     with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
         if is_stream(path):
             with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
@@ -631,8 +630,11 @@ def write_atomically(path, data, like=""):
 
 def read_file(path, name="", hint=""):
     """Return a file's bytes, stdin's for "-"; UserError: `name`, the path, `hint`, the reason."""
-    with blaming(f"{name}cannot read {path}{hint}", OSError):
-        return Path("/dev/stdin" if str(path) == "-" else path).read_bytes()
+    with (
+        blaming(f"{name}cannot read {path}{hint}", OSError),
+        open(os.dup(0) if str(path) == "-" else path, "rb") as file,
+    ):
+        return file.read()
 
 
 def read_object(path):
@@ -667,8 +669,8 @@ def check_target(cfg, target, *sources):
     UserError, before work, if it cannot be written, is one of the sources, or is there already and
     REPLACE=1 does not allow to replace it.
     """
-    if os.path.isdir(target):
-        raise UsageError(f"{target} is a folder; name a file")
+    if os.path.isdir(target or "."):
+        raise UsageError(f"{str(target)!r} is a folder; name a file")
     if is_stream(target):
         return functools.partial(say, file=sys.stderr)
     folder, name = os.path.split(os.path.realpath(target))
@@ -1606,7 +1608,8 @@ def train(model, cfg, rt, log, held_out):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
     NaN, infinity, a bad shard and Ctrl-C end training early: the result says why, and the model has
-    the last good weights. Either way, the average of EMA_DECAY or SWA_ENABLED replaces them.
+    the last good weights. Either way, the average of EMA_DECAY or SWA_ENABLED replaces them. From
+    then on signals are ignored, until the caller has written them.
     """
     stream = TrainStream(cfg, held_out)
     result = TrainResult()
@@ -1647,6 +1650,7 @@ def train(model, cfg, rt, log, held_out):
         result.stopped = one_line(error)
         if isinstance(error, RuntimeError):
             log(traceback.format_exc())
+    on_signals(lambda *_: None)  # until the weights are on disk
     trainer.average.install()
     if stream.epochs:
         log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
@@ -2855,8 +2859,11 @@ def decode_elsewhere(path, artifact, run):
     with subprocess.Popen(
         command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as decoder:
-        for line in decoder.stdout:
-            run.report.log(line.strip())
+        try:
+            for line in decoder.stdout:
+                run.report.log(line.strip())
+        finally:  # it has ended, unless this process is interrupted
+            decoder.kill()
     if decoder.returncode:
         why = line.strip() or f"exit status {decoder.returncode}"
         raise UserError(f"verify: the decoder gave up: {why}")
@@ -2915,10 +2922,11 @@ class Report:
         check_writable(folder, 2 * self.cfg.size_limit_bytes).close()
         self.lock = lock_folder(folder)
         if path.exists() and not self.cfg.replace:
-            own, found = (
-                results["settings"] | results["environment"] | {"command": results["command"]}
-                for results in (self.results, read_object(path))
-            )
+            with blaming(f"{path} is no run's; REPLACE=1 replaces it", LookupError, TypeError):
+                own, found = (
+                    results["settings"] | results["environment"] | {"command": results["command"]}
+                    for results in (self.results, read_object(path))
+                )
             if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
                 raise UsageError(
                     f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, or "
@@ -3122,25 +3130,24 @@ def train_command(environ, kept=None):
     count = sum(p.numel() for p in model.parameters())
     run.report.log(f"model: {count:,} parameters")
     path = cfg.run_dir / WEIGHTS
-    if kept:
-        result = TrainResult(**kept["result"])
-    else:
-        room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
-        result = train(model, cfg, run.rt, run.report.log, len(held_out))
-        if room and result.steps:
-            on_signals(lambda *_: None)
-            room.close()
-            parts = {
-                "settings": asdict(cfg),
-                "result": asdict(result),
-                "weights": model.state_dict(),
-            }
-            data = io.BytesIO()
-            torch.save(parts, data)
-            write_atomically(path, data.getvalue())
-            run.report.record("train", parts["result"])
-            on_signals(interrupt)
     try:
+        if kept:
+            result = TrainResult(**kept["result"])
+        else:
+            room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
+            result = train(model, cfg, run.rt, run.report.log, len(held_out))
+            if room and result.steps:
+                parts = {
+                    "settings": asdict(cfg),
+                    "result": asdict(result),
+                    "weights": model.state_dict(),
+                }
+                data = io.BytesIO()
+                torch.save(parts, data)
+                room.close()  # not before: others would fill it meanwhile
+                write_atomically(path, data.getvalue())
+                run.report.record("train", parts["result"])
+            on_signals(interrupt)
         if result.stopped and not kept:
             raise UserError(result.stopped)
         finish(run, model, result, held_out)
@@ -3148,7 +3155,7 @@ def train_command(environ, kept=None):
         if isinstance(error, RuntimeError):
             run.report.log(traceback.format_exc())
         why = one_line(error)
-        if result.steps:
+        if path.exists():
             why += f"; {path} has the weights: the same command with `finish` goes on from them"
         raise UserError(why) from error
     if run.rt.is_main:
@@ -3159,7 +3166,7 @@ def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
     data = io.BytesIO(read_file(path, "RUN_ID: ", "; there is no training to finish"))
-    with blaming(f"{path} is damaged; train again", RuntimeError, pickle.UnpicklingError):
+    with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
         kept = torch.load(data, map_location="cpu", weights_only=True)
     train_command({**environ, "REPLACE": "1"}, kept)
 
@@ -3396,13 +3403,14 @@ def main():
     """
     status = 0
     rank = 0
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (print(file=None): stdout)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="backslashreplace")
     on_signals(interrupt)
     try:
         rank = torchrun_ranks(os.environ)[0]
         dispatch(sys.argv[1:], os.environ)
-    except (UserError, KeyboardInterrupt, ImportError, MemoryError, OSError) as error:
+    except (*FORESEEN, ImportError) as error:
         status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
         hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
         if rank == 0:
@@ -3575,8 +3583,8 @@ def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg = config_from_env(environ)
     for path in paths:
-        if not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
-            raise UsageError(f"tokenize: {path} is none of .txt, .jsonl, .jsonl.zst")
+        if is_stream(path) or not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+            raise UsageError(f"tokenize: {path} is no file named .txt, .jsonl or .jsonl.zst")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
         raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")
 

@@ -244,6 +244,17 @@ def test_gap_in_the_numbers_is_refused(tmp_path, split, numbers, missing):
     assert f"where fineweb_{split}_{missing:06d}.bin is expected" in message
 
 
+def test_what_a_killed_writer_leaves_is_no_shard(tmp_path, monkeypatch):
+    """It does not stop the next command."""
+    cfg = folder_of(tmp_path, "fineweb_val_000000.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *paths: None)
+        patch.setattr(Path, "unlink", lambda *args, **how: None)
+        train_gpt.write_atomically(tmp_path / "fineweb_val_000001.bin", GOOD_SHARD)
+    assert len(os.listdir(tmp_path)) == 2
+    assert len(train_gpt.list_shards(cfg, "val")) == 1
+
+
 def test_shards_of_the_other_split_do_not_matter(tmp_path):
     """Whoever only evaluates needs no training shards, nor all of them."""
     cfg = folder_of(tmp_path, "fineweb_val_000000.bin", "fineweb_train_000003.bin")
@@ -735,7 +746,6 @@ MALFORMED = {
     "no zst": ("a.jsonl.zst", GOOD_LINES, "cannot read"),
     "cut zst": ("a.jsonl.zst", zstandard.compress(GOOD_LINES)[:-4], "cannot read"),
     "missing": ("a.jsonl", None, "a.jsonl; copy or make it again (No such file or directory)"),
-    "folder": ("a.txt", "folder", "a.txt; copy or make it again (Is a directory)"),
     "cut zst after a line": (
         "a.jsonl.zst",
         zstandard.compress(GOOD_LINES) + zstandard.compress(GOOD_LINES)[:9],
@@ -751,9 +761,7 @@ def test_malformed_text_is_refused(tmp_path, fault):
     path = tmp_path / name
     good = tmp_path / "good.jsonl"
     good.write_bytes(GOOD_LINES)
-    if contents == "folder":
-        path.mkdir()
-    elif contents is not None:
+    if contents is not None:
         path.write_bytes(contents)
     message = refusal(tokenize, tmp_path, good, path)
     assert str(path) in message
@@ -767,6 +775,14 @@ def test_unknown_kind_of_text_is_bad_usage(tmp_path, name):
     """It is found by its ending, before anything is read."""
     files = (tmp_path / "missing.txt", tmp_path / name)
     assert name in refusal(tokenize, tmp_path, *files, kind=UsageError)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_text_that_is_no_file_is_bad_usage(tmp_path, name, make):
+    """A folder, and a FIFO: a second reading would wait for ever."""
+    make(tmp_path / name)
+    assert name in refusal(tokenize, tmp_path, tmp_path / name, kind=UsageError)
 
 
 @pytest.mark.parametrize("ending", ["", "no line end"])

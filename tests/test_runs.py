@@ -129,7 +129,9 @@ def test_another_source_does_not_replace_a_run(command, run_dir):
     assert "another SOURCE_SHA256: " in error_line(command(), 2)
 
 
-@pytest.mark.parametrize("contents", [b"", b"{", b"[1]", b"\xff"])
+@pytest.mark.parametrize(
+    "contents", [b"", b"{", b"[1]", b"\xff", b"{}", b'{"settings": null}', b'{"settings": 1}']
+)
 def test_broken_results_are_not_replaced(command, run_dir, contents):
     """They may be somebody's: the file is named, with no traceback."""
     (run_dir / "results.json").write_bytes(contents)
@@ -355,6 +357,75 @@ def test_weights_of_an_unfinished_run_are_not_replaced(command, tmp_path, monkey
     assert (tmp_path / "logs" / "run" / "weights.pt").read_bytes() == before
 
 
+def test_weights_survive_a_disk_that_is_full_after_them(command, tmp_path, monkeypatch):
+    """What is told is what is true: they are there."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "write_object", fail_with("disk"))
+        message = error_line(command(), 1)
+    assert f"{tmp_path / 'logs' / 'run' / 'weights.pt'} has the weights" in message
+    assert command("finish") == (0, "")
+
+
+def test_weights_that_were_not_written_are_not_promised(command, monkeypatch):
+    """As when the disk is full."""
+    monkeypatch.setattr(torch, "save", fail_with("disk"))
+    assert "No space left" in (message := error_line(command(), 1))
+    assert "has the weights" not in message
+
+
+def test_signal_right_after_the_last_step_loses_nothing(command, run_dir, monkeypatch):
+    """It comes while the average is put in place."""
+    before = contents(run_dir)["model.int6.lzma"]
+    install = train_gpt.WeightAverage.install
+
+    monkeypatch.setattr(train_gpt.WeightAverage, "install", with_signals(install))
+    assert command() == (0, "")
+    assert contents(run_dir)["model.int6.lzma"] == before
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_weights_that_are_cut_are_named(command, tmp_path, share):
+    """With what to do; as a copy of them may be."""
+    path = tmp_path / "logs" / "run" / "weights.pt"
+    path.parent.mkdir(parents=True)
+    torch.save({"weights": torch.zeros(5000)}, path)
+    os.truncate(path, int(share * path.stat().st_size))
+    message = error_line(command("finish"), 1)
+    assert message.startswith(f"{path} is damaged; train again")
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_evaluation_that_fails_is_one_line(command, run_dir, monkeypatch, end):
+    """With what the error says, also where torch has no memory."""
+    monkeypatch.setattr(train_gpt, "evaluate", fail_with(end))
+    status = 130 if end == "Ctrl-C" else 1
+    message = error_line(command("eval"), status)
+    said = [" ".join(str(word).split()) for word in ENDS[end][1:]]
+    assert [word for word in said if word not in message] == []
+
+
+def test_decoder_does_not_outlive_an_interrupted_run(command, run_dir, monkeypatch):
+    """Its process has ended when the run has."""
+    started = []
+    popen = subprocess.Popen
+
+    def start(command, **how):
+        started.append(popen(["sh", "-c", "echo begun; exec sleep 60"], **how))
+        return started[-1]
+
+    log = train_gpt.Report.log
+
+    def interrupt(self, line):
+        if line == "begun":
+            raise KeyboardInterrupt
+        log(self, line)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(train_gpt.Report, "log", interrupt)
+    error_line(command("verify", VERIFY_TOKENS="20"), 130)
+    assert started[0].wait(10) == -signal.SIGKILL
+
+
 def test_nothing_to_finish_is_named(command):
     """With the setting that says which run is meant."""
     message = error_line(command("finish"), 1)
@@ -373,23 +444,29 @@ def test_finish_takes_no_other_training_settings(command, monkeypatch):
 
 
 def test_room_for_the_weights_is_kept_while_training(command, tmp_path, monkeypatch):
-    """Nobody can fill the disk in between; it is free when they are written."""
+    """Nobody can fill the disk in between; it is free when they are written, and not before."""
     rooms = []
     check_writable = train_gpt.check_writable
     save = torch.save
+    write_atomically = train_gpt.write_atomically
 
     def watched(folder, need_bytes):
         rooms.append(check_writable(folder, need_bytes))
         return rooms[-1]
 
     def saved(contents, file):
-        assert rooms[-1].closed
         save(contents, file)
         assert file.tell() < sizes[-1]
+        assert not rooms[-1].closed
+
+    def written(*how):
+        assert rooms[-1].closed
+        write_atomically(*how)
 
     sizes = []
     monkeypatch.setattr(train_gpt, "check_writable", watched)
     monkeypatch.setattr(torch, "save", saved)
+    monkeypatch.setattr(train_gpt, "write_atomically", written)
     at_step(2, lambda: sizes.append(os.fstat(rooms[-1].fileno()).st_size), monkeypatch)
     assert command() == (0, "")
     assert sizes

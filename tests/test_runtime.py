@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import socket
 import stat
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from train_gpt import (
 
 CPU = torch.device("cpu")
 ALL_SET = dict.fromkeys(TORCHRUN, "1") | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+ALL_SET |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
 # ---- Ranks ---------------------------------------------------------------------------------------
 
@@ -46,7 +48,7 @@ def test_stray_rank_does_not_count(stray):
     assert torchrun_ranks(stray) == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize("name", TORCHRUN)
+@pytest.mark.parametrize("name", ALL_SET)
 def test_lone_rank_where_one_variable_is_missing(name):
     """Torchrun sets all."""
     assert torchrun_ranks({n: v for n, v in ALL_SET.items() if n != name}) == [0, 1, 0, 1]
@@ -126,6 +128,7 @@ def test_broken_product_is_named(monkeypatch, factor):
         ("numpy", "raise ImportError('no such package')"),
         ("torch", "raise ImportError('no such package')"),
         ("torch", "__version__ = '1.0'"),
+        ("torch", "raise OSError('libcudart.so.12: cannot open shared object file')"),
     ],
 )
 def test_missing_or_old_package_is_one_line(tmp_path, package, contents):
@@ -183,6 +186,14 @@ def test_missing_stdout_ends_nothing(monkeypatch):
     """As with >&- in a shell."""
     monkeypatch.setattr(sys, "stdout", None)
     say("a line")
+
+
+def test_closed_stderr_does_not_spoil_stdout(monkeypatch, capfd):
+    """As with 2>&-: what is meant for the one does not end up in the bytes of the other."""
+    monkeypatch.setattr(sys, "argv", ["train_gpt.py", "no such command"])
+    monkeypatch.setattr(sys, "stderr", None)
+    assert train_gpt.main() == 2
+    assert capfd.readouterr().out == ""
 
 
 @pytest.mark.slow
@@ -257,10 +268,15 @@ def test_permissions_carry_over(tmp_path, mode):
 
 @pytest.mark.parametrize(
     "name, kind",
-    [("folder", UsageError), ("none/out", train_gpt.UserError), ("x" * 300, train_gpt.UserError)],
+    [
+        ("folder", UsageError),
+        ("", UsageError),
+        ("none/out", train_gpt.UserError),
+        ("x" * 300, train_gpt.UserError),
+    ],
 )
 def test_bad_target_is_named_before_work(tmp_path, monkeypatch, name, kind):
-    """A folder, a missing folder, a name that is too long: nothing is made."""
+    """A folder, no name, a missing folder, a name that is too long: nothing is made."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     assert name in refusal(check_target, tiny_config(), name, "in", kind=kind)
@@ -295,6 +311,25 @@ def test_streams_are_dashes(capfdbinary):
     log("a line")
     write_atomically("-", b"\0\xff")
     assert capfdbinary.readouterr() == (b"\0\xff", b"a line\n")
+
+
+@pytest.mark.parametrize("kind", ["file", "socket"])
+def test_standard_input_is_read_where_it_stands(tmp_path, kind):
+    """What another program has taken from it is gone; a socket cannot be opened by a name."""
+    (tmp_path / "in").write_bytes(b"taken, left")
+    ours, theirs = socket.socketpair()
+    with open(tmp_path / "in", "rb", buffering=0) as file, ours, theirs:
+        file.seek(len(b"taken, "))
+        ours.sendall(b"left")
+        ours.shutdown(socket.SHUT_WR)
+        source = file if kind == "file" else theirs
+        before = os.dup(0)
+        os.dup2(source.fileno(), 0)
+        try:
+            assert read_file("-") == b"left"
+        finally:
+            os.dup2(before, 0)
+            os.close(before)
 
 
 def test_room_is_taken_and_given_back(tmp_path):
