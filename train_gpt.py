@@ -3133,6 +3133,8 @@ def train_command(environ, kept=None):
     try:
         if kept:
             result = TrainResult(**kept["result"])
+        elif path.exists() and not cfg.replace:
+            raise UserError("this run is trained, not finished; REPLACE=1 trains it anew")
         else:
             room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
             result = train(model, cfg, run.rt, run.report.log, len(held_out))

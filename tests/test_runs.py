@@ -426,6 +426,21 @@ def test_decoder_does_not_outlive_an_interrupted_run(command, run_dir, monkeypat
     assert started[0].wait(10) == -signal.SIGKILL
 
 
+def test_trained_run_is_not_trained_again(command, tmp_path, monkeypatch):
+    """Its weights could be lost; the message has both ways on, and both work."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "calibrate", fail_with("setting"))
+        error_line(command(), 1)
+    path = tmp_path / "logs" / "run" / "weights.pt"
+    before = path.read_bytes()
+    message = error_line(command(), 1)
+    assert "REPLACE=1" in message
+    assert "`finish`" in message
+    assert path.read_bytes() == before
+    assert command(REPLACE="1") == (0, "")
+    assert not path.exists()
+
+
 def test_nothing_to_finish_is_named(command):
     """With the setting that says which run is meant."""
     message = error_line(command("finish"), 1)
