@@ -80,6 +80,9 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import Tensor, nn
+
+    if torch.__version__ < "2.9.dev0":
+        raise ImportError(f"torch {torch.__version__} is too old")
 except (ImportError, OSError) as missing:  # OSError: a library of torch's own
     sys.exit(f"error: {missing}; pip install -r requirements.txt")
 
@@ -551,7 +554,7 @@ def start_runtime(cfg, environ):
             "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none"
         )
     device = torch.device("cpu")
-    units = torch.cpu.get_capabilities()
+    units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 lacks it
     name = units.get("cpu_name", os.uname().machine)
     kernel = "SDPA's own kernels"
     if cuda:

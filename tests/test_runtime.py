@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import runpy
 import socket
 import stat
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TABLE, error_line, refusal, tiny_config
+from torch.torch_version import TorchVersion
 
 import train_gpt
 from train_gpt import (
@@ -139,6 +141,24 @@ def test_missing_or_old_package_is_one_line(tmp_path, package, contents):
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     message = error_line((done.returncode, done.stderr), 1)
     assert "pip install" in message
+
+
+@pytest.mark.parametrize("version", ["1.13.1", "2.8.0+cu128", "2.8.1"])
+def test_old_torch_is_one_line(monkeypatch, version):
+    """It has all that is imported, and would fail much later."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(train_gpt.__file__)
+    assert caught.value.code == (
+        f"error: torch {version} is too old; pip install -r requirements.txt"
+    )
+
+
+@pytest.mark.parametrize("version", ["2.9.0a0+50eac81", "2.9.1", "2.10.0", "2.13.0+cpu", "10.0"])
+def test_torch_from_2_9_on_will_do(monkeypatch, version):
+    """Versions are compared as numbers, and a vendor's early build of 2.9 is one of 2.9."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert runpy.run_path(train_gpt.__file__)["torch"] is torch
 
 
 def test_missing_sentencepiece_is_one_line(command_line, monkeypatch, tmp_path):
