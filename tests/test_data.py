@@ -414,9 +414,10 @@ def test_next_shard_is_read_ahead(tmp_path, monkeypatch):
     write_shards(tmp_path, [tiny_stream(300, 1), tiny_stream(300, 2)])
     by_main, here = [], threading.get_ident()
 
-    def read(*args):
-        by_main.append(threading.get_ident() == here)
-        return read_shard(*args)
+    def read(path, *args):
+        if Path(path).parent == tmp_path:  # not what an earlier test's thread still reads
+            by_main.append(threading.get_ident() == here)
+        return read_shard(path, *args)
 
     monkeypatch.setattr(train_gpt, "read_shard", read)
     stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)

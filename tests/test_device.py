@@ -613,6 +613,7 @@ def started(device, monkeypatch):
         name = "activate_flash_attention_impl"
         monkeypatch.setattr(torch.nn.attention, name, activate, raising=False)
         environ = dict(zip(train_gpt.TORCHRUN, ("1", "2", "0", "2")))
+        environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
         return train_gpt.start_runtime(tiny_config(device="cuda"), environ), calls[-1]
 
     yield start
