@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -256,6 +257,39 @@ def test_a_process_that_fails_says_why(tmp_path):
     assert message == f"error: no room (exit status 3; see {tmp_path / 'try.log'})"
 
 
+def test_a_record_run_that_is_cut_keeps_its_figures(tmp_path, monkeypatch):
+    """No time is no failure, and what training has shown is in the JSON."""
+    steps = new_acceptance(tmp_path)
+    train = dict(steps=4, tokens=400, seconds=2.0, warmup_seconds=1.0, calibration_seconds=0.0)
+
+    def run(*_, **__):
+        (tmp_path / "record").mkdir()
+        results = dict(train=train, stages=[])
+        train_gpt.write_object(tmp_path / "record" / "results.json", results)
+        (tmp_path / "record.log").write_text("attention: one\nstep 1\n")
+        raise acceptance.NotTriedError("time")
+
+    monkeypatch.setattr(steps, "run", run)
+    figures = {}
+    assert refusal(steps.record, figures, kind=acceptance.NotTriedError) == "time"
+    assert (figures["ms_a_step"], figures["warmup_seconds"]) == (500, 1.0)
+    assert figures["notes"] == ["attention: one"]
+
+
+def test_memory_of_each_gpu_is_watched(tmp_path, monkeypatch):
+    """The most that nvidia-smi has shown, once a second."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path}/used\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "used").write_text("300\n20\n")
+    with acceptance.MemoryWatch() as memory:
+        time.sleep(1.3)
+        (tmp_path / "used").write_text("100\n40\n")
+        time.sleep(1.2)
+    assert memory.peaks == [300, 40]
+
+
 def test_settings_of_the_user_that_count(tmp_path):
     """Places, vocabulary and seed do; others would make another model."""
     given = dict(
@@ -384,8 +418,9 @@ def test_kernels_are_chosen(kernel):
 # ---- The rehearsal -------------------------------------------------------------------------------
 
 STEPS = [
-    *("training", "integers", "noise", "proof", "ttt_across", "passes", "record"),
-    *("attention_default", "attention_FA3", "attention_flash", "attention_cuDNN", "optimizer"),
+    *("training", "integers", "noise", "proof", "proof_across", "passes", "record"),
+    *("record_across", "attention_default", "attention_FA3", "attention_flash"),
+    *("attention_cuDNN", "optimizer"),
 ]
 NOT_ON_A_CPU = {"attention_FA3", "attention_flash", "attention_cuDNN"}
 
@@ -452,7 +487,7 @@ def test_rehearsal(corpus, tmp_path):
     (path,) = (tmp_path / "logs").glob("*/acceptance.json")
     assert first == f"figures: {path}"
     assert [line[11:].split()[0] for line in lines] == STEPS
-    assert last.startswith("9 ok, 0 FAILED, 3 not tried, in ")
+    assert last.startswith("10 ok, 0 FAILED, 3 not tried, in ")
     results = json.loads(path.read_text())
     assert (results["status"], results["rehearsal"], results["minutes"]) == (0, True, 10)
     assert list(results["steps"]) == STEPS
@@ -472,7 +507,7 @@ def check_figures(figures):
     assert set(figures["noise"]) == {"record_shapes", "small_artifact"}
     assert figures["proof"]["ttt_updates"] == 2
     assert figures["proof"]["tokens"] == 600
-    assert figures["ttt_across"]["bytes"] > 600
+    assert figures["proof_across"]["bytes"] > figures["record_across"]["bytes"] > 100
     assert set(figures["passes"]) == {"1", "2"}
     record = figures["record"]
     assert {"mfu", "ms_a_step", "tokens_per_second", "warmup_seconds", "calibration_seconds"} <= {

@@ -14,9 +14,10 @@ it. Status: 0 if no step FAILED, 1 if one did, 2 after bad usage, 130 after Ctrl
     integers            code files of one text by two devices; each decodes the other's
     noise               float64 logits against the grid they are rounded to: two cuts, two devices
     proof               `verify` past two TTT updates: coder and decoder are two processes
-    ttt_across          the other device decodes that proof
+    proof_across        the other device decodes that proof, with the same TTT updates
     passes              rows a second in float64 at record's shapes, by EVAL_RUN_TILES; memory
     record              a short record run with torchrun: speed, memory, all stages, the proof
+    record_across       the other device decodes that run's proof
     attention_*         a training step's time by attention kernel, and the kernel that really ran
     optimizer           what follows the gradient, alone
 
@@ -261,9 +262,10 @@ class Acceptance:
             "integers": self.integers,
             "noise": self.noise,
             "proof": self.proof,
-            "ttt_across": self.ttt_across,
+            "proof_across": lambda figures: self.across(figures, "proof"),
             "passes": self.passes,
             "record": self.record,
+            "record_across": lambda figures: self.across(figures, "record"),
             **kernels,
             "optimizer": self.optimizer,
         }
@@ -289,7 +291,8 @@ class Acceptance:
                 process.wait(max(0.1, min(most_s, left_s)))
             except subprocess.TimeoutExpired:
                 if left_s <= most_s:
-                    raise NotTriedError(f"time; cut after {left_s:.0f} s; see {log}") from None
+                    reached = f"cut after {left_s:.0f} s at: {last_line(log)}"
+                    raise NotTriedError(f"time; {reached}; see {log}") from None
                 raise FailedError(f"not done after {most_s:.0f} s; see {log}") from None
             finally:
                 end(process)
@@ -392,17 +395,19 @@ class Acceptance:
             **figures
         )
 
-    def ttt_across(self, figures):
-        """Let the other device decode the proof, and so learn what this one has learned."""
-        code = self.folder / "proof" / "proof.code"
+    def across(self, figures, run):
+        """Let the other device decode a run's proof, and so learn what this one has learned."""
+        code = self.folder / run / "proof.code"
         if not code.exists():
             raise NotTriedError("there is no proof")
-        copy = self.folder / "proof.copy"
-        self.program("ttt_across", "decompress", code, copy, **self.there)
+        artifact = self.artifact if run == "proof" else self.folder / run / self.artifact.name
+        copy = self.folder / f"{run}.copy"
+        settings = self.there | {"ARTIFACT_PATH": artifact}
+        self.program(f"{run}_across", "decompress", code, copy, **settings)
         figures["bytes"] = copy.stat().st_size
         if copy.read_bytes() != code.with_suffix(".txt").read_bytes():
             raise FailedError("the other device's text is another")
-        return f"{figures['bytes']:,} bytes, the same text through the same TTT updates"
+        return f"{figures['bytes']:,} bytes, the same text"
 
     # ---- Speed
 
