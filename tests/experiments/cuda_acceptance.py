@@ -92,7 +92,15 @@ class Scale:
 
 GPU_SCALE = Scale(SMALL, dict(PRESET="record", VAL_TOKENS=131_072, LOG_EVERY=20))
 REHEARSAL_SCALE = Scale(
-    SMALL | dict(ITERATIONS=2, TRAIN_BATCH_TOKENS=1024, MICRO_BATCH_TOKENS=1024),
+    SMALL
+    | dict(
+        ITERATIONS=2,
+        TRAIN_BATCH_TOKENS=1024,
+        MICRO_BATCH_TOKENS=1024,
+        EVAL_SEQ_LEN=64,
+        TTT_CHUNK_TOKENS=128,
+        VAL_TOKENS=300,
+    ),
     dict(
         PRESET="demo",
         ITERATIONS=3,
@@ -100,10 +108,10 @@ REHEARSAL_SCALE = Scale(
         MICRO_BATCH_TOKENS=1024,
         MIXER_CALIBRATION_TOKENS=1024,
         VAL_TOKENS=600,
-        VERIFY_TOKENS=100,
+        VERIFY_TOKENS=50,
         LOG_EVERY=1,
     ),
-    text_bytes=500,
+    text_bytes=300,
     tiles=(1, 2),
     groups=1,
     warm_steps=1,
