@@ -236,17 +236,17 @@ SLEEP = "import subprocess, sys; subprocess.run(['sleep', '60'])"
 
 
 @pytest.mark.parametrize(
-    "share, kind, why",
+    "most_s, kind, why",
     [
         (2.0, acceptance.NotTriedError, "time; cut after"),
         (0.5, acceptance.FailedError, "not done after"),
     ],
 )
-def test_a_process_ends_at_its_limit(tmp_path, share, kind, why):
+def test_a_process_ends_at_its_limit(tmp_path, most_s, kind, why):
     """With all that it has started: no time is no failure, a process that hangs is one."""
     start_s = time.perf_counter()
     steps = new_acceptance(tmp_path, 1.0)
-    assert why in refusal(steps.run, "nap", [*PYTHON, SLEEP], {}, share, kind=kind)
+    assert why in refusal(steps.run, "nap", [*PYTHON, SLEEP], {}, most_s, kind=kind)
     assert time.perf_counter() - start_s < 10
 
 
