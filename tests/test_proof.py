@@ -86,6 +86,9 @@ def here(monkeypatch):
                 after(command)
                 self.stdout = output.buffer.getvalue().decode().splitlines(keepends=True)
 
+            def kill(self):
+                """It has ended."""
+
         replace_popen(monkeypatch, Decoder)
         return calls
 
@@ -301,6 +304,9 @@ def test_decoder_that_dies_without_a_word_is_told_by_its_status(code_files, prov
 
         def __init__(self, *args, **how):
             super().__init__(self)
+
+        def kill(self):
+            """It has ended."""
 
     replace_popen(monkeypatch, Dead)
     run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
