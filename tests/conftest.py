@@ -601,9 +601,13 @@ def decompress_on_plain_machine(artifact_path, *paths):
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """Take back the program's handlers of signals after each test."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
+    """Let no signal be ignored, as nohup has it; take back the program's handlers after each test."""
+    defaults = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, default) for number, default in defaults.items()}
     yield
-    for number, handler in zip(numbers, handlers):
+    for number, handler in before.items():
         signal.signal(number, handler)
