@@ -601,7 +601,7 @@ def decompress_on_plain_machine(artifact_path, *paths):
 
 @pytest.fixture(autouse=True)
 def signals_as_before():
-    """Let no signal be ignored, as nohup has it; take back the program's handlers after each test."""
+    """Let no signal be ignored, as under nohup; take back the program's handlers afterwards."""
     defaults = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGTERM: signal.SIG_DFL,
