@@ -329,9 +329,10 @@ def test_usage(args, device, expected):
     assert acceptance.parse(args, {"DEVICE": device}) == expected
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu_is_one_line():
+def test_no_gpu_is_one_line(monkeypatch):
     """Nothing is begun without a GPU that was not to be rehearsed."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     message = refusal(acceptance.check_machine, CFG, False, kind=train_gpt.UsageError)
     assert message == "torch sees no CUDA device; --rehearse needs none"
 
