@@ -38,7 +38,6 @@ input and output at one position; the Engine's banner says how rows, positions a
 """
 
 import codecs
-import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -66,6 +65,7 @@ import traceback
 import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -112,7 +112,7 @@ def one_line(error):
     return " ".join(str(error).split()) or type(error).__name__
 
 
-@contextlib.contextmanager
+@contextmanager
 def blaming(culprit, *causes, error=UserError):
     """Turn exceptions of the kinds `causes` in the block into `error`: culprit and cure, then why.
 
@@ -125,6 +125,7 @@ def blaming(culprit, *causes, error=UserError):
         raise error(f"{culprit} ({why})") from cause
 
 
+frozen = dataclass(frozen=True)
 BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
 
 
@@ -138,7 +139,7 @@ def option(default, doc, **limits):
     return dataclasses.field(default=default, metadata={"doc": doc, **limits})
 
 
-@dataclass(frozen=True)
+@frozen
 class RunSettings:
     """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`."""
 
@@ -161,7 +162,7 @@ class RunSettings:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class TrainSettings:
     """What shapes training."""
 
@@ -193,7 +194,7 @@ class TrainSettings:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class ModelSettings:
     """What is fixed once weights exist."""
 
@@ -222,7 +223,7 @@ class ModelSettings:
     )
 
 
-@dataclass(frozen=True)
+@frozen
 class EvalSettings:
     """What shapes the code length; the `eval` command may override it."""
 
@@ -268,7 +269,7 @@ class EvalSettings:
     alpha_center: float = option(1.0, "entropy mixer, nats of neural entropy H")
 
 
-@dataclass(frozen=True)
+@frozen
 class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     """All settings, with the defaults of the `record` preset (the 8xH100 run)."""
 
@@ -279,14 +280,15 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             if not ok:
                 raise UsageError(f"{name.upper()}={getattr(self, name)!r}: {allowed}")
 
-        for name, value in asdict(self).items():
-            limits = FIELDS[name].metadata
+        for name, field in FIELDS.items():
+            value = getattr(self, name)
+            limits = field.metadata
             if "choices" in limits:
                 allowed = limits["choices"]
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
-            is_int = FIELDS[name].type is int
+            is_int = field.type is int
             least = limits.get("minimum", int(is_int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
@@ -298,7 +300,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             need(value <= most, name, f"must be at most {most:.9g}")
         layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
         with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
-            getattr(self, "value_layers")  # noqa: B009 (it raises)
+            self.value_layers  # noqa: B018 (it raises)
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
         need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
@@ -329,7 +331,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+FIELDS = Config.__dataclass_fields__  # {setting: its field, as option() has made it}
 # {setting: the group, one of those classes, that it belongs to}
 GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
 # What may differ when a command is repeated and its results are replaced.
@@ -416,7 +418,7 @@ def parse_setting(field, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
     expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a finite number")
-    with contextlib.suppress(ValueError, KeyError):
+    with suppress(ValueError, KeyError):
         return words[text] if field.type is bool else field.type(text)
     raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
 
@@ -431,7 +433,7 @@ def config_from_env(environ, stored=None):
     stored = stored or {}
     known = [name.upper() for name in FIELDS]
     for name in environ.keys() - known:
-        for meant in difflib.get_close_matches(name, known, n=1, cutoff=0.9):
+        for meant in difflib.get_close_matches(name, known, cutoff=0.9):
             raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
     given = {
         field.name: parse_setting(field, environ[name])
@@ -449,7 +451,7 @@ def config_from_env(environ, stored=None):
                 "to begin another run"
             )
     with blaming("the artifact is of another version of this script", TypeError):
-        return Config(**{**PRESETS[preset], **stored, **given, "preset": preset})
+        return Config(**PRESETS[preset] | stored | given | {"preset": preset})
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -528,7 +530,7 @@ def torchrun_ranks(environ):
 def count_threads():
     """Return torch's threads (OMP_NUM_THREADS, or processors), or what the control group allows."""
     threads = torch.get_num_threads()
-    with contextlib.suppress(OSError, ValueError):  # there is no group, or its limit is "max"
+    with suppress(OSError, ValueError):  # there is no group, or its limit is "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
         threads = min(threads, -(-quota // period))
     return threads
@@ -589,7 +591,7 @@ def start_runtime(cfg, environ):
 
 def keep_freed_memory():
     """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
@@ -598,7 +600,7 @@ def keep_freed_memory():
 
 def say(line, file=None):
     """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         print(line, file=file, flush=True)
 
 
@@ -691,7 +693,7 @@ def lock_folder(folder):
     """Return an open file that locks `folder`; UserError if another process has locked it."""
     file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
     rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
-    with contextlib.suppress(OSError), blaming(rival, BlockingIOError):
+    with suppress(OSError), blaming(rival, BlockingIOError):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
     return file
 
@@ -705,7 +707,7 @@ def lock_folder(folder):
 SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
-@dataclass(frozen=True)
+@frozen
 class TokenTable:
     """A tokenizer: piece i and its kind, a letter: Normal, Unknown, Control, X (unused), Byte."""
 
