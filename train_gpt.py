@@ -467,16 +467,11 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 class Runtime:
     """Where this process runs: rank of world, device and compute dtype."""
 
-    rank: int = 0
+    rank: int = 0  # rank 0 writes files and the log
     world: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     dtype: torch.dtype = torch.float32
     notes: tuple = ()  # lines for the log: device, dtype and attention kernel, with their reasons
-
-    @property
-    def is_main(self):
-        """Whether this is the rank that writes files and the log."""
-        return self.rank == 0
 
     def sum_over_ranks(self, tensor):
         """Sum `tensor` in place over the ranks; every rank must call it equally often."""
@@ -501,7 +496,7 @@ class Runtime:
         """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
         result = None
         failure = []
-        if self.is_main:
+        if self.rank == 0:
             try:
                 result = action(*args)
             except UserError as error:
@@ -536,13 +531,13 @@ def count_threads():
     return threads
 
 
-def check_arithmetic(device, dtype):
-    """Raise UserError if a product of ones, exact in any type, is wrong on `device`."""
-    ones = torch.ones(256, 256, dtype=dtype, device=device)
+def check_arithmetic(rt):
+    """Raise UserError if a product of ones, exact in any type, is wrong on the device."""
+    ones = torch.ones(256, 256, dtype=rt.dtype, device=rt.device)
     if not (ones @ ones == 256).all():
         raise UserError(
-            f"{dtype} products on {device} are wrong: OpenMP or torch's math library is broken; "
-            "unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
+            f"{rt.dtype} products on {rt.device} are wrong: OpenMP or torch's math library is "
+            "broken; unset OMP_DYNAMIC, OMP_THREAD_LIMIT and their like, or install torch again"
         )
 
 
@@ -555,35 +550,34 @@ def start_runtime(cfg, environ):
             f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
             "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none"
         )
-    device = torch.device("cpu")
+    rt = Runtime(rank, world)
     units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 lacks it
     name = units.get("cpu_name", os.uname().machine)
     kernel = "SDPA's own kernels"
     if cuda:
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        rt.device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(rt.device)
         name = torch.cuda.get_device_name()
         try:
             torch.nn.attention.activate_flash_attention_impl("FA3")
             kernel = "FlashAttention-3 inside SDPA"
         except Exception as error:  # a foreign package: missing, or of another version
             kernel += f"; no FlashAttention-3: {one_line(error)}"
-    has_bf16_units = cuda or units.get("avx512_bf16") or units.get("amx_bf16")
-    dtype = torch.bfloat16 if has_bf16_units else torch.float32
+    if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
+        rt.dtype = torch.bfloat16
     if world > 1:
         # Ranks wait for rank 0 while it packs and proves.
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo",
             timeout=timedelta(hours=2),
-            device_id=device if cuda else None,
+            device_id=rt.device if cuda else None,
         )
-    rt = Runtime(rank, world, device, dtype)
     torch.set_num_threads(rt.from_main(count_threads()))
     keep_freed_memory()
-    check_arithmetic(device, dtype)
+    check_arithmetic(rt)
     rt.notes = (
-        f"{device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
-        f"dtype {dtype}",
+        f"{rt.device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
+        f"dtype {rt.dtype}",
         f"attention: {kernel}",
     )
     return rt
@@ -593,9 +587,9 @@ def keep_freed_memory():
     """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 1 << 28)  # M_TOP_PAD
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-2, 2**28)  # M_TOP_PAD
 
 
 def say(line, file=None):
@@ -614,8 +608,8 @@ def write_atomically(path, data, like=""):
 
     A link is followed; a device, a FIFO and "-" are written to. A new file gets the mode of `like`.
     """
-    target = os.path.realpath(path)
-    temporary = Path(target).with_name(f".tmp{os.getpid()}")
+    target = Path(path).resolve()
+    temporary = target.with_name(f".tmp{os.getpid()}")
     with blaming(f"cannot write {path}; free space or write elsewhere", OSError):
         if is_stream(path):
             with open(os.dup(1) if str(path) == "-" else path, "wb") as file:
@@ -625,18 +619,18 @@ def write_atomically(path, data, like=""):
             with open(temporary, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file)
             if os.path.isfile(like):
                 shutil.copymode(like, temporary)
-            os.replace(temporary, target)
+            temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
 
 
-def read_file(path, name="", hint=""):
-    """Return a file's bytes, stdin's for "-"; UserError: `name`, the path, `hint`, the reason."""
+def read_file(path, problem=""):
+    """Return a file's bytes, stdin's for "-"; UserError: `problem` or the path, and the reason."""
     with (
-        blaming(f"{name}cannot read {path}{hint}", OSError),
+        blaming(problem or f"cannot read {path}", OSError),
         open(os.dup(0) if str(path) == "-" else path, "rb") as file,
     ):
         return file.read()
@@ -653,7 +647,7 @@ def write_object(path, contents):
     write_atomically(path, json.dumps(contents, indent=1).encode() + b"\n")
 
 
-def check_writable(folder, need_bytes):
+def check_writable(folder, need_bytes=0):
     """Return an open file without a name that takes need_bytes of `folder` until it is closed.
 
     The folder is made. UserError, before hours of work, without room or permission.
@@ -674,15 +668,15 @@ def check_target(cfg, target, *sources):
     UserError, before work, if it cannot be written, is one of the sources, or is there already and
     REPLACE=1 does not allow to replace it.
     """
-    if os.path.isdir(target or "."):
+    path = Path(target).resolve()
+    if os.path.isdir(path):
         raise UsageError(f"{str(target)!r} is a folder; name a file")
     if is_stream(target):
         return functools.partial(say, file=sys.stderr)
-    folder, name = os.path.split(os.path.realpath(target))
     with blaming(f"cannot write {target}", OSError):
-        tempfile.NamedTemporaryFile(dir=folder, prefix=name).close()
-    if os.path.exists(target):
-        if any(os.path.exists(path) and os.path.samefile(path, target) for path in sources):
+        tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
+    if path.exists():
+        if any(os.path.exists(source) and path.samefile(source) for source in sources):
             raise UsageError(f"{target} is read for this; name another OUT")
         if not cfg.replace:
             raise UsageError(f"{target} is there already; REPLACE=1 replaces it")
@@ -1794,7 +1788,7 @@ def pack_artifact(weights, cfg, table, coarseness):
 
 def read_artifact(path, data=None):
     """Return the Artifact in a file, or in its bytes `data`; UserError if it is none or damaged."""
-    data = data or read_file(path, "ARTIFACT_PATH: ", "; train first")
+    data = data or read_file(path, f"ARTIFACT_PATH: cannot read {path}; train first")
     size = ARTIFACT_HEAD.size
     magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
     body = data[size:]
@@ -2948,7 +2942,7 @@ class Report:
     def record(self, name, value):
         """Set one key of the results, on every rank; rank 0 writes them."""
         self.results[name] = value
-        if self.rt.is_main:
+        if self.rt.rank == 0:
             write_object(self.cfg.run_dir / "results.json", self.results)
 
     def check_size(self, artifact):
@@ -3165,14 +3159,15 @@ def train_command(environ, kept=None):
         if path.exists():
             why += f"; {path} has the weights: the same command with `finish` goes on from them"
         raise UserError(why) from error
-    if run.rt.is_main:
+    if run.rt.rank == 0:
         path.unlink()
 
 
 def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
-    data = io.BytesIO(read_file(path, "RUN_ID: ", "; there is no training to finish"))
+    missing = f"RUN_ID: cannot read {path}; there is no training to finish"
+    data = io.BytesIO(read_file(path, missing))
     with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
         kept = torch.load(data, map_location="cpu", weights_only=True)
     train_command({**environ, "REPLACE": "1"}, kept)
@@ -3562,8 +3557,8 @@ def write_shards(documents, out_dir, cfg, log):
     path = Path(cfg.tokenizer_path)
     if path.name.startswith("fineweb_") and not path.exists():
         path = Path(out_dir, "tokenizer.model")
-    check_writable(out_dir, 0)
-    check_writable(path.parent, 0)
+    check_writable(out_dir)
+    check_writable(path.parent)
     held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(

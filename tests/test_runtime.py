@@ -30,7 +30,6 @@ from train_gpt import (
     write_atomically,
 )
 
-CPU = torch.device("cpu")
 ALL_SET = dict.fromkeys(TORCHRUN, "1") | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 ALL_SET |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
 
@@ -114,9 +113,10 @@ def test_broken_product_is_named(monkeypatch, factor):
         result[100:] *= factor
         return result
 
-    check_arithmetic(CPU, torch.bfloat16)
+    rt = train_gpt.Runtime(dtype=torch.bfloat16)
+    check_arithmetic(rt)
     monkeypatch.setattr(torch.Tensor, "__matmul__", broken)
-    message = refusal(check_arithmetic, CPU, torch.bfloat16)
+    message = refusal(check_arithmetic, rt)
     assert "bfloat16" in message
     assert "OMP_THREAD_LIMIT" in message
 
@@ -369,9 +369,10 @@ def test_folder_is_locked_once(tmp_path):
 
 def test_missing_file_is_named(tmp_path):
     """With the setting and what to do."""
-    assert refusal(read_file, tmp_path / "no", "NAME: ", "; do").endswith(
-        "no; do (No such file or directory)"
-    )
+    missing = tmp_path / "no"
+    why = "(No such file or directory)"
+    assert refusal(read_file, missing) == f"cannot read {missing} {why}"
+    assert refusal(read_file, missing, "NAME: missing; do") == f"NAME: missing; do {why}"
 
 
 # ---- compress and decompress ---------------------------------------------------------------------

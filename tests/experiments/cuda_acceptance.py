@@ -773,7 +773,8 @@ def check_machine(cfg, rehearse):
         train_gpt.prepare_demo(cfg, train_gpt.say)
     for split in ("train", "val"):
         train_gpt.list_shards(cfg, split)
-    train_gpt.read_file(cfg.tokenizer_path, "TOKENIZER_PATH: ")
+    path = cfg.tokenizer_path
+    train_gpt.read_file(path, f"TOKENIZER_PATH: cannot read {path}")
 
 
 def describe(minutes, rehearse):
