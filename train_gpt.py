@@ -711,9 +711,8 @@ class TokenTable:
 
     @functools.cached_property
     def digest(self):
-        """SHA-256 (hex) of pieces, kinds and BOS id: equal tokenizers have equal digests."""
-        description = json.dumps([self.pieces, self.kinds, self.bos_id])
-        return hashlib.sha256(description.encode()).hexdigest()
+        """SHA-256, bytes, of pieces, kinds and BOS id: equal tokenizers have equal digests."""
+        return sha256(json.dumps(dataclasses.astuple(self)).encode())
 
     @functools.cached_property
     def texts(self):
@@ -791,7 +790,7 @@ def audit_bytes(table, tokens, decode=None):
         raise UserError(
             f"the validation stream must start with BOS (id {table.bos_id}), like every document"
         )
-    for start, stop in zip(starts, [*starts[1:], len(tokens)]):
+    for start, stop in itertools.pairwise([*starts, len(tokens)]):
         document = tokens[start:stop]
         where = f"validation document at token {start}"
         is_last = stop == len(tokens)
@@ -800,8 +799,8 @@ def audit_bytes(table, tokens, decode=None):
         else:
             text = table.decode(document)
         with blaming(f"{where}: shards and tokenizer do not belong together", UnicodeDecodeError):
-            codecs.getincrementaldecoder("utf-8")().decode(text, final=not is_last)
-        counted = int(counts[start:stop].sum())  # with the next BOS, which prints nothing
+            codecs.utf_8_decode(text, "strict", not is_last)
+        counted = counts[start:stop].sum()  # with the next BOS, which prints nothing
         if counted != len(text):
             raise UserError(
                 f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
@@ -823,8 +822,7 @@ def audit_bytes(table, tokens, decode=None):
 # back; with nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with
 # a twin trained without one document of 1,900 (10 pieces differ), 0.5.
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_START = struct.pack("<ii", 20240520, 1)  # magic, version
 SHARD_HEADER_BYTES = 1024
 SAMPLE_TOKENS = 32_768
 CHUNK_BYTES = 1 << 16
@@ -841,7 +839,7 @@ def read_chunks(path):
     frame = None
     # zstandard raises a class of its own.
     with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
-        for data in iter(lambda: file.read(CHUNK_BYTES), b""):
+        while data := file.read(CHUNK_BYTES):
             while data and compressed:
                 frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
                 yield frame.decompress(data)
@@ -865,17 +863,15 @@ def read_shard(path, vocab_size, most=1 << 40):
         data += chunk
         if len(data) > wanted:
             break
-    magic, version, count = struct.unpack("<iii", data[:12].ljust(12, b"\0"))
-    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
-        raise UserError(
-            f"shard {path} is no token shard of version {SHARD_VERSION}: make one by `tokenize`"
-        )
+    if not data.startswith(SHARD_START):
+        raise UserError(f"shard {path} is no token shard of version 1: make one by `tokenize`")
+    count = int.from_bytes(data[8:12], "little")
     size = SHARD_HEADER_BYTES + 2 * count
     if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(memoryview(data)[SHARD_HEADER_BYTES:wanted], dtype="<u2")
+    tokens = np.frombuffer(data, "<u2", min(count, most), SHARD_HEADER_BYTES)
     if size <= wanted and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
@@ -890,8 +886,7 @@ def shard_bytes(tokens, tokenizer=bytes(32)):
     """
     body = np.asarray(tokens, dtype="<u2").tobytes()
     crc = any(tokenizer) and zlib.crc32(tokenizer + body)
-    head = struct.pack("<iii32sI", SHARD_MAGIC, SHARD_VERSION, len(tokens), tokenizer, crc)
-    return head.ljust(SHARD_HEADER_BYTES, b"\0") + body
+    return struct.pack("<8sI32sI976x", SHARD_START, len(tokens), tokenizer, crc) + body
 
 
 def list_shards(cfg, split):
@@ -901,8 +896,8 @@ def list_shards(cfg, split):
     """
     folder = Path(cfg.data_path)
     candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
-    twins_first = sorted(map(str, folder.glob("*")), reverse=True)  # .zst, which .bin overwrites
-    found = {os.path.basename(path).removesuffix(".zst"): path for path in twins_first}
+    twins_first = sorted(folder.glob("*"), reverse=True)  # .zst, which .bin overwrites
+    found = {path.name.removesuffix(".zst"): path for path in twins_first}
     names = sorted(filter(candidate.match, found))
     if not names:
         raise UserError(
@@ -943,12 +938,12 @@ def check_shards(paths, table, sp):
     for path in paths:
         tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
         head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
-        digest = hashlib.sha256(head + tokens.tobytes()).hexdigest()
+        digest = sha256(head + tokens.tobytes()).hex()
         if digest in known:
             raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
-        known[digest] = Path(path).name
+        known[digest] = path.name
         maker = head[12:44]
-        fits = maker.hex() == table.digest
+        fits = maker == table.digest
         if not any(maker):
             fits = not sp or share_returned(sp, tokens) > 0.9
         if not fits:
@@ -962,8 +957,8 @@ def check_shards(paths, table, sp):
 def load_validation(cfg):
     """Return the validation stream, int64 (n + 1,): all shards, up to VAL_TOKENS predictions."""
     shards = [read_shard(path, cfg.vocab_size) for path in list_shards(cfg, "val")]
-    end = cfg.val_tokens + 1 if cfg.val_tokens else None
-    tokens = np.concatenate(shards)[:end].astype(np.int64)
+    most = cfg.val_tokens or sys.maxsize
+    tokens = np.concatenate(shards)[: most + 1].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
         raise UserError(
             f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
@@ -985,39 +980,29 @@ def load_held_out(cfg):
     return shard[-wanted:]
 
 
-class TrainStream:
-    """The training shards without their held-out end: one endless stream, alike on all ranks."""
+def train_stream(cfg, held_out, count):
+    """Return an endless iterator over the training text in steps of `count` tokens.
 
-    def __init__(self, cfg, held_out):
-        self.files = list_shards(cfg, "train")
-        self.vocab_size = cfg.vocab_size
-        self.held_out = held_out  # tokens at the end of the last file
-        self.opened = 0  # files so far, over all epochs
-        self.tokens = self.read()  # and not yet taken; a bad first shard is found out at once
-        self.opened = 1
-        self.reader = ThreadPoolExecutor(1)
-        self.coming = self.reader.submit(self.read)  # another thread reads the file after this one
+    A step: (its tokens and the one after them, int64 (count + 1,); how many times all shards have
+    been read over). Without the `held_out` tokens at the end of the last shard; alike on all ranks.
+    """
+    files = list_shards(cfg, "train")
+    reader = ThreadPoolExecutor(1)
 
-    @property
-    def epochs(self):
-        """How many times the files have been read over."""
-        return (self.opened - 1) // len(self.files)
+    def read(number):
+        path = files[number % len(files)]
+        shard = read_shard(path, cfg.vocab_size)
+        return shard[: len(shard) - held_out * (path == files[-1])]
 
-    def read(self):
-        """Return the tokens of file number `opened`, uint16 (n,)."""
-        path = self.files[self.opened % len(self.files)]
-        shard = read_shard(path, self.vocab_size)
-        return shard[: len(shard) - self.held_out * (path == self.files[-1])]
+    def steps(tokens):
+        for number in itertools.count():
+            following = reader.submit(read, number + 1)
+            while len(tokens) > count:
+                yield tokens[: count + 1].astype(np.int64), number // len(files)
+                tokens = tokens[count:]
+            tokens = np.concatenate([tokens, following.result()])
 
-    def take(self, count):
-        """Return the next count + 1 tokens, int64; the stream moves on by count."""
-        while len(self.tokens) <= count:
-            self.tokens = np.concatenate([self.tokens, self.coming.result()])
-            self.opened += 1
-            self.coming = self.reader.submit(self.read)
-        taken = self.tokens[: count + 1].astype(np.int64)
-        self.tokens = self.tokens[count:]
-        return taken
+    return steps(read(0))  # a bad first shard is found out at once
 
 
 def micro_batch_sequences(cfg, world):
@@ -1030,14 +1015,13 @@ def micro_batch_sequences(cfg, world):
         )
     share = sequences // world
     most = cfg.micro_batch_tokens // cfg.train_seq_len
-    return max(size for size in range(1, share + 1) if share % size == 0 and size <= most)
+    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
-    sequences = [torch.from_numpy(t).view(-1, cfg.train_seq_len) for t in (tokens[:-1], tokens[1:])]
-    size = micro_batch_sequences(cfg, rt.world)
-    mine = [rt.upload(t.chunk(rt.world)[rt.rank]).split(size) for t in sequences]
+    shape = rt.world, -1, micro_batch_sequences(cfg, rt.world), cfg.train_seq_len
+    mine = [rt.upload(torch.from_numpy(t).view(shape)[rt.rank]) for t in (tokens[:-1], tokens[1:])]
     return list(zip(*mine))
 
 
@@ -1610,7 +1594,8 @@ def train(model, cfg, rt, log, held_out):
     the last good weights. Either way, the average of EMA_DECAY or SWA_ENABLED replaces them. From
     then on signals are ignored, until the caller has written them.
     """
-    stream = TrainStream(cfg, held_out)
+    stream = train_stream(cfg, held_out, cfg.train_batch_tokens)
+    epochs = 0
     result = TrainResult()
     limit_s = cfg.max_wallclock_seconds or math.inf
     if held_out:
@@ -1626,7 +1611,8 @@ def train(model, cfg, rt, log, held_out):
     try:
         while result.steps < cfg.iterations:
             scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
-            batches = micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
+            tokens, epochs = next(stream)
+            batches = micro_batches(tokens, cfg, rt)
             losses = trainer.step(batches, result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
@@ -1651,8 +1637,8 @@ def train(model, cfg, rt, log, held_out):
             log(traceback.format_exc())
     on_signals(lambda *_: None)  # until the weights are on disk
     trainer.average.install()
-    if stream.epochs:
-        log(f"note: the shards were read {stream.epochs} time(s) over; more shards would help")
+    if epochs:
+        log(f"note: the shards were read {epochs} time(s) over; more shards would help")
     return result
 
 
@@ -1778,7 +1764,7 @@ def pack_artifact(weights, cfg, table, coarseness):
     contents = {
         "settings": stored_settings(cfg),
         "tensors": index,
-        "tokenizer": {"sha256": table.digest, **asdict(table)},
+        "tokenizer": {"sha256": table.digest.hex(), **asdict(table)},
     }
     header = json.dumps(contents, sort_keys=True).encode()
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
@@ -3539,8 +3525,8 @@ def token_shards(texts, sp):
     """Yield each shard's tokens, an array of uint16: whole documents, each after BOS."""
     tokens = array("H")
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
-        for ids in sp.encode(batch, num_threads=os.cpu_count()):
-            tokens.extend([sp.bos_id(), *ids])
+        for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
+            tokens.extend(ids)
             if len(tokens) >= SHARD_TOKENS:
                 yield tokens
                 tokens = array("H")
@@ -3576,7 +3562,7 @@ def write_shards(documents, out_dir, cfg, log):
         texts = itertools.compress(documents(), chosen)
         for number, tokens in enumerate(token_shards(texts, sp)):
             target = f"{out_dir}/fineweb_{split}_{number:06d}.bin"
-            write_atomically(target, shard_bytes(tokens, bytes.fromhex(table.digest)))
+            write_atomically(target, shard_bytes(tokens, table.digest))
             log(f"{target}: {len(tokens):,} tokens")
     log(f"done: DATA_PATH={out_dir} TOKENIZER_PATH={path} VOCAB_SIZE={cfg.vocab_size}")
 

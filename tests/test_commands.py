@@ -687,7 +687,7 @@ def test_ctrl_c_before_training_keeps_nothing(command, tmp_path, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt("interrupted")
 
-    monkeypatch.setattr(train_gpt, "TrainStream", interrupt)
+    monkeypatch.setattr(train_gpt, "train_stream", interrupt)
     assert "interrupted" in error_line(command(), 1)
     assert not list(tmp_path.rglob("weights.pt"))
 

@@ -1,8 +1,10 @@
 """Shards, the streams that are made of them, and the texts that shards are made of."""
 
 import hashlib
+import itertools
 import json
 import os
+import queue
 import struct
 import sys
 import threading
@@ -18,7 +20,7 @@ import zstandard
 from conftest import ODD_TEXTS, VOCAB, refusal, tiny_config, tiny_stream, write_shards
 
 import train_gpt
-from train_gpt import Runtime, TrainStream, UsageError, load_held_out, read_shard, shard_bytes
+from train_gpt import Runtime, UsageError, load_held_out, read_shard, shard_bytes, train_stream
 
 GOOD_SHARD = shard_bytes(np.arange(VOCAB, dtype=np.uint16))
 
@@ -302,7 +304,7 @@ def test_tokens_without_any_beginning_are_no_evidence(tokenizer):
 
 def check(tmp_path, tokenizer, shards, sp=True):
     """Run check_shards over tmp_path/0.bin, 1.bin, ... with these contents."""
-    paths = [str(tmp_path / f"{number}.bin") for number in range(len(shards))]
+    paths = [tmp_path / f"{number}.bin" for number in range(len(shards))]
     for path, data in zip(paths, shards):
         (tmp_path / path).write_bytes(data)
     return train_gpt.check_shards(paths, tokenizer[2], tokenizer[1] if sp else None)
@@ -311,7 +313,7 @@ def check(tmp_path, tokenizer, shards, sp=True):
 @pytest.mark.parametrize("named", [True, False], ids=["named", "official"])
 def test_shards_of_the_right_tokenizer_are_taken(tmp_path, texts, tokenizer, named):
     """By its digest, or by evidence; the answer tells shards apart."""
-    maker = bytes.fromhex(tokenizer[2].digest) if named else bytes(32)
+    maker = tokenizer[2].digest if named else bytes(32)
     shards = [shard_bytes(encoded(part, tokenizer), maker) for part in (texts[:9], texts[9:])]
     digests = check(tmp_path, tokenizer, shards)
     assert list(digests.values()) == ["0.bin", "1.bin"]
@@ -323,7 +325,7 @@ def test_shards_of_another_tokenizer_are_refused(
 ):
     """Of the same size, after a shard that is right: the file and the settings are named."""
     tables = [t[2] for t in (tokenizer, other_tokenizer)]
-    makers = [bytes.fromhex(t.digest) if named else bytes(32) for t in tables]
+    makers = [t.digest if named else bytes(32) for t in tables]
     good = shard_bytes(encoded(texts[:9], tokenizer), makers[0])
     bad = shard_bytes(encoded(texts[9:], other_tokenizer), makers[1])
     message = refusal(check, tmp_path, tokenizer, [good, bad])
@@ -334,7 +336,7 @@ def test_shards_of_another_tokenizer_are_refused(
 def test_digest_alone_refuses_another_tokenizer(tmp_path, texts, tokenizer, other_tokenizer):
     """Without a processor, as when only the artifact's table is there, shards' own word counts."""
     tokens = encoded(texts, other_tokenizer)
-    named = shard_bytes(tokens, bytes.fromhex(other_tokenizer[2].digest))
+    named = shard_bytes(tokens, other_tokenizer[2].digest)
     assert "another tokenizer" in refusal(check, tmp_path, tokenizer, [named], sp=False)
     assert check(tmp_path, tokenizer, [shard_bytes(tokens)], sp=False)
 
@@ -343,10 +345,10 @@ def test_digest_alone_refuses_another_tokenizer(tmp_path, texts, tokenizer, othe
 def test_copy_of_a_shard_is_refused(tmp_path, texts, tokenizer, compressed):
     """The same contents under another number, or in the other split, compressed or not."""
     data = shard_bytes(encoded(texts, tokenizer))
-    paths = [str(tmp_path / "fineweb_val_000000.bin"), str(tmp_path / "fineweb_train_000003.bin")]
-    paths[1] += ".zst" * compressed
+    ending = ".bin.zst" if compressed else ".bin"
+    paths = [tmp_path / "fineweb_val_000000.bin", tmp_path / f"fineweb_train_000003{ending}"]
     for path, contents in zip(paths, (data, zstandard.compress(data) if compressed else data)):
-        (tmp_path / path).write_bytes(contents)
+        path.write_bytes(contents)
     message = refusal(train_gpt.check_shards, paths, tokenizer[2], tokenizer[1])
     assert message.startswith(f"DATA_PATH: {paths[1]} is a copy of fineweb_val_000000.bin")
 
@@ -383,58 +385,65 @@ def test_training_stream_is_sequential_and_cyclic(tmp_path):
     shards = [tiny_stream(50, 1), tiny_stream(31, 2), tiny_stream(40, 3)]
     write_shards(tmp_path, shards, compressed={1})
     (tmp_path / "fineweb_train_000002.bin.zst").write_bytes(b"a twin that nobody reads")
-    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
+    stream = train_stream(tiny_config(data_path=str(tmp_path)), 0, 16)
     endless = np.concatenate(shards * 4)
     for start in range(0, 400, 16):
-        np.testing.assert_array_equal(stream.take(16), endless[start : start + 17])
-    assert stream.epochs == 3
+        tokens, epochs = next(stream)
+        np.testing.assert_array_equal(tokens, endless[start : start + 17])
+    assert tokens.dtype == np.int64
+    assert epochs == 3
 
 
 def test_epochs_count_how_often_the_text_was_read_over(tmp_path):
     """A shard that is read a second time begins the first epoch."""
     write_shards(tmp_path, [np.arange(10), np.arange(20)])
-    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
-    epochs = []
-    for _ in range(7):
-        stream.take(9)
-        epochs.append(stream.epochs)
+    stream = train_stream(tiny_config(data_path=str(tmp_path)), 0, 9)
+    epochs = [epochs for _, epochs in itertools.islice(stream, 7)]
     assert epochs == [0, 0, 0, 1, 1, 1, 2]
 
 
 def test_step_may_be_longer_than_all_text(tmp_path):
     """It reads the text several times over."""
     write_shards(tmp_path, [np.arange(10)])
-    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
-    assert stream.take(24).tolist() == [i % 10 for i in range(25)]
-    assert stream.take(3).tolist() == [i % 10 for i in range(24, 28)]
+    stream = train_stream(tiny_config(data_path=str(tmp_path)), 0, 24)
+    assert next(stream)[0].tolist() == [i % 10 for i in range(25)]
+    assert next(stream)[0].tolist() == [i % 10 for i in range(24, 49)]
 
 
 def test_next_shard_is_read_ahead(tmp_path, monkeypatch):
     """Another thread reads the second shard while the first one's tokens are taken."""
     write_shards(tmp_path, [tiny_stream(300, 1), tiny_stream(300, 2)])
-    by_main, here = [], threading.get_ident()
+    by_main, here = queue.Queue(), threading.get_ident()
 
     def read(path, *args):
-        if Path(path).parent == tmp_path:  # not what an earlier test's thread still reads
-            by_main.append(threading.get_ident() == here)
+        if path.parent == tmp_path:  # not what an earlier test's thread still reads
+            by_main.put((path.name, threading.get_ident() == here))
         return read_shard(path, *args)
 
     monkeypatch.setattr(train_gpt, "read_shard", read)
-    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
-    stream.take(128)
-    assert len(stream.coming.result(60)) == 300
-    assert by_main == [True, False]
-    assert stream.opened == 1
+    stream = train_stream(tiny_config(data_path=str(tmp_path)), 0, 128)
+    assert by_main.get(timeout=60) == ("fineweb_train_000000.bin", True)
+    next(stream)
+    assert by_main.get(timeout=60) == ("fineweb_train_000001.bin", False)
+    next(stream)
+    assert by_main.empty()  # the third one is not due
 
 
 def test_bad_shard_is_told_when_its_tokens_are_due(tmp_path):
     """Not earlier, though it was read ahead."""
     write_shards(tmp_path, [tiny_stream(300, 1)])
     (tmp_path / "fineweb_train_000001.bin").write_bytes(b"cut")
-    stream = TrainStream(tiny_config(data_path=str(tmp_path)), 0)
-    stream.take(128)
-    stream.take(128)
-    assert "fineweb_train_000001.bin" in refusal(stream.take, 128)
+    stream = train_stream(tiny_config(data_path=str(tmp_path)), 0, 128)
+    next(stream)
+    next(stream)
+    assert "fineweb_train_000001.bin" in refusal(next, stream)
+
+
+def test_bad_first_shard_is_told_at_once(tmp_path):
+    """Before a step is asked for."""
+    (tmp_path / "fineweb_train_000000.bin").write_bytes(b"cut")
+    cfg = tiny_config(data_path=str(tmp_path))
+    assert "fineweb_train_000000.bin" in refusal(train_stream, cfg, 0, 128)
 
 
 @pytest.mark.parametrize("world, size", [(1, 4), (2, 3), (4, 3)])
@@ -482,10 +491,10 @@ def test_held_out_text_is_never_trained_on(tmp_path, shards):
     texts = [tiny_stream(size, seed) for seed, size in enumerate(shards)]
     once = np.concatenate([*texts[:-1], texts[-1][:-401]])
     for count in (1, 7, len(once), 2 * len(once) + 3):
-        stream = TrainStream(cfg, len(load_held_out(cfg)))
+        stream = train_stream(cfg, len(load_held_out(cfg)), count)
         taken = []
         while len(taken) < 3 * len(once):
-            taken.extend(stream.take(count)[:-1])
+            taken.extend(next(stream)[0][:-1])
         np.testing.assert_array_equal(taken, np.resize(once, len(taken)))
 
 
@@ -498,7 +507,7 @@ def test_nothing_is_held_out_for_nothing(tmp_path, changes):
     held_out = load_held_out(cfg)
     assert len(held_out) == 0
     once = np.concatenate([tiny_stream(300, 0), tiny_stream(90, 1)])
-    tokens = TrainStream(cfg, len(held_out)).take(2 * 390)
+    tokens, _ = next(train_stream(cfg, len(held_out), 2 * 390))
     np.testing.assert_array_equal(tokens[:780], np.tile(once, 2))
 
 
@@ -506,7 +515,9 @@ def test_half_of_the_last_shard_may_be_held_out(tmp_path):
     """The other half trains."""
     cfg = held_out_config(tmp_path, (900, 802))
     assert len(load_held_out(cfg)) == 401
-    assert len(TrainStream(cfg, 401).take(1300)) == 1301
+    tokens, epochs = next(train_stream(cfg, 401, 1300))
+    assert len(tokens) == 1301
+    assert epochs == 0
 
 
 def test_more_than_half_of_the_last_shard_is_refused(tmp_path):
@@ -643,9 +654,9 @@ def test_tokenize_loses_nothing(corpus):
 
 def test_tokenize_names_its_tokenizer_in_every_shard(corpus):
     """And no shard is a copy of another."""
-    paths = sorted(map(str, (corpus.folder / "shards").iterdir()))
+    paths = sorted((corpus.folder / "shards").iterdir())
     assert len(train_gpt.check_shards(paths, corpus.table, None)) == len(paths)
-    makers = {Path(path).read_bytes()[12:44].hex() for path in paths}
+    makers = {path.read_bytes()[12:44] for path in paths}
     assert makers == {corpus.table.digest}
 
 

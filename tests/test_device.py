@@ -474,7 +474,11 @@ def scoring_waits(script, device):
 MIXES = [
     (training_waits, "dtype=torch.int32, device=rt.device)", "dtype=torch.int32)"),
     (training_waits, "torch.zeros(3, device=self.rt.device)", "torch.zeros(3)"),
-    (training_waits, "rt.upload(t.chunk(rt.world)[rt.rank])", "t.chunk(rt.world)[rt.rank]"),
+    (
+        training_waits,
+        "rt.upload(torch.from_numpy(t).view(shape)[rt.rank])",
+        "torch.from_numpy(t).view(shape)[rt.rank]",
+    ),
     (scoring_waits, "return model.to(rt.device)", "return model"),
     (
         scoring_waits,

@@ -29,10 +29,10 @@ from train_gpt import (
     BigramCounts,
     Muon,
     Runtime,
-    TrainStream,
     UserError,
     WeightAverage,
     micro_batches,
+    train_stream,
 )
 
 HERE = Runtime()  # one rank, CPU, float32
@@ -70,9 +70,9 @@ def gradients_of(model):
 def test_complementary_weights_match_a_plain_count(data, alpha):
     """Over several steps, the weights are those of a dictionary of all earlier pairs."""
     cfg, pairs = tiny_config(data_path=str(data)), Counter()
-    stream, counts = TrainStream(cfg, 0), BigramCounts(VOCAB, HERE)
+    stream, counts = train_stream(cfg, 0, 128), BigramCounts(VOCAB, HERE)
     for _ in range(6):
-        batches = micro_batches(stream.take(128), cfg, HERE)
+        batches = micro_batches(next(stream)[0], cfg, HERE)
         for x, y in batches:
             expected = naive_weights(pairs, x, y, alpha)
             torch.testing.assert_close(counts.weights(x, y, alpha), expected)
@@ -96,10 +96,10 @@ def test_complementary_weight_has_a_floor():
 def test_step_is_weighted_by_the_steps_before_it(data):
     """A step's loss uses the counts of earlier steps alone; its gradient is of mean(w * CE)."""
     cfg = tiny_config(data_path=str(data), complement_alpha=1.0, micro_batch_tokens=128)
-    trainer, stream = new_trainer(warm_model(cfg), cfg), TrainStream(cfg, 0)
+    trainer, stream = new_trainer(warm_model(cfg), cfg), train_stream(cfg, 0, 128)
     pairs = Counter()
     for step in range(3):
-        batches = micro_batches(stream.take(128), cfg, HERE)
+        batches = micro_batches(next(stream)[0], cfg, HERE)
         ((x, y),) = batches
         twin = copy.deepcopy(trainer.model)
         nats = F.cross_entropy(twin(x).flatten(0, 1), y.flatten(), reduction="none").view_as(y)
@@ -118,10 +118,10 @@ def test_step_is_weighted_by_the_steps_before_it(data):
 def test_alpha_zero_is_the_plain_loss(data):
     """COMPLEMENT_ALPHA=0 trains on mean cross-entropy, however much text has been counted."""
     cfg = tiny_config(data_path=str(data), complement_alpha=0.0, micro_batch_tokens=128)
-    trainer, stream = new_trainer(warm_model(cfg), cfg), TrainStream(cfg, 0)
+    trainer, stream = new_trainer(warm_model(cfg), cfg), train_stream(cfg, 0, 128)
     for step in range(2):
-        trainer.step(micro_batches(stream.take(128), cfg, HERE), step, 1.0)
-    ((x, y),) = batches = micro_batches(stream.take(128), cfg, HERE)
+        trainer.step(micro_batches(next(stream)[0], cfg, HERE), step, 1.0)
+    ((x, y),) = batches = micro_batches(next(stream)[0], cfg, HERE)
     plain = F.cross_entropy(trainer.model(x).flatten(0, 1), y.flatten()).item()
     assert trainer.gradients(batches)[:2].tolist() == pytest.approx([plain, plain], rel=1e-6)
 
@@ -411,9 +411,9 @@ def test_gradient_is_clipped_by_its_global_norm(clip):
 def completed_steps(data, steps):
     """The averaged weights after so many undisturbed steps."""
     cfg = tiny_config(data_path=str(data))
-    trainer, stream = new_trainer(train_gpt.new_model(cfg, HERE), cfg), TrainStream(cfg, 0)
+    trainer, stream = new_trainer(train_gpt.new_model(cfg, HERE), cfg), train_stream(cfg, 0, 128)
     for step in range(steps):
-        batches = micro_batches(stream.take(128), cfg, HERE)
+        batches = micro_batches(next(stream)[0], cfg, HERE)
         trainer.step(batches, step, train_gpt.lr_scale(step, 1.0, math.inf, cfg))
     trainer.average.install()
     return weights_of(trainer.model)
@@ -494,14 +494,14 @@ def test_unreadable_shard_keeps_the_last_good_weights(tmp_path):
 def rank_report(rt, folder):
     """A rank's gradients of a step, then four steps, then a NaN on the last rank alone."""
     cfg = tiny_config(data_path=folder)
-    trainer, stream = new_trainer(warm_model(cfg), cfg, rt), TrainStream(cfg, 0)
-    batches = micro_batches(stream.take(128), cfg, rt)
+    trainer, stream = new_trainer(warm_model(cfg), cfg, rt), train_stream(cfg, 0, 128)
+    batches = micro_batches(next(stream)[0], cfg, rt)
     losses = trainer.gradients(batches)[:2].tolist()
     gradients = gradients_of(trainer.model)
     trainer.model.zero_grad()
     for step in range(4):
         losses += trainer.step(batches, step, 1.0)
-        batches = micro_batches(stream.take(128), cfg, rt)
+        batches = micro_batches(next(stream)[0], cfg, rt)
     report = dict(
         losses=losses,
         gradients=gradients,

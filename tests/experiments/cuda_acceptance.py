@@ -644,8 +644,8 @@ def new_trainer(cfg, rt):
     cfg = dataclasses.replace(cfg, train_batch_tokens=cfg.micro_batch_tokens)
     model = train_gpt.new_model(cfg, rt)
     trainer = train_gpt.Trainer(model, train_gpt.training_loss(model, rt), cfg, rt)
-    stream = train_gpt.TrainStream(cfg, 0)
-    return trainer, train_gpt.micro_batches(stream.take(cfg.train_batch_tokens), cfg, rt)
+    tokens, _ = next(train_gpt.train_stream(cfg, 0, cfg.train_batch_tokens))
+    return trainer, train_gpt.micro_batches(tokens, cfg, rt)
 
 
 def ms_of(action, rt, warm, timed):
