@@ -763,7 +763,7 @@ def load_tokenizer(path, vocab_size, table=None):
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
     ids = list(range(vocab_size))
-    tests = [sp.is_unknown(ids), sp.is_control(ids), sp.is_unused(ids), sp.is_byte(ids)]
+    tests = [test(ids) for test in (sp.is_unknown, sp.is_control, sp.is_unused, sp.is_byte)]
     kinds = "".join(np.select(tests, [*"UCXB"], "N"))
     found = TokenTable(tuple(sp.id_to_piece(ids)), kinds, sp.bos_id())
     if SPACE not in found.pieces:
@@ -3439,24 +3439,22 @@ def read_documents(path):
     """
     number = 1
     document = ""
-    decode = codecs.getincrementaldecoder("utf-8")().decode
     try:
-        for line in read_lines(path):
+        for line in codecs.iterdecode(read_lines(path), "utf-8"):
             if path.endswith(".txt"):
-                text = decode(line)
-                document += text
-                if len(document) > (DOCUMENT_CHARS if text.isspace() else MOST_DOCUMENT_CHARS):
+                document += line
+                if len(document) > (DOCUMENT_CHARS if line.isspace() else MOST_DOCUMENT_CHARS):
                     yield document
                     document = ""
             elif line.strip():
-                match json.loads(line):
+                match json.loads(line.lstrip("\ufeff")):  # a byte order mark
                     case {"text": str(text)}:
                         text.encode()  # it has no half of a surrogate pair
                         yield text
                     case _:
                         raise ValueError('no string under the key "text"')
-            number += line.endswith(b"\n")
-        yield document + decode(b"", True)
+            number += line.endswith("\n")
+        yield document
     except (ValueError, RecursionError) as error:  # what is decoded or parsed
         raise UserError(
             f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
@@ -3488,8 +3486,7 @@ def prepare_demo(cfg, log):
     whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
     if cfg.data_path == DEMO_CACHE and not whole:
         log("demo: gathering English from the documentation on this machine")
-        documents = demo_documents()
-        write_shards(lambda: documents, DEMO_CACHE, cfg, log)
+        write_shards(functools.cache(demo_documents), DEMO_CACHE, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):

@@ -815,6 +815,13 @@ def test_long_line_of_json_is_one_document(tmp_path):
     assert list(filter(None, train_gpt.read_documents(str(tmp_path / "a.jsonl")))) == texts
 
 
+def test_byte_order_mark_is_no_json(tmp_path):
+    """The one that some editors put before a file is skipped."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + jsonl(["one", "two"]))
+    assert list(filter(None, train_gpt.read_documents(str(path)))) == ["one", "two"]
+
+
 def test_json_with_a_long_window_is_read(tmp_path):
     """Written by zstd --long=28; the usual limit is 2^27."""
     settings = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, enable_ldm=True)
