@@ -129,144 +129,186 @@ frozen = dataclass(frozen=True)
 BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
 
 
-def option(default, doc, **limits):
-    """Return a setting's field with its default, one line of documentation and its limits.
+def option(default, **limits):
+    """Return a setting's field with its default and its limits.
 
     Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
     name of another property of Config; `divides`, space-separated names of settings that must be
     multiples of this one; `choices`, the allowed words, comma-separated.
     """
-    return dataclasses.field(default=default, metadata={"doc": doc, **limits})
+    return dataclasses.field(default=default, metadata=limits)
 
 
 @frozen
 class RunSettings:
-    """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`."""
+    """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`.
 
-    preset: str = option("record", "record, bench or demo")
-    device: str = option("auto", "auto, cuda or cpu", choices="auto, cuda, cpu")
-    data_path: str = option("data/datasets/fineweb10B_sp1024", "folder of the shards")
-    tokenizer_path: str = option("data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    run_id: str = option("", "folder of the run under LOG_DIR; empty: PRESET_seedSEED")
-    artifact_path: str = option("", "artifact to read; empty: LOG_DIR/RUN_ID/model.int6.lzma")
-    log_dir: str = option("logs", "where runs are written")
-    replace: bool = option(False, "replace an OUT that exists, or the results of another run")
-    val_tokens: int = option(0, "validation tokens to score, from the start; 0: all", minimum=0)
-    size_limit_bytes: int = option(16_000_000, "cap on code plus artifact")
-    log_every: int = option(100, "training steps between two log lines")
-    verify_enabled: bool = option(
-        True, "end a run with a proof: code, and decode in another process"
-    )
-    verify_tokens: int = option(
-        1000, "tokens that are proved, from the stream's start; 0: all", minimum=0
-    )
+    preset: record, bench or demo
+    device: auto, cuda or cpu
+    data_path: folder of the shards
+    tokenizer_path: SentencePiece model
+    run_id: folder of the run under LOG_DIR; empty: PRESET_seedSEED
+    artifact_path: artifact to read; empty: LOG_DIR/RUN_ID/model.int6.lzma
+    log_dir: where runs are written
+    replace: replace an OUT that exists, or the results of another run
+    val_tokens: validation tokens to score, from the start; 0: all
+    size_limit_bytes: cap on code plus artifact
+    log_every: training steps between two log lines
+    verify_enabled: end a run with a proof: code, and decode in another process
+    verify_tokens: tokens that are proved, from the stream's start; 0: all
+    """
+
+    preset: str = "record"
+    device: str = option("auto", choices="auto, cuda, cpu")
+    data_path: str = "data/datasets/fineweb10B_sp1024"
+    tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"
+    run_id: str = ""
+    artifact_path: str = ""
+    log_dir: str = "logs"
+    replace: bool = False
+    val_tokens: int = option(0, minimum=0)
+    size_limit_bytes: int = 16_000_000
+    log_every: int = 100
+    verify_enabled: bool = True
+    verify_tokens: int = option(1000, minimum=0)
 
 
 @frozen
 class TrainSettings:
-    """What shapes training."""
+    """What shapes training.
 
-    seed: int = option(1337, "seed of the initial weights", minimum=0)
-    iterations: int = option(20_000, "most optimizer steps")
-    max_wallclock_seconds: float = option(600.0, "training time; 0: no limit, ITERATIONS decides")
-    train_batch_tokens: int = option(786_432, "tokens in an optimizer step, over all ranks")
-    micro_batch_tokens: int = option(98_304, "most tokens a rank takes through the model at once")
-    warmup_steps: int = option(20, "untimed steps on random tokens, to compile kernels", minimum=0)
-    warmdown_iters: int = option(
-        3500, "steps over which the learning rates fall to 0 at the end", minimum=0
-    )
-    matrix_lr: float = option(0.025, "Muon, matrices")
-    scalar_lr: float = option(0.025, "AdamW, vectors and scalars")
-    tied_embed_lr: float = option(0.035, "AdamW, embedding tables")
-    muon_momentum: float = option(
-        0.99, "reached from 0.92 over MUON_MOMENTUM_WARMUP_STEPS", maximum=BELOW_ONE
-    )
-    muon_momentum_warmup_steps: int = option(1500, "steps")
-    muon_wd: float = option(0.04, "decoupled weight decay of Muon")
-    adam_wd: float = option(0.04, "decoupled weight decay of AdamW")
-    grad_clip_norm: float = option(0.3, "global gradient norm; 0: off")
-    ema_decay: float = option(0.997, "average of the weights over steps; 0: off", maximum=BELOW_ONE)
-    swa_enabled: bool = option(False, "average snapshots of the warmdown instead of the EMA")
-    swa_every: int = option(50, "steps between two snapshots")
-    complement_alpha: float = option(0.5, "complementary loss; 0: plain cross-entropy", maximum=1)
-    mixer_calibration_tokens: int = option(
-        1_048_576, "held-out text for the mixer; 0: cold start", minimum=0
-    )
+    seed: seed of the initial weights
+    iterations: most optimizer steps
+    max_wallclock_seconds: training time; 0: no limit, ITERATIONS decides
+    train_batch_tokens: tokens in an optimizer step, over all ranks
+    micro_batch_tokens: most tokens a rank takes through the model at once
+    warmup_steps: untimed steps on random tokens, to compile kernels
+    warmdown_iters: steps over which the learning rates fall to 0 at the end
+    matrix_lr: Muon, matrices
+    scalar_lr: AdamW, vectors and scalars
+    tied_embed_lr: AdamW, embedding tables
+    muon_momentum: reached from 0.92 over MUON_MOMENTUM_WARMUP_STEPS
+    muon_momentum_warmup_steps: steps
+    muon_wd: decoupled weight decay of Muon
+    adam_wd: decoupled weight decay of AdamW
+    grad_clip_norm: global gradient norm; 0: off
+    ema_decay: average of the weights over steps; 0: off
+    swa_enabled: average snapshots of the warmdown instead of the EMA
+    swa_every: steps between two snapshots
+    complement_alpha: complementary loss; 0: plain cross-entropy
+    mixer_calibration_tokens: held-out text for the mixer; 0: cold start
+    """
+
+    seed: int = option(1337, minimum=0)
+    iterations: int = 20_000
+    max_wallclock_seconds: float = 600.0
+    train_batch_tokens: int = 786_432
+    micro_batch_tokens: int = 98_304
+    warmup_steps: int = option(20, minimum=0)
+    warmdown_iters: int = option(3500, minimum=0)
+    matrix_lr: float = 0.025
+    scalar_lr: float = 0.025
+    tied_embed_lr: float = 0.035
+    muon_momentum: float = option(0.99, maximum=BELOW_ONE)
+    muon_momentum_warmup_steps: int = 1500
+    muon_wd: float = 0.04
+    adam_wd: float = 0.04
+    grad_clip_norm: float = 0.3
+    ema_decay: float = option(0.997, maximum=BELOW_ONE)
+    swa_enabled: bool = False
+    swa_every: int = 50
+    complement_alpha: float = option(0.5, maximum=1)
+    mixer_calibration_tokens: int = option(1_048_576, minimum=0)
 
 
 @frozen
 class ModelSettings:
-    """What is fixed once weights exist."""
+    """What is fixed once weights exist.
 
-    vocab_size: int = option(1024, "tokens in the vocabulary (V)", minimum=2, maximum=65_536)
-    num_layers: int = option(11, "transformer blocks", minimum=2)
-    model_dim: int = option(512, "width of the residual stream (D)")
-    num_heads: int = option(8, "query heads (H)", divides="model_dim")
-    num_kv_heads: int = option(4, "key and value heads (G)", divides="num_heads")
-    mlp_mult: int = option(3, "hidden width of the MLP in units of D")
-    xsa_last_n: int = option(
-        4, "last layers with exclusive self-attention", maximum="num_layers", minimum=0
-    )
-    rope_dims: int = option(
-        16, "leading dimensions of a head that are rotated", minimum=4, maximum="head_dim"
-    )
-    bigram_vocab_size: int = option(2048, "rows of the hashed bigram table", minimum=2)
-    bigram_dim: int = option(128, "width of the bigram and value tables")
-    ve_layers: str = option("9,10", "layers with value embeddings, comma-separated; empty: none")
-    vrl_enabled: bool = option(True, "value residual learning")
-    logit_softcap: float = option(30.0, "logits = cap * tanh(z / cap)", minimum=1e-3)
-    qk_gain_init: float = option(1.5, "initial per-head gain on queries")
-    train_seq_len: int = option(
-        2048,
-        "tokens in a training sequence; sets the rotary base",
-        divides="train_batch_tokens micro_batch_tokens",
-    )
+    vocab_size: tokens in the vocabulary (V)
+    num_layers: transformer blocks
+    model_dim: width of the residual stream (D)
+    num_heads: query heads (H)
+    num_kv_heads: key and value heads (G)
+    mlp_mult: hidden width of the MLP in units of D
+    xsa_last_n: last layers with exclusive self-attention
+    rope_dims: leading dimensions of a head that are rotated
+    bigram_vocab_size: rows of the hashed bigram table
+    bigram_dim: width of the bigram and value tables
+    ve_layers: layers with value embeddings, comma-separated; empty: none
+    vrl_enabled: value residual learning
+    logit_softcap: logits = cap * tanh(z / cap)
+    qk_gain_init: initial per-head gain on queries
+    train_seq_len: tokens in a training sequence; sets the rotary base
+    """
+
+    vocab_size: int = option(1024, minimum=2, maximum=65_536)
+    num_layers: int = option(11, minimum=2)
+    model_dim: int = 512
+    num_heads: int = option(8, divides="model_dim")
+    num_kv_heads: int = option(4, divides="num_heads")
+    mlp_mult: int = 3
+    xsa_last_n: int = option(4, maximum="num_layers", minimum=0)
+    rope_dims: int = option(16, minimum=4, maximum="head_dim")
+    bigram_vocab_size: int = option(2048, minimum=2)
+    bigram_dim: int = 128
+    ve_layers: str = "9,10"
+    vrl_enabled: bool = True
+    logit_softcap: float = option(30.0, minimum=1e-3)
+    qk_gain_init: float = 1.5
+    train_seq_len: int = option(2048, divides="train_batch_tokens micro_batch_tokens")
 
 
 @frozen
 class EvalSettings:
-    """What shapes the code length; the `eval` command may override it."""
+    """What shapes the code length; the `eval` command may override it.
 
-    eval_stride: int = option(
-        64, "rows S of a tile; a row sees the W - S rows before it", divides="eval_seq_len"
-    )
-    eval_seq_len: int = option(2048, "window W", divides="ttt_chunk_tokens")
-    eval_run_tiles: int = option(
-        1, "tiles that pass their keys and values on; 0: until the weights change", minimum=0
-    )
-    eval_dtype: str = option(
-        "float64",
-        "what is proved; float32 or bfloat16: a quick look",
-        choices="float64, float32, bfloat16",
-    )
-    ttt_enabled: bool = option(True, "score-first test-time training")
-    ttt_schedule_chunks: int = option(1893, "chunks over which the TTT rate falls to 0")
-    ttt_lr: float = option(5e-4, "Adam")
-    ttt_epochs: int = option(3, "optimizer steps a chunk")
-    ttt_chunk_tokens: int = option(32_768, "positions scored between two TTT updates")
-    ttt_freeze_blocks: int = option(
-        9, "first blocks whose matrices TTT leaves alone", maximum="num_layers", minimum=0
-    )
-    ttt_temperature: float = option(0.98, "divides the logits from the ttt stage on", minimum=1e-3)
-    polyak_decay: float = option(0.998, "average of TTT's weights that scores", maximum=BELOW_ONE)
-    mixer: str = option("learned", "learned, entropy or none", choices="learned, entropy, none")
-    ngram_order: int = option(
-        10, "longest n-gram, the predicted token included; above 9 as 9", minimum=2
-    )
-    ngram_recent: int = option(4, "last occurrences that a context looks at")
-    ngram_hash_bits: int = option(26, "2^this heads of chains for each kind of context", maximum=30)
-    mixer_block: int = option(
-        16_384, "positions between two updates of the learned mixer", divides="ttt_chunk_tokens"
-    )
-    mixer_lr: float = option(1e-3, "learned mixer, Adam")
-    min_count: int = option(
-        1, "occurrences that a context needs, else back off", maximum="ngram_recent", minimum=0
-    )
-    alpha_base: float = option(
-        0.0, "entropy mixer: alpha = base + range * sigmoid(2 (H - center))", maximum=1
-    )
-    alpha_range: float = option(0.10, "entropy mixer", maximum="most_alpha_range")
-    alpha_center: float = option(1.0, "entropy mixer, nats of neural entropy H")
+    eval_stride: rows S of a tile; a row sees the W - S rows before it
+    eval_seq_len: window W
+    eval_run_tiles: tiles that pass their keys and values on; 0: until the weights change
+    eval_dtype: what is proved; float32 or bfloat16: a quick look
+    ttt_enabled: score-first test-time training
+    ttt_schedule_chunks: chunks over which the TTT rate falls to 0
+    ttt_lr: Adam
+    ttt_epochs: optimizer steps a chunk
+    ttt_chunk_tokens: positions scored between two TTT updates
+    ttt_freeze_blocks: first blocks whose matrices TTT leaves alone
+    ttt_temperature: divides the logits from the ttt stage on
+    polyak_decay: average of TTT's weights that scores
+    mixer: learned, entropy or none
+    ngram_order: longest n-gram, the predicted token included; above 9 as 9
+    ngram_recent: last occurrences that a context looks at
+    ngram_hash_bits: 2^this heads of chains for each kind of context
+    mixer_block: positions between two updates of the learned mixer
+    mixer_lr: learned mixer, Adam
+    min_count: occurrences that a context needs, else back off
+    alpha_base: entropy mixer: alpha = base + range * sigmoid(2 (H - center))
+    alpha_range: entropy mixer
+    alpha_center: entropy mixer, nats of neural entropy H
+    """
+
+    eval_stride: int = option(64, divides="eval_seq_len")
+    eval_seq_len: int = option(2048, divides="ttt_chunk_tokens")
+    eval_run_tiles: int = option(1, minimum=0)
+    eval_dtype: str = option("float64", choices="float64, float32, bfloat16")
+    ttt_enabled: bool = True
+    ttt_schedule_chunks: int = 1893
+    ttt_lr: float = 5e-4
+    ttt_epochs: int = 3
+    ttt_chunk_tokens: int = 32_768
+    ttt_freeze_blocks: int = option(9, maximum="num_layers", minimum=0)
+    ttt_temperature: float = option(0.98, minimum=1e-3)
+    polyak_decay: float = option(0.998, maximum=BELOW_ONE)
+    mixer: str = option("learned", choices="learned, entropy, none")
+    ngram_order: int = option(10, minimum=2)
+    ngram_recent: int = 4
+    ngram_hash_bits: int = option(26, maximum=30)
+    mixer_block: int = option(16_384, divides="ttt_chunk_tokens")
+    mixer_lr: float = 1e-3
+    min_count: int = option(1, maximum="ngram_recent", minimum=0)
+    alpha_base: float = option(0.0, maximum=1)
+    alpha_range: float = option(0.10, maximum="most_alpha_range")
+    alpha_center: float = 1.0
 
 
 @frozen
@@ -3342,6 +3384,15 @@ def decompress_command(source, target, environ):
     write_atomically(target, codec.decode(source), source)
 
 
+def show_help():
+    """Print the usage, and each setting with what its group's docstring says of it."""
+    say(__doc__)
+    for line in "".join(group.__doc__ for group in Config.__bases__).splitlines():
+        name, _, doc = line.strip().partition(": ")
+        if name in FIELDS:
+            say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
+
+
 def dispatch(args, environ):
     """Run one command line."""
     match args:
@@ -3361,9 +3412,7 @@ def dispatch(args, environ):
             mixed = args[1] != first
             say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
         case ["-h" | "--help" | "help"]:
-            say(__doc__)
-            for name, field in FIELDS.items():
-                say(f"  {name.upper():<28} {field.metadata['doc']} (record: {field.default!r})")
+            show_help()
         case _:
             raise UsageError(
                 f"unknown or incomplete command {' '.join(args)!r}; see train_gpt.py --help"
