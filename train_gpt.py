@@ -1102,7 +1102,7 @@ def causal_bias(rows, known, reach, like):
 
 
 def unit(x):
-    """Return x / |x|, or 0; over the last dimension. cast() folds RMSNorm's sqrt(D) into weights."""
+    """Return x / |x| over the last dimension, or 0; cast() has RMSNorm's sqrt(D) in weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
     return (x / norm.clamp(min=1e-30)).to(x.dtype)
@@ -1683,8 +1683,7 @@ def train(model, cfg, rt, log, held_out):
 # (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-INT6_MAX = 31
-INT8_MAX = 127
+LEVEL_LIMITS = {"int6": 31, "int8": 127}
 KINDS = {  # how parameters of each role are stored
     "int6": {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"},
     "fisher": {"matrix": "levels", "table": "levels", "projection": "levels", "vector": "fp16"},
@@ -1695,25 +1694,16 @@ COARSENESS = {"int6": (4.0, 12.0, 64.0), "fisher": (2.0**-20, 2.0**-14, 1.0)}
 FISHER_SEQUENCES = 48  # of the held-out text; 8 are too few, 256 are no better
 
 
-def quantize(w, limit, row_max):
-    """Return (int8 levels in +-limit (rows, cols), fp16 row scales (rows,)) of w (rows, cols).
+def quantize(w, kind, coarseness):
+    """Return (int8 levels (rows, cols), fp16 row scales (rows,)) of w (rows, cols) as int6 or int8.
 
-    row_max (rows,) is the value of the top level; what is beyond it is clipped.
+    What is beyond the top level is clipped: no value of int8.
     """
-    scale = (row_max / limit).clamp(2.0**-24, 65_504.0).half()
+    top = w.abs().amax(1) if kind == "int8" else coarseness * w.square().mean(1).sqrt()
+    limit = LEVEL_LIMITS[kind]
+    scale = (top / limit).clamp(2.0**-24, 65_504.0).half()
     levels = (w / scale.float()[:, None]).round().clamp(-limit, limit)
     return levels.to(torch.int8), scale
-
-
-def encode_tensor(w, kind, coarseness):
-    """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
-    w = w.float()
-    match kind:
-        case "int6":
-            return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-        case "int8":
-            return quantize(w, INT8_MAX, w.abs().amax(1))
-    return (w.half(),)
 
 
 def exponents(values, per_octave):
@@ -1726,27 +1716,27 @@ def new_steps(model, held_out):
 
     From the gradients G (R, C) of the summed losses of the first FISHER_SEQUENCES sequences in
     held_out, uint16 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
-    diagonal 1 % of its mean is added; to the rows' 2 %. Where there is no sequence, what they begin
-    with is left: steps in proportion to a row's root mean square.
+    diagonal 1 % of its mean is added; to the rows' 2 %. Without a sequence, steps are in proportion
+    to a row's root mean square.
     """
     params = {n: p for n, p in model.named_parameters() if role(n) != "vector"}
-    factors = {}
-    for name, p in params.items():
+    factors = []
+    for p in params.values():
         square = p.detach().double().square().mean(1)
         energy = 1e-10 / (square + 0.01 * square.mean() + 1e-30)
-        factors[name] = energy, energy.sum() * torch.eye(p.size(1)).to(energy)
+        factors.append([energy, energy.sum() * torch.eye(p.size(1)).to(energy)])
     rows = model.cfg.train_seq_len
-    count = min(FISHER_SEQUENCES, len(held_out[1:]) // rows)
-    tokens = torch.from_numpy(held_out[: count * rows + 1].astype(np.int64)).to(p.device)
-    for i in range(0, count * rows, rows):
-        logits = model(tokens[None, i : i + rows])[0]
-        loss = F.cross_entropy(logits, tokens[i + 1 : i + rows + 1], reduction="sum")
-        gradients = torch.autograd.grad(loss, [*params.values()])
-        for (energy, gram), g in zip(factors.values(), gradients):
-            energy += g.square().sum(1) / count / rows
-            gram += g.mT @ g / count / rows
+    tokens = torch.from_numpy(held_out.astype(np.int64)).to(p.device)
+    ends = range(rows, len(tokens), rows)[:FISHER_SEQUENCES]
+    for end in ends:
+        logits = model(tokens[None, end - rows : end])[0]
+        loss = F.cross_entropy(logits, tokens[end - rows + 1 : end + 1], reduction="sum")
+        gradients = torch.autograd.grad(loss / (rows * len(ends)) ** 0.5, [*params.values()])
+        for (energy, gram), g in zip(factors, gradients):
+            energy += g.square().sum(1)
+            gram += g.mT @ g
     steps = {}
-    for name, (energy, gram) in factors.items():
+    for name, (energy, gram) in zip(params, factors):
         energy += 0.02 * energy.mean()
         gram.diagonal().add_(0.01 * gram.diagonal().mean())
         factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).cpu()
@@ -1786,6 +1776,7 @@ def round_levels(w, rows, columns, factor, coarseness):
 # what they have beyond it stands after the words.
 
 LEVEL_MAX = 255
+LEVELS = 2 * LEVEL_MAX + 1
 CLASSES = torch.arange(-40, 25)  # mean |level| from 2^-10 to 2^6
 LANES = 128
 STATE_MIN = 1 << 32  # a state below takes in a word of 32 bits
@@ -1793,7 +1784,7 @@ STATE_MIN = 1 << 32  # a state below takes in a word of 32 bits
 
 @functools.cache
 def level_frequencies():
-    """Return (frequencies, sums of those before), uint64 (classes * (2 LEVEL_MAX + 1),).
+    """Return (frequencies, sums of those before), uint64 (classes * LEVELS,).
 
     A class has p(q) in proportion to exp(-theta q^2) and sums to 2^24. theta, whose limits are
     1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 2 %.
@@ -1823,7 +1814,7 @@ def encode_levels(levels, classes):
     """Return the words, uint32, from which decode_levels makes levels; both int64 (n,)."""
     freqs, starts = level_frequencies()
     coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
-    symbols = classes * (2 * LEVEL_MAX + 1) + coded + LEVEL_MAX
+    symbols = classes * LEVELS + coded + LEVEL_MAX
     symbols = symbols.reshape(-1, math.gcd(symbols.size, LANES))
     state = np.full_like(symbols[0], STATE_MIN, np.uint64)
     words = [abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX]
@@ -1840,19 +1831,19 @@ def encode_levels(levels, classes):
 def decode_levels(words, classes):
     """Return levels, int64 (n,), from the words of encode_levels; ValueError if they do not fit."""
     freqs, starts = level_frequencies()
-    classes = classes.reshape(-1, math.gcd(classes.size, LANES))
-    width = classes.shape[1]
-    high, low, words = np.split(words.astype(np.uint64), [width, 2 * width])
+    bases = classes.reshape(-1, math.gcd(classes.size, LANES)).astype(np.uint64) << TOTAL_BITS
+    symbols = np.empty_like(bases, np.int64)
+    lanes = len(bases[0])
+    high, low, words = np.split(words.astype(np.uint64), [lanes, 2 * lanes])
     state = high << 32 | low
-    symbols = np.empty_like(classes)
-    for i, row in enumerate(classes.astype(np.uint64)):
-        slots = (row << TOTAL_BITS) + state % TOTAL
-        symbols[i] = np.searchsorted(starts, slots, "right") - 1
-        state = freqs[symbols[i]] * (state >> TOTAL_BITS) + slots - starts[symbols[i]]
+    for row, base in zip(symbols, bases):
+        slots = base + state % TOTAL
+        row[:] = np.searchsorted(starts, slots, "right") - 1
+        state = freqs[row] * (state >> TOTAL_BITS) + slots - starts[row]
         low = state < STATE_MIN
         taken, words = np.split(words, [low.sum()])
         state[low] = state[low] << 32 | taken
-    levels = (symbols - classes * (2 * LEVEL_MAX + 1) - LEVEL_MAX).ravel()
+    levels = symbols.ravel() % LEVELS - LEVEL_MAX
     beyond = abs(levels) == LEVEL_MAX
     if (state != STATE_MIN).any() or len(words) != beyond.sum():
         raise ValueError("levels do not end where their words do")
@@ -1925,8 +1916,10 @@ def pack_artifact(weights, cfg, table, coarseness, steps=None):
             means = mean_exponents(levels)
             matrices.append((levels.flatten().numpy(), level_classes(*means)))
             stored = [torch.stack(pair) for pair in zip(steps[name], means)]
+        elif kinds[name] == "fp16":
+            stored = [w.half()]
         else:
-            stored = encode_tensor(w, kinds[name], coarseness)
+            stored = quantize(w.float(), kinds[name], coarseness)
         if not all(t.isfinite().all() for t in (w, *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
         index.append([name, kinds[name], list(w.shape)])
@@ -1971,8 +1964,8 @@ def unpack_artifact(body):
         elif kind == "fp16":
             weights[name] = take("<f2", *shape).float()
         else:
-            levels = take("i1", *shape)
-            weights[name] = levels.float() * take("<f2", shape[0], 1).float()
+            levels = take("i1", *shape).float()
+            weights[name] = levels * take("<f2", shape[0], 1).float()
     if matrices:
         classes = np.concatenate([part for _, part in matrices.values()])
         levels = torch.from_numpy(decode_levels(np.frombuffer(reader.read(), "<u4"), classes))
