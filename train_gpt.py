@@ -196,7 +196,9 @@ class TrainSettings:
     swa_enabled: average snapshots of the warmdown instead of the EMA
     swa_every: steps between two snapshots
     complement_alpha: complementary loss; 0: plain cross-entropy
-    mixer_calibration_tokens: held-out text for the mixer; 0: cold start
+    quantizer: int6 (with LZMA) or fisher (with rANS)
+    target_kl: most loss that fisher should cost, nats a token; 0: fill the cap
+    mixer_calibration_tokens: held-out text for mixer and quantizer; 0: cold start
     """
 
     seed: int = option(1337, minimum=0)
@@ -218,6 +220,8 @@ class TrainSettings:
     swa_enabled: bool = False
     swa_every: int = 50
     complement_alpha: float = option(0.5, maximum=1)
+    quantizer: str = option("int6", choices="int6, fisher")
+    target_kl: float = 0.0
     mixer_calibration_tokens: int = option(1_048_576, minimum=0)
 
 
@@ -344,6 +348,8 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
             self.value_layers  # noqa: B018 (it raises)
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
+        usable = self.quantizer == "fisher" or not self.target_kl
+        need(usable, "target_kl", "takes QUANTIZER=fisher")
         need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
     @property
@@ -380,6 +386,7 @@ GROUPS = {name: group for group in Config.__bases__ for name in group.__annotati
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
 SMALL = dict(
+    quantizer="fisher",
     warmup_steps=0,
     muon_momentum=0.95,
     num_heads=4,
@@ -1117,9 +1124,10 @@ def causal_bias(rows, known, reach, like):
 
 
 def unit(x):
-    """Return x / |x| over the last dimension; cast() folds RMSNorm's sqrt(D) into weights."""
+    """Return x / |x| over the last dimension, or 0; cast() has RMSNorm's sqrt(D) in weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)).to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
+    return (x / norm.clamp(min=1e-30)).to(x.dtype)
 
 
 def exclude_self(y, v):
@@ -1685,78 +1693,203 @@ def train(model, cfg, rt, log, held_out):
 
 
 # ---- Quantization --------------------------------------------------------------------------------
-# Block matrices become int6 (-31..31) with one fp16 scale a row, embedding tables int8, the rest
-# fp16. One number governs the size, `coarseness`: the top level of a matrix's row stands at
-# coarseness times the row's root mean square. Doubling it costs each weight one bit of precision
-# and saves about one bit of entropy, which LZMA finds; it is chosen so that code + artifact just
-# fit the cap.
+# Two quantizers, each governed by one number, its *coarseness*, which is chosen so that code and
+# artifact just fit the cap; doubling it saves about a bit a weight.
+#
+# int6: block matrices become -31..31 with one fp16 scale a row, tables int8, the rest fp16. The top
+# level of a matrix's row stands at coarseness times the row's root mean square. LZMA finds the
+# entropy.
+#
+# fisher: precision goes where the loss is curved. Behind an entropy coder only a weight's *step*
+# counts, not the number of its levels: nothing is clipped, and the step of weight (r, c) is
+# coarseness / sqrt(F_rc). F, the diagonal of the Fisher information, is a row's part times a
+# column's, from gradients of text that was not trained on; KL grows by F step^2 / 24 a weight. GPTQ
+# (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
+# here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-INT6_MAX = 31
-INT8_MAX = 127
-FINEST = 4.0  # below it a Gaussian row loses more to clipping than it gains in precision
-COARSEST = 64.0
-KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
+LEVEL_LIMITS = {"int6": 31, "int8": 127}
+KINDS = {  # how parameters of each role are stored
+    "int6": {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"},
+    "fisher": {"matrix": "levels", "table": "levels", "projection": "levels", "vector": "fp16"},
+}
+# The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
+# more to clipping than it gains in precision; below 2^-20 fisher gains nothing.
+COARSENESS = {"int6": (4.0, 12.0, 64.0), "fisher": (2.0**-20, 2.0**-14, 1.0)}
+FISHER_SEQUENCES = 48  # of the held-out text; 8 are too few, 256 are no better
 
 
-def quantize(w, limit, row_max):
-    """Return (int8 levels in +-limit (rows, cols), fp16 row scales (rows,)) of w (rows, cols).
+def quantize(w, kind, coarseness):
+    """Return (int8 levels (rows, cols), fp16 row scales (rows,)) of w (rows, cols) as int6 or int8.
 
-    row_max (rows,) is the value of the top level; what is beyond it is clipped.
+    What is beyond the top level is clipped: no value of int8.
     """
-    scale = (row_max / limit).clamp(2.0**-24, 65_504.0).half()
+    top = w.abs().amax(1) if kind == "int8" else coarseness * w.square().mean(1).sqrt()
+    limit = LEVEL_LIMITS[kind]
+    scale = (top / limit).clamp(2.0**-24, 65_504.0).half()
     levels = (w / scale.float()[:, None]).round().clamp(-limit, limit)
     return levels.to(torch.int8), scale
 
 
-def encode_tensor(name, w, coarseness):
-    """Return the tensors to store for one parameter: levels and row scales, or fp16 values."""
-    w = w.float()
-    match role(name):
-        case "matrix":
-            return quantize(w, INT6_MAX, coarseness * w.square().mean(1).sqrt())
-        case "table":
-            return quantize(w, INT8_MAX, w.abs().amax(1))
-    return (w.half(),)
+def exponents(values, per_octave):
+    """Return the int8 k whose 2^(k / per_octave) are nearest to values >= 0."""
+    return (per_octave * values.log2()).round().clamp(-127, 127).to(torch.int8)
 
 
-def decode_tensor(stored):
-    """Return the fp32 parameter that encode_tensor stored."""
-    values, *scales = (t.float() for t in stored)
-    return values * scales[0][:, None] if scales else values
+def new_steps(model, held_out):
+    """Return {name: [exponents of rows (R,), of columns (C,), GPTQ's factor (C, C)]} for fisher.
 
-
-def quantized(weights, coarseness):
-    """Return {name: fp32 tensor}: the weights that an artifact of this coarseness gives back."""
-    return {n: decode_tensor(encode_tensor(n, w, coarseness)) for n, w in weights.items()}
-
-
-def count_weights(weights, kind):
-    """Return the number of single weights that are stored as this kind."""
-    return sum(w.numel() for name, w in weights.items() if KINDS[role(name)] == kind)
-
-
-def estimate_coarseness(weights, budget_bytes):
-    """Return the coarseness that gives budget_bytes if rows are Gaussian.
-
-    A matrix then costs log2(4.133 * 31 / coarseness) bits a weight (4.133 = sqrt(2 pi e)), int8
-    about 7, fp16 about 15; LZMA adds 3 %.
+    From the gradients G (R, C) of the summed losses of the first FISHER_SEQUENCES sequences in
+    held_out, uint16 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
+    diagonal 1 % of its mean is added; to the rows' 2 %. Without a sequence, steps are in proportion
+    to a row's root mean square.
     """
-    others = 7 * count_weights(weights, "int8") + 15 * count_weights(weights, "fp16")
-    bits = (8 * budget_bytes / 1.03 - others) / count_weights(weights, "int6")
-    return min(max(4.133 * INT6_MAX / 2 ** min(max(bits, 0), 30), FINEST), COARSEST)
+    params = {n: p for n, p in model.named_parameters() if role(n) != "vector"}
+    factors = []
+    for p in params.values():
+        square = p.detach().double().square().mean(1)
+        energy = 1e-10 / (square + 0.01 * square.mean() + 1e-30)
+        factors.append([energy, energy.sum() * torch.eye(p.size(1)).to(energy)])
+    rows = model.cfg.train_seq_len
+    tokens = torch.from_numpy(held_out.astype(np.int64)).to(p.device)
+    ends = range(rows, len(tokens), rows)[:FISHER_SEQUENCES]
+    for end in ends:
+        logits = model(tokens[None, end - rows : end])[0]
+        loss = F.cross_entropy(logits, tokens[end - rows + 1 : end + 1], reduction="sum")
+        gradients = torch.autograd.grad(loss / (rows * len(ends)) ** 0.5, [*params.values()])
+        for (energy, gram), g in zip(factors, gradients):
+            energy += g.square().sum(1)
+            gram += g.mT @ g
+    steps = {}
+    for name, (energy, gram) in zip(params, factors):
+        energy += 0.02 * energy.mean()
+        gram.diagonal().add_(0.01 * gram.diagonal().mean())
+        factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).cpu()
+        row_steps = (energy.sum() / energy).sqrt().cpu()
+        steps[name] = [exponents(row_steps, 2), exponents(factor.diagonal(), 2), factor]
+    return steps
+
+
+def step_sizes(rows, columns, coarseness):
+    """Return the parts of steps, float64 (R, 1) and (C,), of which coarseness is in the first.
+
+    rows, columns: their exponents k, for 2^(k / 2). Such powers and roots are exact everywhere.
+    """
+    rows, columns = (torch.from_numpy(np.sqrt(np.ldexp(1.0, k.numpy()))) for k in (rows, columns))
+    return coarseness * rows[:, None], columns
+
+
+def round_levels(w, rows, columns, factor, coarseness):
+    """Return the levels, int64 (R, C), of a parameter w (R, C) with its new_steps, by GPTQ."""
+    row_steps, column_steps = step_sizes(rows, columns, coarseness)
+    targets = (w.double() / row_steps).T.contiguous()
+    errors = torch.zeros_like(targets)
+    levels = torch.zeros_like(targets)
+    for i, step in enumerate(column_steps):
+        target = targets[i] - factor[:i, i] @ errors[:i]
+        levels[i] = (target / step).round()
+        errors[i] = (target - levels[i] * step) / factor[i, i]
+    return levels.T.long()
+
+
+# ---- Level coder ---------------------------------------------------------------------------------
+# A level's frequencies are those of a Gaussian, sampled at the integers, with the mean |level| that
+# its *class* says: the mean of its row times that of its column over that of the matrix, in quarter
+# octaves. The coder is an interleaved rANS (Duda, 2013; Giesen, 2014): LANES states of 64 bits
+# serve the levels in turn, so that numpy works on all at once. Encoder and decoder are mirror
+# images: what was pushed last is popped first. Levels from +-LEVEL_MAX on are coded as that, and
+# what they have beyond it stands after the words.
+
+LEVEL_MAX = 255
+LEVELS = 2 * LEVEL_MAX + 1
+CLASSES = torch.arange(-40, 25)  # mean |level| from 2^-10 to 2^6
+LANES = 128
+STATE_MIN = 1 << 32  # a state below takes in a word of 32 bits
+
+
+@functools.cache
+def level_frequencies():
+    """Return (frequencies, sums of those before), uint64 (classes * LEVELS,).
+
+    A class has p(q) in proportion to exp(-theta q^2) and sums to 2^24. theta, whose limits are
+    1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 2 %.
+    """
+    q = torch.arange(-LEVEL_MAX, LEVEL_MAX + 1).double()
+    v = 2 ** (-CLASSES.double() / 2)[:, None]  # 1 / m^2
+    theta = (1 + v * (2 / math.pi + v / 5) / (1 + v / 20)).log() / 2
+    freqs = commit(shares((-LOGIT_SCALE * theta * q.square()).round().long()))
+    freqs = freqs.flatten().numpy().astype(np.uint64)
+    return freqs, freqs.cumsum() - freqs
+
+
+def mean_exponents(levels):
+    """Return the int8 exponents (R,) and (C,) from which level_classes makes the classes."""
+    sizes = levels.abs().double()
+    columns = sizes.mean(0) / sizes.mean().clamp(min=1e-9)
+    return [exponents(means, 4) for means in (sizes.mean(1), columns)]
+
+
+def level_classes(rows, columns):
+    """Return each level's class number, int64 (R * C,), from its mean_exponents."""
+    sums = (rows[:, None].long() + columns).clamp(CLASSES[0], CLASSES[-1])
+    return (sums - CLASSES[0]).flatten().numpy()
+
+
+def encode_levels(levels, classes):
+    """Return the words, uint32, from which decode_levels makes levels; both int64 (n,)."""
+    freqs, starts = level_frequencies()
+    coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
+    symbols = classes * LEVELS + coded + LEVEL_MAX
+    symbols = symbols.reshape(-1, math.gcd(symbols.size, LANES))
+    state = np.full_like(symbols[0], STATE_MIN, np.uint64)
+    words = [abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX]
+    for row in symbols[::-1]:
+        full = state >> 40 >= freqs[row]
+        words.append(state[full])
+        state[full] >>= 32
+        quotient, rest = np.divmod(state, freqs[row])
+        state = (quotient << TOTAL_BITS) + rest + starts[row] % TOTAL
+    words += [state, state >> 32]
+    return np.concatenate([part.astype("<u4") for part in words[::-1]])
+
+
+def decode_levels(words, classes):
+    """Return levels, int64 (n,), from the words of encode_levels; ValueError if they do not fit."""
+    freqs, starts = level_frequencies()
+    bases = classes.reshape(-1, math.gcd(classes.size, LANES)).astype(np.uint64) << TOTAL_BITS
+    symbols = np.empty_like(bases, np.int64)
+    lanes = len(bases[0])
+    high, low, words = np.split(words.astype(np.uint64), [lanes, 2 * lanes])
+    state = high << 32 | low
+    for row, base in zip(symbols, bases):
+        slots = base + state % TOTAL
+        row[:] = np.searchsorted(starts, slots, "right") - 1
+        state = freqs[row] * (state >> TOTAL_BITS) + slots - starts[row]
+        low = state < STATE_MIN
+        taken, words = np.split(words, [low.sum()])
+        state[low] = state[low] << 32 | taken
+    levels = symbols.ravel() % LEVELS - LEVEL_MAX
+    beyond = abs(levels) == LEVEL_MAX
+    if (state != STATE_MIN).any() or len(words) != beyond.sum():
+        raise ValueError("levels do not end where their words do")
+    levels[beyond] += np.sign(levels[beyond]) * words.astype(np.int64)
+    return levels
 
 
 # ---- Artifact ------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
 #   4 bytes  format version            4 bytes  length of the header
-#   8 bytes  length of the body        JSON     settings, tokenizer, [name, kind, shape] a tensor
-#  32 bytes  SHA-256 of the body       tensors  in that order: levels int8 then scales fp16, or fp16
-# Little-endian, row by row. Reading executes nothing. Levels of int6 take a byte each: packed to 6
-# bits, LZMA would not find their entropy.
+#   8 bytes  length of the body        JSON     settings, coarseness, tokenizer, [name, kind, shape]
+#  32 bytes  SHA-256 of the body       tensors  in that order, by kind
+#                                      words    uint32: the level coder's, if a kind is "levels"
+# Kinds: fp16; int6 and int8, levels int8, then fp16 scales of rows; "levels", int8 exponents: rows'
+# steps and means, columns' steps and means. Little-endian, row by row. Reading executes nothing.
+# Levels of int6 take a byte each: packed to 6 bits, LZMA would not find their entropy. What does
+# not compress, as the words, LZMA2 stores.
 
 ARTIFACT_MAGIC = b"PGOLFART"
-ARTIFACT_VERSION = 1
+ARTIFACT_VERSION = 2
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
+WEIGHTS_MAX = 1 << 28  # of an artifact: hostile ones must not take all memory
 LZMA = dict(
     format=lzma.FORMAT_RAW,
     filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)],
@@ -1790,21 +1923,36 @@ def stored_settings(cfg):
     return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
 
 
-def pack_artifact(weights, cfg, table, coarseness):
+def pack_artifact(weights, cfg, table, coarseness, steps=None):
     """Return an artifact's bytes; the same weights and settings give the same bytes.
 
-    UserError if a parameter is not finite, or beyond fp16 where it is stored as such.
+    steps: new_steps(), if QUANTIZER=fisher. UserError if a parameter is not finite, or beyond fp16
+    where it is stored as such.
     """
     index = []
     payload = []
-    for name in sorted(weights, key=lambda name: (KINDS[role(name)], name)):
-        stored = encode_tensor(name, weights[name], coarseness)
-        if not all(t.isfinite().all() for t in (weights[name], *stored)):
+    matrices = []  # [(levels, classes)]
+    kinds = {name: KINDS[cfg.quantizer][role(name)] for name in weights}
+    for name in sorted(weights, key=lambda name: (kinds[name], name)):
+        w = weights[name].cpu()
+        if kinds[name] == "levels":
+            levels = round_levels(w, *steps[name], coarseness)
+            means = mean_exponents(levels)
+            matrices.append((levels.flatten().numpy(), level_classes(*means)))
+            stored = [torch.stack(pair) for pair in zip(steps[name], means)]
+        elif kinds[name] == "fp16":
+            stored = [w.half()]
+        else:
+            stored = quantize(w.float(), kinds[name], coarseness)
+        if not all(t.isfinite().all() for t in (w, *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
-        index.append([name, KINDS[role(name)], list(weights[name].shape)])
-        payload += [t.cpu().numpy().tobytes() for t in stored]
+        index.append([name, kinds[name], list(w.shape)])
+        payload += [t.numpy().tobytes() for t in stored]
+    if matrices:
+        payload.append(encode_levels(*map(np.concatenate, zip(*matrices))).tobytes())
     contents = {
         "settings": stored_settings(cfg),
+        "coarseness": coarseness,
         "tensors": index,
         "tokenizer": {"sha256": table.digest.hex(), **asdict(table)},
     }
@@ -1812,6 +1960,43 @@ def pack_artifact(weights, cfg, table, coarseness):
     raw = struct.pack("<I", len(header)) + header + b"".join(payload)
     body = lzma.compress(raw, **LZMA)
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
+
+
+def unpack_artifact(body):
+    """Return (header, {name: fp32 tensor}) from an artifact's body; any exception if it is wrong.
+
+    What it claims never takes memory for more than WEIGHTS_MAX weights.
+    """
+    reader = io.BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
+    header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
+    if sum(math.prod(shape) for *_, shape in header["tensors"]) > WEIGHTS_MAX:
+        raise ValueError(f"more than {WEIGHTS_MAX} weights")
+
+    def take(dtype, *shape):
+        array = np.empty(shape, dtype)
+        if reader.readinto(array) < array.nbytes:
+            raise ValueError("tensors are cut")
+        return torch.from_numpy(array)
+
+    weights = {}
+    matrices = {}
+    for name, kind, shape in header["tensors"]:
+        if kind == "levels":
+            rows, columns = [take("i1", 2, size) for size in shape]
+            sizes = step_sizes(rows[0], columns[0], header["coarseness"])
+            matrices[name] = sizes, level_classes(rows[1], columns[1])
+        elif kind == "fp16":
+            weights[name] = take("<f2", *shape).float()
+        else:
+            levels = take("i1", *shape).float()
+            weights[name] = levels * take("<f2", shape[0], 1).float()
+    if matrices:
+        classes = np.concatenate([part for _, part in matrices.values()])
+        levels = torch.from_numpy(decode_levels(np.frombuffer(reader.read(), "<u4"), classes))
+        parts = levels.split([len(part) for _, part in matrices.values()])
+        for part, (name, ((rows, columns), _)) in zip(parts, matrices.items()):
+            weights[name] = (part.view(len(rows), -1) * rows * columns).float()
+    return header, weights
 
 
 def read_artifact(path, data=None):
@@ -1828,20 +2013,11 @@ def read_artifact(path, data=None):
     if len(body) != length or sha256(body) != digest:
         counts = f"{len(body):,} bytes of {length:,}"
         raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
-    reader = io.BytesIO(lzma.decompress(body, **LZMA))
-    header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
-
-    def take(dtype, shape):
-        array = np.empty(shape, dtype)
-        reader.readinto(array)
-        return torch.from_numpy(array)
-
-    weights = {}
-    for name, kind, shape in header["tensors"]:
-        layout = [("<f2", shape)] if kind == "fp16" else [("i1", shape), ("<f2", shape[:1])]
-        weights[name] = decode_tensor([take(*part) for part in layout])
-    tokenizer = header["tokenizer"]
-    table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
+    with blaming(f"artifact {path} breaks its format; train again", Exception):  # of many kinds
+        header, weights = unpack_artifact(body)
+        tokenizer = header["tokenizer"]
+        table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
+        config_from_env({}, header["settings"])  # or UsageError
     return Artifact(Path(path), len(data), sha256(data), header["settings"], table, weights)
 
 
@@ -1850,26 +2026,32 @@ def code_bytes():
     return os.path.getsize(__file__)
 
 
-def fit_artifact(weights, cfg, table, log):
+def fit_artifact(weights, cfg, table, log, steps):
     """Return the bytes of the finest artifact found that fits the cap, else of the last one tried.
 
-    At most six tries. Each moves log2(coarseness) by the distance to 99.9 % of the budget, at one
-    bit for every weight of a matrix; it is done within 0.2 % of the budget.
+    steps: as pack_artifact takes them. At most six tries, a secant of bytes against
+    log2(coarseness); it is done within 0.2 % of the budget.
     """
     budget = cfg.size_limit_bytes - code_bytes()
-    bytes_a_bit = count_weights(weights, "int6") / 8
-    coarseness = estimate_coarseness(weights, budget)
+    finest, coarseness, coarsest = COARSENESS[cfg.quantizer]
+    if cfg.target_kl:
+        count = sum(len(rows) * len(columns) for rows, columns, _ in steps.values())
+        finest = coarseness = (24 * cfg.target_kl / count) ** 0.5
+    slope = sum(w.numel() for w in weights.values()) / 8  # bytes that a doubling saves
+    tried = []
     best = b""
     for _ in range(6):
-        data = pack_artifact(weights, cfg, table, coarseness)
-        log(f"quantize: coarseness {coarseness:.4f} gives {len(data):,} of {budget:,} bytes")
+        data = pack_artifact(weights, cfg, table, coarseness, steps)
         size = len(data)
+        log(f"quantize: coarseness {coarseness:.4g} gives {size:,} of {budget:,} bytes")
         if size <= budget:
             best = max(best, data, key=len)
-        tried = coarseness
-        coarseness *= 2 ** ((size - 0.999 * budget) / bytes_a_bit)
-        coarseness = min(max(coarseness, FINEST), COARSEST)
-        if coarseness == tried or 0.998 * budget <= size <= budget:
+        if tried:
+            slope = max(slope / 8, (tried[1] - size) / math.log2(coarseness / tried[0]))
+        tried = coarseness, size
+        coarseness *= 2 ** ((size - 0.999 * budget) / slope)
+        coarseness = min(max(coarseness, finest), coarsest)
+        if coarseness == tried[0] or 0.998 * budget <= size <= budget:
             break
     return best or data
 
@@ -3207,7 +3389,7 @@ def finish(run, model, result, held_out):
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
-    artifact = write_artifact(run, weights, result)
+    artifact = write_artifact(run, model, weights["mixer"], held_out, result)
     unquantized = dataclasses.replace(artifact, weights=weights)
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
@@ -3220,7 +3402,7 @@ def finish(run, model, result, held_out):
 def calibrate(run, weights, held_out, limit_s):
     """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
 
-    The model is quantized, one run spans the text, and the mixer learns every W / 2 positions. It
+    One run of the exact model spans the text, and the mixer learns every W / 2 positions. It
     begins with the one in `weights`; scoring stops after 95 % of limit_s.
     """
     cfg = run.cfg
@@ -3228,8 +3410,7 @@ def calibrate(run, weights, held_out, limit_s):
     if not len(held_out):
         return weights["mixer"], 0.0
     start_s = time.perf_counter()
-    coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
-    model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
+    model = new_model(cfg, rt, weights, cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
     block = cfg.eval_seq_len // 2
     plan = new_plan(cfg, "sliding", "mixer")._replace(
@@ -3249,14 +3430,22 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.learner.weights, seconds
 
 
-def write_artifact(run, weights, result):
-    """Quantize to the cap, write the artifact and return it as rank 0 has read it back."""
+def write_artifact(run, model, mixer, held_out, result):
+    """Quantize to the cap, write the artifact and return it as rank 0 has read it back.
+
+    mixer: its weights; held_out, uint16 (n + 1,): text for new_steps.
+    """
     start_s = time.perf_counter()
     path = run.cfg.artifact
     report = run.report
 
     def write():
-        data = fit_artifact(weights, run.cfg, run.table, report.log)
+        steps = {}
+        if run.cfg.quantizer == "fisher":
+            steps = new_steps(model, held_out)
+            report.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
+        weights = {**model.state_dict(), "mixer": mixer}
+        data = fit_artifact(weights, run.cfg, run.table, report.log, steps)
         write_atomically(path, data)
         found = read_file(path)
         if found != data:
