@@ -1269,7 +1269,7 @@ class GPT(nn.Module):
             values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
         vrl = self.vrl_scales.to(dtype) if self.cfg.vrl_enabled else None
         blocks = [block.cast(dtype) for block in self.blocks]
-        head = embed[0] * embed[0].size(1) ** 0.5
+        head = embed[0] * self.cfg.model_dim**0.5
         return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
 
     def forward(self, tokens, weights=None, cache=None, lead=0, unwanted=0):
@@ -1301,7 +1301,7 @@ class GPT(nn.Module):
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
             extra_v = vrl[i - 1] * v0 if cfg.vrl_enabled and i else 0
             if i in values:
-                extra_v = extra_v + values[i][tokens]
+                extra_v += values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
@@ -1335,8 +1335,8 @@ class Cache:
             self.store.narrow(4, 0, self.reach).copy_(last_rows)
             self.used = self.reach
         known = min(self.reach, self.used)
-        self.new = self.store.narrow(4, self.used, rows)
         self.seen = self.store.narrow(4, self.used - known, known + rows)
+        self.new = self.seen.narrow(4, known, rows)
         self.used += rows
         self.rows += rows
         return self.rows - rows, known, self.reach
