@@ -54,6 +54,7 @@ import json
 import lzma
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -2881,12 +2882,12 @@ class Report:
         self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
         environment = {
-            "python": sys.version.split()[0],
+            "python": platform.python_version(),
             "torch": torch.__version__,
             "device": rt.notes[0],
             "world_size": rt.world,
             "dtype": str(rt.dtype),
-            "source_sha256": sha256(Path(__file__).read_bytes()).hex(),
+            "source_sha256": sha256(read_file(__file__)).hex(),
         }
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -2901,9 +2902,12 @@ class Report:
         }
         rt.by_main(self.take_folder)
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.log(f"{command} {cfg.run_dir.name}, {when}")
-        self.log("python {python}, torch {torch}, source {source_sha256}".format(**environment))
-        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
+        for line in (
+            f"{command} {cfg.run_dir.name}, {when}",
+            "python {python}, torch {torch}, source {source_sha256}".format(**environment),
+            *rt.notes,
+            *(f"  {n.upper()}={v}" for n, v in settings.items()),
+        ):
             self.log(line)
 
     def take_folder(self):
