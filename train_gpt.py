@@ -53,6 +53,7 @@ import json
 import lzma
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -1085,8 +1086,6 @@ def micro_batches(tokens, cfg, rt):
 
 # Tokens before a row that its embedding needs: smear looks 1 back, that row's bigram 1 more.
 EMBED_CONTEXT = 2
-TABLES = ("embed.tokens", "embed.bigrams", "ve_table")
-MATRICES = (".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")  # of a block
 
 
 def role(name):
@@ -1095,11 +1094,11 @@ def role(name):
     matrix: Muon, int6; projection: Muon, fp16; table: AdamW, int8; vector (all others, of any
     shape, the mixer's weights too): AdamW, fp16.
     """
-    if name in TABLES:
+    if name in ("embed.tokens", "embed.bigrams", "ve_table"):
         return "table"
-    if name.endswith("_proj"):
-        return "projection"
-    return "matrix" if name.endswith(MATRICES) else "vector"
+    if name.endswith((".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")):  # of a block
+        return "matrix"
+    return "projection" if name.endswith("_proj") else "vector"
 
 
 def attention(q, k, v, bias):
@@ -1112,7 +1111,7 @@ def attention(q, k, v, bias):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     rows = q.reshape(-1, len(bias), q.size(-1))
     scores = torch.baddbmm(bias, rows, k.flatten(0, 1).mT, alpha=q.size(-1) ** -0.5)
-    return (scores.softmax(-1) @ v.flatten(0, 1)).view(q.shape)
+    return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
 
 
 def causal_bias(rows, known, reach, like):
@@ -1132,27 +1131,22 @@ def unit(x):
 
 def exclude_self(y, v):
     """Return y (N, H, d) less its projection on the row's own value v (N, G, d): XSA."""
-    grouped = y.view(*v.shape[:2], -1, v.size(-1))
+    grouped = y.unflatten(1, (v.size(1), -1))
     direction = unit(v).unsqueeze(2)
     along = (grouped * direction).sum(-1, keepdim=True)
     return torch.addcmul(grouped, along, direction, value=-1)
 
 
-def rotary_rates(dims, width, train_seq_len):
-    """Return each dimension's rotary rate, in radians a row, float64 (width,): 0 from `dims` on.
+def rotary_rates(cfg):
+    """Return each dimension's rotary rate, in radians a row, float64 (d,): 0 from ROPE_DIMS on.
 
     Su et al., 2021, with the base NTK-scaled where training sequences exceed 1,024 rows. The rates
     of the first half turn backwards: rotate() adds to a dimension its partner times the sine.
     """
-    base = 10_000.0 * max(1.0, train_seq_len / 1024) ** (dims / (dims - 2))
+    dims = cfg.rope_dims
+    base = 10_000.0 * max(1.0, cfg.train_seq_len / 1024) ** (dims / (dims - 2))
     rates = base ** (-torch.arange(0, dims, 2).double() / dims)
-    return F.pad(torch.cat([-rates, rates]), (0, width - dims))
-
-
-def rotary_turns(first, rows, rates):
-    """Return (cosines, sines), (rows, 1, width) each, for `rows` rows from number `first` on."""
-    angle = torch.arange(first, first + rows, device=rates.device)[:, None, None] * rates
-    return angle.cos(), angle.sin()
+    return F.pad(torch.cat([-rates, rates]), (0, cfg.head_dim - dims))
 
 
 def rotate(x, cos, sin, half):
@@ -1262,7 +1256,7 @@ class Block(nn.Module):
         y = attention(q, keys, values, bias).transpose(1, 2).flatten(0, 1)
         if self.xsa:
             y = exclude_self(y, v)
-        x = torch.addmm(x, y.reshape(x.shape), attn_out.T)
+        x = torch.addmm(x, y.reshape_as(x), attn_out.T)
         h = F.leaky_relu(F.linear(unit(x), mlp_in), 0.5).square()
         return torch.addmm(x, h, mlp_out.T), own_v
 
@@ -1276,8 +1270,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
-        rates = rotary_rates(cfg.rope_dims, cfg.head_dim, cfg.train_seq_len)
-        self.register_buffer("rotary_rates", rates, persistent=False)
+        self.register_buffer("rotary_rates", rotary_rates(cfg), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
         self.skip_weights = parameter(cfg.num_layers // 2, cfg.model_dim, fill=1.0)
         if cfg.value_layers:
@@ -1307,7 +1300,7 @@ class GPT(nn.Module):
             values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
         vrl = self.vrl_scales.to(dtype) if self.cfg.vrl_enabled else None
         blocks = [block.cast(dtype) for block in self.blocks]
-        head = embed[0] * embed[0].size(1) ** 0.5
+        head = embed[0] * self.cfg.model_dim**0.5
         return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
 
     def forward(self, tokens, weights=None, cache=None, lead=0, unwanted=0):
@@ -1325,20 +1318,21 @@ class GPT(nn.Module):
         bias = None  # causal, by a fused kernel
         if cache or not x.is_cuda:
             bias = causal_bias(T, known, reach, x).repeat(cfg.num_heads // cfg.num_kv_heads, 1)
-        turns = rotary_turns(first, T, self.rotary_rates)
-        rows = B, [t.to(x.dtype).repeat(B, 1, 1) for t in turns], bias, cache
+        angle = torch.arange(first, first + T, device=x.device)[:, None, None] * self.rotary_rates
+        turns = [t.to(x.dtype).repeat(B, 1, 1) for t in (angle.cos(), angle.sin())]
+        rows = B, turns, bias, cache
 
         x = x0 = x.flatten(0, 1)
         tokens = tokens[:, lead:].flatten()
         v0 = None  # the first layer's values
         skips = []
-        half = len(self.blocks) // 2
+        half = len(skip_weights)
         for i, block in enumerate(self.blocks):
             if i >= half and skips:
                 x = torch.addcmul(x, skip_weights[i - half], skips.pop())
             extra_v = vrl[i - 1] * v0 if cfg.vrl_enabled and i else 0
             if i in values:
-                extra_v = extra_v + values[i][tokens]
+                extra_v += values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
             if i == 0:
                 v0 = own_v
@@ -1372,8 +1366,8 @@ class Cache:
             self.store.narrow(4, 0, self.reach).copy_(last_rows)
             self.used = self.reach
         known = min(self.reach, self.used)
-        self.new = self.store.narrow(4, self.used, rows)
         self.seen = self.store.narrow(4, self.used - known, known + rows)
+        self.new = self.seen.narrow(4, known, rows)
         self.used += rows
         self.rows += rows
         return self.rows - rows, known, self.reach
@@ -3094,12 +3088,12 @@ class Report:
         self.files = []  # that show the log
         settings = dict(sorted(asdict(cfg).items()))
         environment = {
-            "python": sys.version.split()[0],
+            "python": platform.python_version(),
             "torch": torch.__version__,
             "device": rt.notes[0],
             "world_size": rt.world,
             "dtype": str(rt.dtype),
-            "source_sha256": sha256(Path(__file__).read_bytes()).hex(),
+            "source_sha256": sha256(read_file(__file__)).hex(),
         }
         self.results = {
             "run_id": cfg.run_dir.name,
@@ -3114,9 +3108,12 @@ class Report:
         }
         rt.by_main(self.take_folder)
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        self.log(f"{command} {cfg.run_dir.name}, {when}")
-        self.log("python {python}, torch {torch}, source {source_sha256}".format(**environment))
-        for line in (*rt.notes, *(f"  {n.upper()}={v}" for n, v in settings.items())):
+        for line in (
+            f"{command} {cfg.run_dir.name}, {when}",
+            "python {python}, torch {torch}, source {source_sha256}".format(**environment),
+            *rt.notes,
+            *(f"  {n.upper()}={v}" for n, v in settings.items()),
+        ):
             self.log(line)
 
     def take_folder(self):
@@ -3181,9 +3178,8 @@ class Report:
             )
         if total > limit:
             raise UserError(
-                f"artifact {artifact.path} is {total - limit:,} bytes over "
-                f"SIZE_LIMIT_BYTES={limit:,}: "
-                "lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again"
+                f"artifact {artifact.path} is {total - limit:,} bytes over SIZE_LIMIT_BYTES="
+                f"{limit:,}: lower MODEL_DIM, NUM_LAYERS or BIGRAM_VOCAB_SIZE and train again"
             )
 
     def add_stages(self, stages):
@@ -3191,12 +3187,13 @@ class Report:
         if not self.results["stages"]:
             self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
         for stage in stages:
-            delta = stage["val_bpb"] - (self.results["val_bpb"] or stage["val_bpb"])
+            bpb = stage["val_bpb"]
+            delta = bpb - (self.results["val_bpb"] or bpb)
             self.log(
-                f"{stage['name']:<12}{stage['val_bpb']:>10.6f}{delta:>+11.6f}"
+                f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
-            self.results["val_bpb"] = stage["val_bpb"]
+            self.results["val_bpb"] = bpb
         self.record("stages", self.results["stages"] + stages)
 
     def log_budget(self):
@@ -3318,7 +3315,9 @@ def open_run(cfg, environ, command, artifact=None):
     sp = None
     if not artifact or Path(cfg.tokenizer_path).exists():
         table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, table)
-    shards = list_shards(cfg, "val") + ([] if artifact else list_shards(cfg, "train"))
+    shards = list_shards(cfg, "val")
+    if not artifact:
+        shards += list_shards(cfg, "train")
     report.results["shards"] = check_shards(shards, table, sp)
     total_bytes, digest = audit_bytes(table, tokens, sp and sp.decode)
     n = len(tokens) - 1
@@ -3359,8 +3358,8 @@ def train_command(environ, kept=None):
                 write_atomically(path, data.getvalue())
                 run.report.record("train", parts["result"])
             on_signals(interrupt)
-        if result.stopped and not kept:
-            raise UserError(result.stopped)
+            if result.stopped:
+                raise UserError(result.stopped)
         finish(run, model, result, held_out)
     except FORESEEN as error:
         if isinstance(error, RuntimeError):
@@ -3369,8 +3368,7 @@ def train_command(environ, kept=None):
         if path.exists():
             why += f"; {path} has the weights: the same command with `finish` goes on from them"
         raise UserError(why) from error
-    if run.rt.rank == 0:
-        path.unlink()
+    run.rt.by_main(path.unlink)
 
 
 def finish_command(environ):
@@ -3544,10 +3542,19 @@ def text_tokens(data, table, encode):
     return np.concatenate([[table.bos_id], *map(ids_of, runs)])
 
 
-def compress_command(source, target, environ):
-    """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, in up to 16 lanes."""
+def code_command(command, source, target, environ):
+    """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, or decode it.
+
+    `compress` uses up to 16 lanes; `decompress` needs no tokenizer.
+    """
     artifact, cfg = open_artifact(environ)
     log = check_target(cfg, target, source, artifact.path, cfg.tokenizer_path)
+    codec = Codec(artifact, cfg, start_runtime(cfg, {}), log)
+    if command == "decompress":
+        torch.set_num_threads(1)  # a row at a time is too little to share
+        write_atomically(target, codec.decode(source), source)
+        return
+
     data = read_file(source)
     start_s = time.perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
@@ -3555,22 +3562,13 @@ def compress_command(source, target, environ):
     lanes = math.gcd(cfg.mixer_block, MOST_LANES)  # a power of two
     while lanes > 1 and 2 * cfg.eval_seq_len * lanes > len(tokens):  # two windows a lane
         lanes //= 2
-    coded, bits, _ = Codec(artifact, cfg, start_runtime(cfg, {}), log).encode(tokens, lanes)
+    coded, bits, _ = codec.encode(tokens, lanes)
     write_atomically(target, coded, source)
     log(
         f"{len(data):,} B -> {len(coded):,} B: a header of {CODE_HEAD_BYTES} B, "
         f"the rest predicted as {bits / 8:,.1f} B; "
         f"{len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
     )
-
-
-def decompress_command(source, target, environ):
-    """Decode SOURCE into TARGET."""
-    artifact, cfg = open_artifact(environ)
-    log = check_target(cfg, target, source, artifact.path)
-    codec = Codec(artifact, cfg, start_runtime(cfg, {}), log)
-    torch.set_num_threads(1)  # a row at a time is too little to share
-    write_atomically(target, codec.decode(source), source)
 
 
 def show_help():
@@ -3591,12 +3589,10 @@ def dispatch(args, environ):
             finish_command(environ)
         case ["eval" | "verify" as command]:
             eval_command(environ, command)
-        case ["compress", source, target]:
-            compress_command(source, target, environ)
-        case ["decompress", source, target]:
-            decompress_command(source, target, environ)
-        case ["tokenize", out_dir, first, *more]:
-            tokenize_command(out_dir, [first, *more], environ)
+        case ["compress" | "decompress" as command, source, target]:
+            code_command(command, source, target, environ)
+        case ["tokenize", out_dir, *paths] if paths:
+            tokenize_command(out_dir, paths, environ)
         case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
             mixed = args[1] != first
             say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
@@ -3627,23 +3623,23 @@ def main():
     The caller must leave by os._exit: a normal exit would keep other ranks waiting in a collective,
     can abort in gloo's teardown, and on a closed stdout would change the status.
     """
-    status = 0
     rank = 0
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (print(file=None): stdout)
-    for stream in filter(None, (sys.stdout, sys.stderr)):
-        stream.reconfigure(errors="backslashreplace")
+    # print(file=None) would write to stdout.
+    sys.stderr = sys.stderr or open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr has it
     on_signals(interrupt)
     try:
         rank = torchrun_ranks(os.environ)[0]
-        dispatch(sys.argv[1:], os.environ)
-    except (*FORESEEN, ImportError) as error:
-        status = 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
-        hint = "; pip install -r requirements.txt" if isinstance(error, ImportError) else ""
+        with blaming("a package is amiss; pip install -r requirements.txt", ImportError):
+            dispatch(sys.argv[1:], os.environ)
+    except FORESEEN as error:
         if rank == 0:
-            say(f"error: {one_line(error)}{hint}", sys.stderr)
-    if dist.is_initialized() and not status:
+            say(f"error: {one_line(error)}", sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
+    if dist.is_initialized():
         dist.barrier()
-    return status
+    return 0
 
 
 # ---- Texts to shards -----------------------------------------------------------------------------

@@ -443,7 +443,8 @@ def test_compress_tells_sizes_and_rate(coders, tmp_path, monkeypatch, capsys):
     """Bytes in, bytes out, bits predicted and tokens a second."""
     (tmp_path / "in").write_bytes(README[:300])
     monkeypatch.chdir(tmp_path)
-    train_gpt.compress_command("in", "out", {"PRESET": "bench", "DEVICE": "cpu", **coders["plain"]})
+    environ = {"PRESET": "bench", "DEVICE": "cpu", **coders["plain"]}
+    train_gpt.dispatch(["compress", "in", "out"], environ)
     size = (tmp_path / "out").stat().st_size
     line = (
         r"300 B -> ([\d,]+) B: a header of 196 B, the rest predicted as ([\d.]+) B; [\d,]+ tokens/s"

@@ -290,9 +290,10 @@ def test_exclude_self_takes_out_the_own_value():
 )
 def test_rotary_turns_half_split_pairs(train_seq_len, base):
     """The first 16 of 24 dimensions turn as pairs (j, j + 8), by position times frequency."""
-    rates = train_gpt.rotary_rates(16, 24, train_seq_len)
+    cfg = train_gpt.Config(model_dim=24 * 8, train_seq_len=train_seq_len)
+    angle = torch.arange(5, 25)[:, None, None] * train_gpt.rotary_rates(cfg)
     x = torch.randn(20, 2, 24).double()
-    out = train_gpt.rotate(x, *train_gpt.rotary_turns(5, 20, rates), 8)
+    out = train_gpt.rotate(x, angle.cos(), angle.sin(), 8)
     expected = naive_rotate(x.numpy(), 5, 16, base)
     np.testing.assert_allclose(out.numpy(), expected, atol=1e-13)
     assert torch.equal(out[..., 16:], x[..., 16:])
