@@ -3014,7 +3014,7 @@ def verify(run, artifact, scored=None):
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
     alone = dataclasses.replace(run.rt, world=1)
-    data, bits, freqs = Codec(artifact, cfg, alone, run.report.log).encode(tokens)
+    data, bits, freqs = Codec(artifact, cfg, alone, run.log).encode(tokens)
     write_atomically(path, data)
     coded_s = time.perf_counter()
     if scored is not None and (freqs != scored).any():
@@ -3032,8 +3032,8 @@ def verify(run, artifact, scored=None):
         encode_seconds=coded_s - start_s,
         decode_seconds=time.perf_counter() - coded_s,
     )
-    run.report.record("proof", proof)
-    run.report.log(
+    run.record("proof", proof)
+    run.log(
         f"proof: another process decoded {n:,} tokens from the artifact and "
         f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
         f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
@@ -3064,7 +3064,7 @@ def decode_elsewhere(path, artifact, run):
     ) as decoder:
         try:
             for line in decoder.stdout:
-                run.report.log(line.strip())
+                run.log(line.strip())
         finally:  # it has ended, unless this process is interrupted
             decoder.kill()
     if decoder.returncode:
@@ -3079,8 +3079,12 @@ def decode_elsewhere(path, artifact, run):
 # script or setting in it stay. `summarize` makes a submission of several results.
 
 
-class Report:
-    """What a run has shown so far; results.json is rewritten after every pass over the text."""
+class Run:
+    """What a command on the validation text works with, and what it has shown so far.
+
+    results.json is rewritten after every pass over the text. open_run() sets `table`, the
+    TokenTable; `tokens`, the validation stream, int64 (n + 1,); and `total_bytes` of its text.
+    """
 
     def __init__(self, cfg, rt, command):
         self.cfg = cfg
@@ -3291,25 +3295,13 @@ def summarize(paths, out_path, mixed=False):
 # done: whatever ends the run before, `finish` goes on from them.
 
 
-@dataclass
-class Run:
-    """What a command on the validation text works with."""
-
-    cfg: Config
-    rt: Runtime
-    report: Report
-    table: TokenTable
-    tokens: np.ndarray  # the validation stream, int64 (n + 1,)
-    total_bytes: int  # of its text
-
-
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if it exists."""
     rt = start_runtime(cfg, environ)
     if not artifact:
         micro_batch_sequences(cfg, rt.world)  # or UsageError
-    report = Report(cfg, rt, command)
-    rt.by_main(prepare_demo, cfg, report.log)
+    run = Run(cfg, rt, command)
+    rt.by_main(prepare_demo, cfg, run.log)
     tokens = load_validation(cfg)
     table = artifact and artifact.table
     sp = None
@@ -3318,12 +3310,15 @@ def open_run(cfg, environ, command, artifact=None):
     shards = list_shards(cfg, "val")
     if not artifact:
         shards += list_shards(cfg, "train")
-    report.results["shards"] = check_shards(shards, table, sp)
+    run.results["shards"] = check_shards(shards, table, sp)
     total_bytes, digest = audit_bytes(table, tokens, sp and sp.decode)
     n = len(tokens) - 1
-    report.results["validation"] = dict(tokens=n, bytes=total_bytes, sha256=digest)
-    report.log(f"validation: {n:,} tokens, {total_bytes:,} bytes, as the decoded text has")
-    return Run(cfg, rt, report, table, tokens, total_bytes)
+    run.results["validation"] = dict(tokens=n, bytes=total_bytes, sha256=digest)
+    run.log(f"validation: {n:,} tokens, {total_bytes:,} bytes, as the decoded text has")
+    run.table = table
+    run.tokens = tokens
+    run.total_bytes = total_bytes
+    return run
 
 
 def train_command(environ, kept=None):
@@ -3336,7 +3331,7 @@ def train_command(environ, kept=None):
     held_out = load_held_out(cfg)
     model = new_model(cfg, run.rt, kept and kept["weights"])
     count = sum(p.numel() for p in model.parameters())
-    run.report.log(f"model: {count:,} parameters")
+    run.log(f"model: {count:,} parameters")
     path = cfg.run_dir / WEIGHTS
     try:
         if kept:
@@ -3345,7 +3340,7 @@ def train_command(environ, kept=None):
             raise UserError("this run is trained, not finished; REPLACE=1 trains it anew")
         else:
             room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
-            result = train(model, cfg, run.rt, run.report.log, len(held_out))
+            result = train(model, cfg, run.rt, run.log, len(held_out))
             if room and result.steps:
                 parts = {
                     "settings": asdict(cfg),
@@ -3356,14 +3351,14 @@ def train_command(environ, kept=None):
                 torch.save(parts, data)
                 room.close()  # not before: others would fill it meanwhile
                 write_atomically(path, data.getvalue())
-                run.report.record("train", parts["result"])
+                run.record("train", parts["result"])
             on_signals(interrupt)
             if result.stopped:
                 raise UserError(result.stopped)
         finish(run, model, result, held_out)
     except FORESEEN as error:
         if isinstance(error, RuntimeError):
-            run.report.log(traceback.format_exc())
+            run.log(traceback.format_exc())
         why = one_line(error)
         if path.exists():
             why += f"; {path} has the weights: the same command with `finish` goes on from them"
@@ -3392,7 +3387,7 @@ def finish(run, model, result, held_out):
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
-        run.report.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
+        run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
     elif cfg.verify_enabled:
         run.rt.by_main(verify, run, artifact, scored)
 
@@ -3415,13 +3410,13 @@ def calibrate(run, weights, held_out, limit_s):
         block=block, run=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
-    for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
+    for commitment, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(time.perf_counter() - start_s) > 0.95 * limit_s:
             break
     seconds = time.perf_counter() - start_s
     scored = predictor.scored_to - 1
     per_token = ", ".join(f"{stage} {b / max(scored, 1):.4f}" for stage, b in bits.items())
-    run.report.log(
+    run.log(
         f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
         f"bits a token: {per_token}"
     )
@@ -3435,15 +3430,14 @@ def write_artifact(run, model, mixer, held_out, result):
     """
     start_s = time.perf_counter()
     path = run.cfg.artifact
-    report = run.report
 
     def write():
         steps = {}
         if run.cfg.quantizer == "fisher":
             steps = new_steps(model, held_out)
-            report.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
+            run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
         weights = {**model.state_dict(), "mixer": mixer}
-        data = fit_artifact(weights, run.cfg, run.table, report.log, steps)
+        data = fit_artifact(weights, run.cfg, run.table, run.log, steps)
         write_atomically(path, data)
         found = read_file(path)
         if found != data:
@@ -3455,9 +3449,9 @@ def write_artifact(run, model, mixer, held_out, result):
         "quantize_seconds": time.perf_counter() - start_s,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
     }
-    report.record("train", asdict(result) | numbers)
+    run.record("train", asdict(result) | numbers)
     artifact = read_artifact(path, found)
-    report.check_size(artifact)
+    run.check_size(artifact)
     return artifact
 
 
@@ -3470,9 +3464,9 @@ def evaluate_artifact(run, artifact, *first):
     later = (new_predictor(artifact, cfg, run.rt, plan) for plan in evaluation_plans(cfg))
     keep = cfg.verify_tokens or len(run.tokens)
     for predictor in itertools.chain(first, later):
-        stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.report.log, keep)
-        run.report.add_stages(stages)
-    run.report.log_budget()
+        stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)
+        run.add_stages(stages)
+    run.log_budget()
     return scored
 
 
@@ -3501,7 +3495,7 @@ def eval_command(environ, command):
         run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
         cfg = dataclasses.replace(cfg, run_id=run_id[:200])
     run = open_run(cfg, environ, command, artifact)
-    run.report.check_size(artifact)
+    run.check_size(artifact)
     if command == "eval":
         evaluate_artifact(run, artifact)
     else:

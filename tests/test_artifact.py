@@ -357,7 +357,7 @@ def test_no_room_takes_the_coarsest_and_says_by_how_much(tmp_path, small_code, r
     cfg = wide_config(size_limit_bytes=limit, log_dir=str(tmp_path), run_id="r")
     data = train_gpt.fit_artifact(weights, cfg, tiny_table(), quiet)
     assert data == pack_artifact(weights, cfg, tiny_table(), COARSEST)
-    report = train_gpt.Report(cfg, Runtime(notes=("cpu",)), "train")
+    report = train_gpt.Run(cfg, Runtime(notes=("cpu",)), "train")
     write_atomically(cfg.artifact, data)
     message = refusal(report.check_size, train_gpt.read_artifact(cfg.artifact))
     assert f" {coarsest - room:,} bytes over SIZE_LIMIT_BYTES={limit:,}" in message

@@ -554,11 +554,11 @@ def test_run_records_its_validation_text(corpus, opened):
     """Its tokens, bytes and SHA-256, and a digest of each shard under its name."""
     run = opened()
     text = "".join(corpus.val).encode()
-    assert run.report.results["validation"] == dict(
+    assert run.results["validation"] == dict(
         tokens=len(run.tokens) - 1, bytes=len(text), sha256=hashlib.sha256(text).hexdigest()
     )
     names = {path.name for path in (corpus.folder / "shards").iterdir()}
-    assert set(run.report.results["shards"].values()) == names
+    assert set(run.results["shards"].values()) == names
 
 
 def test_run_with_another_tokenizer_ends_before_training(opened, other_tokenizer):

@@ -231,9 +231,14 @@ def test_weights_stay_where_the_norm_is_not_finite(device, norm):
 
 
 class Notes:
-    """A Report that keeps the stages and writes nothing."""
+    """A Run on a short text that keeps the stages and writes nothing."""
 
-    def __init__(self):
+    def __init__(self, cfg, rt):
+        self.cfg = cfg
+        self.rt = rt
+        self.table = tiny_table()
+        self.tokens = tiny_stream(3 * 64 + 20)
+        self.total_bytes = 500
         self.stages = []
 
     def add_stages(self, stages):
@@ -244,11 +249,6 @@ class Notes:
         """Do nothing with what a run tells."""
 
     record = check_size = log_budget = log
-
-
-def new_run(cfg, rt):
-    """A Run of cfg on a short text."""
-    return train_gpt.Run(cfg, rt, Notes(), tiny_table(), tiny_stream(3 * 64 + 20), 500)
 
 
 @pytest.mark.parametrize(
@@ -270,17 +270,17 @@ def test_run_scores_what_the_cpu_scores(device, tmp_path, mixer, swa):
         swa_every=1,
         verify_enabled=False,
     )
-    run = new_run(cfg, runtime_on_device())
+    run = Notes(cfg, runtime_on_device())
     model = train_gpt.new_model(cfg, run.rt)
     held_out = train_gpt.load_held_out(cfg)
     result = train_gpt.train(model, cfg, run.rt, quiet, len(held_out))
     assert (result.steps, result.stopped) == (2, "")
     train_gpt.finish(run, model, result, held_out)
-    here = new_run(cfg, HERE)
+    here = Notes(cfg, HERE)
     train_gpt.evaluate_artifact(here, train_gpt.read_artifact(cfg.artifact))
     names = ["pre_quant", "round_trip", "sliding", "ttt", "mixer"]
-    assert [stage["name"] for stage in run.report.stages] == names
-    assert run.report.stages[1:] == here.report.stages
+    assert [stage["name"] for stage in run.stages] == names
+    assert run.stages[1:] == here.stages
 
 
 @pytest.mark.parametrize("lanes", [0, 4])
@@ -591,7 +591,7 @@ def test_run_compiles_one_graph(graphs, monkeypatch, tmp_path):
     result = train_gpt.train(model, cfg, HERE, lambda _: made.append(graphs.made), len(held_out))
     assert (result.steps, result.stopped) == (3, "")
     assert made[0] == 1  # by the warm-up, whose line this is
-    train_gpt.finish(new_run(cfg, HERE), model, result, held_out)
+    train_gpt.finish(Notes(cfg, HERE), model, result, held_out)
     assert graphs.made == 1
     monkeypatch.undo()
     plain = train_gpt.new_model(cfg, HERE)

@@ -710,7 +710,7 @@ def cold_weights(cfg):
 
 def calibrated_weights(weights, cfg, limit_s=math.inf, rt=HERE, log=quiet):
     """`weights` with a mixer calibrated on the held-out text of cfg."""
-    run = SimpleNamespace(cfg=cfg, rt=rt, table=TABLE, report=SimpleNamespace(log=log))
+    run = SimpleNamespace(cfg=cfg, rt=rt, table=TABLE, log=log)
     mixer, _ = calibrate(run, weights, load_held_out(cfg), limit_s)
     return {**weights, "mixer": mixer}
 
@@ -778,7 +778,7 @@ def test_calibration_changes_none_of_the_weights_it_is_given(tmp_path):
     """It returns the mixer's, and its seconds; those that it starts from stay as they are."""
     cfg = learner(tmp_path)
     weights = cold_weights(cfg)
-    run = SimpleNamespace(cfg=cfg, rt=HERE, table=TABLE, report=SimpleNamespace(log=quiet))
+    run = SimpleNamespace(cfg=cfg, rt=HERE, table=TABLE, log=quiet)
     mixer, seconds = calibrate(run, weights, load_held_out(cfg), math.inf)
     assert same(weights, cold_weights(cfg))
     assert not torch.equal(mixer, weights["mixer"].double())

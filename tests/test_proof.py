@@ -53,8 +53,11 @@ def proving(tmp_path):
         cfg.run_dir.mkdir(parents=True, exist_ok=True)
         artifact = train_gpt.read_artifact(cfg.artifact)
         rt = train_gpt.start_runtime(cfg, {})
-        report = train_gpt.Report(cfg, rt, "verify")
-        return train_gpt.Run(cfg, rt, report, TABLE, tokens, len(TABLE.decode(tokens))), artifact
+        run = train_gpt.Run(cfg, rt, "verify")
+        run.table = TABLE
+        run.tokens = tokens
+        run.total_bytes = len(TABLE.decode(tokens))
+        return run, artifact
 
     return made
 
@@ -103,7 +106,7 @@ def replace_popen(monkeypatch, popen):
 
 def assert_nothing_proved(run):
     """Neither the report nor a file says that anything was proved."""
-    assert "proof" not in run.report.results
+    assert "proof" not in run.results
     assert not (run.cfg.run_dir / "results.json").exists()
 
 
@@ -122,7 +125,7 @@ def test_proof_has_tokens_bits_and_bytes(code_files, proving, here):
     run, artifact = proving(file.cfg, verify_tokens=30)
     verify(run, artifact)
     proof = json.loads((run.cfg.run_dir / "results.json").read_text())["proof"]
-    assert proof == run.report.results["proof"]
+    assert proof == run.results["proof"]
     assert proof["tokens"] == 30
     assert proof["predicted_bits"] == pytest.approx(bits_of(file.freqs[:30]), abs=30 / 2**31)
     (path,) = run.cfg.run_dir.glob("*.code")
@@ -139,21 +142,21 @@ def test_proof_is_of_no_more_tokens_than_there_are(code_files, proving, here):
     here()
     run, artifact = proving(file.cfg, file.tokens, verify_tokens=1000)
     verify(run, artifact)
-    assert run.report.results["proof"]["tokens"] == 40
-    assert run.report.results["proof"]["predicted_bits"] == file.bits
+    assert run.results["proof"]["tokens"] == 40
+    assert run.results["proof"]["predicted_bits"] == file.bits
 
 
 def test_whole_stream_is_proved(artifacts, proving, here):
     """VERIFY_TOKENS=0: what is reported is the size of a file that was decoded to its end."""
     here()
     run, artifact = proving(artifacts("learned"), verify_tokens=0)
-    run.report.check_size(artifact)
+    run.check_size(artifact)
     scored = train_gpt.evaluate_artifact(run, artifact)
     verify(run, artifact, scored)
-    proof = run.report.results["proof"]
+    proof = run.results["proof"]
     assert proof["tokens"] == CODED_TOKENS
     assert len(scored) == CODED_TOKENS
-    assert run.report.results["val_bpb"] == proof["predicted_bits"] / run.total_bytes
+    assert run.results["val_bpb"] == proof["predicted_bits"] / run.total_bytes
     assert_size(bytes(proof["bytes_on_disk"]), proof["predicted_bits"])
     assert (run.cfg.run_dir / "proof.txt").read_bytes() == TABLE.decode(CODED_STREAM)
 
@@ -187,7 +190,7 @@ def test_proof_of_the_frequencies_that_were_scored(code_files, proving, here):
     here()
     run, artifact = proving(file.cfg, verify_tokens=30)
     verify(run, artifact, file.freqs[:30])
-    assert run.report.results["proof"]["tokens"] == 30
+    assert run.results["proof"]["tokens"] == 30
 
 
 def test_scored_frequency_that_differs_is_refused(code_files, proving, here):

@@ -15,10 +15,10 @@ from train_gpt import Runtime, summarize
 
 
 def new_report(folder):
-    """Return the Report of a run that has just begun, in folder/run."""
+    """Return a Run that has just begun, in folder/run."""
     cfg = tiny_config(log_dir=str(folder), run_id="run")
     cfg.run_dir.mkdir()
-    return train_gpt.Report(cfg, Runtime(notes=("cpu tiny",)), "train")
+    return train_gpt.Run(cfg, Runtime(notes=("cpu tiny",)), "train")
 
 
 def stage(name, val_bpb):
@@ -89,7 +89,7 @@ def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
     """Rank 1 keeps the same results in memory, in silence."""
     monkeypatch.setattr(Runtime, "sum_over_ranks", lambda self, tensor: tensor)
     cfg = tiny_config(log_dir=str(tmp_path), run_id="run")
-    report = train_gpt.Report(cfg, Runtime(1, 2, notes=("cpu",)), "train")
+    report = train_gpt.Run(cfg, Runtime(1, 2, notes=("cpu",)), "train")
     report.add_stages([stage("pre_quant", 1.5)])
     assert report.results["val_bpb"] == 1.5
     assert capsys.readouterr().out == ""

@@ -413,7 +413,7 @@ def test_decoder_does_not_outlive_an_interrupted_run(command, run_dir, monkeypat
         started.append(popen(["sh", "-c", "echo begun; exec sleep 60"], **how))
         return started[-1]
 
-    log = train_gpt.Report.log
+    log = train_gpt.Run.log
 
     def interrupt(self, line):
         if line == "begun":
@@ -421,7 +421,7 @@ def test_decoder_does_not_outlive_an_interrupted_run(command, run_dir, monkeypat
         log(self, line)
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(train_gpt.Report, "log", interrupt)
+    monkeypatch.setattr(train_gpt.Run, "log", interrupt)
     error_line(command("verify", VERIFY_TOKENS="20"), 130)
     assert started[0].wait(10) == -signal.SIGKILL
 
@@ -489,13 +489,13 @@ def test_room_for_the_weights_is_kept_while_training(command, tmp_path, monkeypa
 
 def test_full_log_disk_ends_nothing(command, monkeypatch):
     """The log's lines are lost, and nothing else."""
-    report = train_gpt.Report.__init__
+    report = train_gpt.Run.__init__
 
     def on_full_disk(self, *args):
         report(self, *args)
         self.files[1] = open("/dev/full", "w")  # noqa: SIM115
 
-    monkeypatch.setattr(train_gpt.Report, "__init__", on_full_disk)
+    monkeypatch.setattr(train_gpt.Run, "__init__", on_full_disk)
     assert command() == (0, "")
 
 
