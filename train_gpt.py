@@ -37,6 +37,7 @@ positions, C contexts, M occurrences a context, J = C M candidates, F features. 
 input and output at one position; the Engine's banner says how rows, positions and lanes meet.
 """
 
+import bisect
 import codecs
 import copy
 import ctypes
@@ -2072,7 +2073,6 @@ class NgramHistory:
 
     def __init__(self, cfg, word_begins, device, lanes=1):
         self.recent = cfg.ngram_recent
-        self.device = device
         self.lanes = lanes
         self.word_begins = torch.as_tensor(word_begins, device=device)  # bool (V,)
         self.lengths = torch.tensor(CONTEXT_LENGTHS, device=device).clamp(max=cfg.ngram_order - 1)
@@ -2088,7 +2088,7 @@ class NgramHistory:
 
         -1 beyond a context's length, its word's beginning or the stream's.
         """
-        back = torch.arange(max(CONTEXT_LENGTHS), device=self.device)
+        back = torch.arange(max(CONTEXT_LENGTHS), device=ends.device)
         positions = ends[..., None] - back * self.lanes
         tokens = self.tokens[positions.clamp(min=0)]
         inside = (back < self.lengths[:, None, None]) & (positions >= 0)
@@ -2105,21 +2105,24 @@ class NgramHistory:
         return h & (self.heads.size(1) - 1)
 
     def extend(self, prefix):
-        """Link the tokens of `prefix`, the stream from its start, that are not linked yet."""
+        """Link the tokens of `prefix`, the stream from its start, that are not linked yet.
+
+        prefix: int64 (n,), on the device.
+        """
         first = self.size
         if len(prefix) <= first:
             return
         self.size = len(prefix)
-        self.tokens = prefix.to(self.device)
+        self.tokens = prefix
         lacking = self.size - self.prev.size(1)
         if lacking > 0:
             self.prev = F.pad(self.prev, (0, lacking + self.size // 4 + 1024))
 
         # Sorted by slot, then position: what is before a context in its chain is the entry before
         # it here or, for the first of its slot, the slot's head.
-        ends = torch.arange(first, self.size, device=self.device).expand(CONTEXTS, -1)
+        ends = torch.arange(first, self.size, device=prefix.device).expand(CONTEXTS, -1)
         slot, order = torch.sort(self.hashes(ends), stable=True)
-        ends = ends.gather(1, order)
+        ends = first + order
         is_first = slot.diff(prepend=slot[:, :1] - 1) != 0
         neighbour = ends.roll(1, 1).int()
         self.prev.scatter_(1, ends, torch.where(is_first, self.heads.gather(1, slot), neighbour))
@@ -2131,16 +2134,15 @@ class NgramHistory:
         Of the last M = NGRAM_RECENT links of each chain, newest first, those that hold the same
         context and whose next token is known; -1 for the others.
         """
-        # All lanes of a row are predicted together: the tokens after this row's ends are unknown.
-        known = ends - ends % self.lanes  # the first position of the row
         chain = [ends.expand(CONTEXTS, -1)]
         for _ in range(self.recent):  # -1 leads to what is before position 0, -1 too
             chain.append(self.prev.gather(1, chain[-1].clamp(min=0)).long())
         chain = torch.stack(chain)  # (1 + M, C, R)
         contexts = self.contexts(chain)
-        same = (contexts[1:] == contexts[0]).all(-1)
-        older = chain[1:]
-        return torch.where(same & (older < known), older, -1).permute(2, 1, 0)
+        same = (contexts == contexts[0]).all(-1)
+        # All lanes of a row are predicted together: the tokens after this row's ends are unknown.
+        known = chain < ends - ends % self.lanes
+        return torch.where(same & known, chain, -1)[1:].permute(2, 1, 0)
 
 
 # ---- Mixers and commitment -----------------------------------------------------------------------
@@ -2169,15 +2171,12 @@ MIXER_FEATURES = 4 * CONTEXTS + 3  # F; class Evidence lists them
 
 @functools.cache
 def exp_table(device):
-    """Return floor(2^38 exp(-d / 256)), int64, for d = 0, 1, ... until it is 0; exact."""
-    with decimal.localcontext(prec=50):
-        step = (decimal.Decimal(-1) / LOGIT_SCALE).exp()
-        value = decimal.Decimal(1 << 38)
-        table = []
-        while value >= 1:
-            table.append(int(value))
-            value *= step
-    return torch.tensor([*table, 0], device=device)
+    """Return floor(2^38 exp(-d / 256)), int64, for d = 0, 1, ... up to 27 nats, where it is 0.
+
+    Exact: Decimal has 28 digits, and no product for d > 0 is within 9e-6 of a whole number.
+    """
+    table = [int(2**38 * decimal.Decimal(-d / LOGIT_SCALE).exp()) for d in range(27 * LOGIT_SCALE)]
+    return torch.tensor(table, device=device)
 
 
 def shares(grid):
@@ -2194,8 +2193,7 @@ def commit(share):
     Each is at least 1 and each row sums to exactly 2^24: every token gets 1 plus the floor of its
     share of the rest, and the most likely one also what the floors leave.
     """
-    total = share.sum(-1, keepdim=True)
-    freqs = share * (TOTAL - share.size(-1)) // total + 1
+    freqs = share * (TOTAL - share.size(-1)) // share.sum(-1, keepdim=True) + 1
     best = share.argmax(-1, keepdim=True)
     return freqs.scatter_add_(1, best, TOTAL - freqs.sum(-1, keepdim=True)).int()
 
@@ -2227,19 +2225,17 @@ def mix_entropy(share, matches, following, cfg):
     the word's aside, with MIN_COUNT of its last M occurrences; without one, alpha is 0.
     share int64 (R, V): the model's; matches, following int64 (R, C, M).
     """
-    real = matches >= 0
-    enough = real[:, :-1].sum(2) >= cfg.min_count
-    longest = enough.int().argmax(1)
-    row = torch.arange(len(matches), device=matches.device)
-    tokens = following[row, longest]
-    real = real[row, longest].long()
-    counts = torch.zeros_like(share).scatter_add_(1, tokens, real)
+    real = matches[:, :-1] >= 0
+    enough = real.sum(2) >= cfg.min_count
+    longest = enough & (enough.cumsum(1) == 1)  # the first that has enough
+    used = (real & longest[..., None]).flatten(1).long()
+    counts = torch.zeros_like(share).scatter_add_(1, following[:, :-1].flatten(1), used)
     freqs = commit(share).long()
     p = freqs.double() / TOTAL
     entropy = -(p * p.log()).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
     alpha = (alpha * 4096).round().long() * enough.any(1, keepdim=True)
-    empirical = counts * TOTAL // real.sum(1, keepdim=True).clamp(min=1)
+    empirical = counts * TOTAL // used.sum(1, keepdim=True).clamp(min=1)
     return (4096 - alpha) * freqs + alpha * empirical
 
 
@@ -2259,8 +2255,7 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     total = real.sum(2, keepdim=True)
     seen = count > 0
     rank = same.byte().argmax(2)
-    last = matches.gather(2, rank)
-    distance = rows[:, None, None] - last
+    distance = rows[:, None, None] - matches.gather(2, rank)
     log_odds = ((count + 0.4) / (total - count + 0.4)).log()
     log_distance = seen * (distance.double() / lanes).clamp(min=1).log2() / 8
     in_window = (distance <= reach * lanes) & (distance % lanes == 0)
@@ -2276,27 +2271,45 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
 def new_mixer_weights():
     """Return the mixer's weights before calibration, fp32 (hidden, F + 1): no boosts yet."""
     weights = torch.zeros(MIXER_HIDDEN, MIXER_FEATURES + 1)
-    generator = torch.Generator().manual_seed(0)
-    weights[:, :-1].normal_(std=MIXER_FEATURES**-0.5, generator=generator)
+    weights[:, :-1].normal_(std=MIXER_FEATURES**-0.5, generator=torch.Generator().manual_seed(0))
     return weights
 
 
-class LearnedMixer:
-    """The network that boosts candidates, and its Adam state.
+class Mixture:
+    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution.
 
-    Protocol, for each block: boost, remember, ..., learn. `weights`, float64 (hidden, F + 1): U
-    and, in the last column, w. While it is calibrated its rate falls linearly from 10 MIXER_LR to
-    MIXER_LR over plan.calibration_blocks.
+    Protocol, for each block: history.extend, mix, ..., learn. `weights`, float64 (hidden, F + 1):
+    the learned mixer's U and, in the last column, w. While it is calibrated its rate falls linearly
+    from 10 MIXER_LR to MIXER_LR over plan.calibration_blocks.
     """
 
-    def __init__(self, weights, cfg, rt, plan):
+    def __init__(self, weights, cfg, table, rt, plan):
+        self.cfg = cfg
         self.rt = rt
         self.plan = plan
-        self.lr = cfg.mixer_lr
+        self.history = NgramHistory(cfg, table.word_begins, rt.device, plan.lanes)
         self.weights = weights.to(rt.device, torch.float64, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
         self.blocks = 0  # so far that it learned from
         self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
+
+    def mix(self, grid, rows):
+        """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
+
+        grid int64 (R, V): the model's logits; rows int64 (R,): their positions, which the history
+        must hold. A row predicts the position `lanes` after its own.
+        """
+        lanes = self.plan.lanes
+        matches = self.history.occurrences(rows)
+        # Where `matches` is -1 this is some token, which every user of it masks.
+        following = self.history.tokens[matches + lanes]
+        if self.cfg.mixer == "entropy":
+            return commit(mix_entropy(shares(grid), matches, following, self.cfg))
+        evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
+        boosted = grid.scatter_add(1, evidence.tokens, self.boost(evidence))
+        freqs = commit(shares(boosted))
+        self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), rows + lanes])
+        return freqs
 
     def hidden(self, evidence):
         """Return the hidden layer's output for each candidate, float64 (R, hidden, J)."""
@@ -2306,10 +2319,6 @@ class LearnedMixer:
         """Return what is added to the grid logits of evidence.tokens: int64 (R, J)."""
         boost = (self.weights[:, -1] @ self.hidden(evidence)) * LOGIT_SCALE
         return boost.round().long() * evidence.distinct
-
-    def remember(self, evidence, freqs, positions):
-        """Keep what learn() needs of predicted positions (R,); freqs int32 (R, V): theirs."""
-        self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), positions])
 
     def gradient(self, evidence, q, targets):
         """Return each row's d(-log q[target]) / d(weights), float64 (R, hidden, F + 1).
@@ -2322,60 +2331,26 @@ class LearnedMixer:
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
         return torch.cat([back @ evidence.features.mT, hidden @ error[..., None]], 2)
 
-    def learn(self, tokens):
-        """Take one Adam step on the remembered block, now that the stream's `tokens` are scored."""
+    def learn(self, prefix):
+        """Take one Adam step on the remembered block, which ends `prefix` and has been scored.
+
+        The entropy mixer remembers nothing, and its steps change nothing.
+        """
+        tokens = prefix.to(self.rt.device)
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
             rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions])
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
-        total = self.rt.sum_over_ranks(total).double()
-        self.weights.grad = total / (GRADIENT_SCALE * self.plan.block)
+        self.rt.sum_over_ranks(total)
+        self.weights.grad = total.double() / (GRADIENT_SCALE * self.plan.block)
         blocks = self.plan.calibration_blocks
         left = blocks and max(0.0, 1 - self.blocks / blocks)
-        self.optimizer.param_groups[0]["lr"] = self.lr * (1 + 9 * left)
+        self.optimizer.param_groups[0]["lr"] = self.cfg.mixer_lr * (1 + 9 * left)
         self.optimizer.step()
         self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
         self.blocks += 1
         self.remembered = []
-
-
-class Mixture:
-    """The n-gram history, and the rule (MIXER) by which it re-weights the model's distribution.
-
-    Protocol, for each block: extend, mix, ..., learn.
-    """
-
-    def __init__(self, weights, cfg, table, rt, plan):
-        self.cfg = cfg
-        self.plan = plan
-        self.history = NgramHistory(cfg, table.word_begins, rt.device, plan.lanes)
-        self.learner = LearnedMixer(weights, cfg, rt, plan) if cfg.mixer == "learned" else None
-
-    def mix(self, grid, rows):
-        """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
-
-        grid int64 (R, V): the model's logits; rows int64 (R,): their positions, which the history
-        must hold. A row predicts the position `lanes` after its own.
-        """
-        lanes = self.plan.lanes
-        matches = self.history.occurrences(rows)
-        # Where `matches` is -1 this is some token, which every user of it masks.
-        following = self.history.tokens[matches + lanes]
-        if self.learner is None:
-            return commit(mix_entropy(shares(grid), matches, following, self.cfg))
-        evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
-        boosted = grid.scatter_add(1, evidence.tokens, self.learner.boost(evidence))
-        freqs = commit(shares(boosted))
-        self.learner.remember(evidence, freqs, rows + lanes)
-        return freqs
-
-    @torch.inference_mode()
-    def learn(self, prefix):
-        """Let the learned mixer, if it is in use, take its step on the block that ends `prefix`."""
-        if self.learner:
-            self.history.extend(prefix)
-            self.learner.learn(self.history.tokens)
 
 
 # ---- Test-time training --------------------------------------------------------------------------
@@ -2429,13 +2404,12 @@ class TestTimeTrainer:
         if lr == 0:
             return
         self.optimizer.param_groups[0]["lr"] = lr
-        weights = torch.from_numpy(self.table.count_bytes(tokens.cpu().numpy()))
+        tokens = tokens.cpu()
+        weights = torch.from_numpy(self.table.count_bytes(tokens.numpy()))
         scale = TTT_GRADIENT_SCALE * max(1, int(weights.sum()))
-        sequences = (
-            t.to(self.rt.device).view(-1, self.cfg.eval_seq_len).split(TTT_MICRO_BATCH_SEQUENCES)
-            for t in (tokens[:-1], tokens[1:], weights)
-        )
-        batches = list(zip(*sequences))[self.rt.rank :: self.rt.world]
+        sequences = torch.stack([tokens[:-1], tokens[1:], weights]).to(self.rt.device)
+        sequences = sequences.view(3, -1, self.cfg.eval_seq_len)
+        batches = sequences.split(TTT_MICRO_BATCH_SEQUENCES, 1)[self.rt.rank :: self.rt.world]
         for _ in range(self.cfg.ttt_epochs):
             total = torch.zeros_like(nn.utils.parameters_to_vector(self.params), dtype=torch.int64)
             for x, y, w in batches:
@@ -2454,10 +2428,10 @@ class TestTimeTrainer:
     def take_average(self):
         """Move the average towards the weights, and round both to the grid."""
         torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
-        for group in (self.params, self.average):
-            torch._foreach_mul_(group, TTT_WEIGHT_SCALE)
-            torch._foreach_round_(group)
-            torch._foreach_div_(group, TTT_WEIGHT_SCALE)
+        both = self.params + self.average
+        torch._foreach_mul_(both, TTT_WEIGHT_SCALE)
+        torch._foreach_round_(both)
+        torch._foreach_div_(both, TTT_WEIGHT_SCALE)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
@@ -2547,26 +2521,24 @@ class Engine:
         tokens (L, last), int64. The positions are those of the rows, not of what they predict, in
         the order of the stream: all lanes of a row together.
         """
-
-        pieces = self.runs(first, last)
-        # Whole runs of one lane have the same shape: they are computed side by side.
-        whole = all(e - b == self.plan.run and r >= self.plan.context for r, b, e in pieces)
-        size = self.batch if whole and len(tokens) == 1 else 1
-        for i in range(0, len(pieces), size):
-            yield self.compute(tokens, pieces[i : i + size])
-
-    def runs(self, first, last):
-        """Return [(run's first row, begin, end)]: rows first..last-1, cut at runs, this rank's."""
         size = self.plan.run or sys.maxsize
-        number = (first - self.origin) // size  # of the run that `first` is in
-        number += (self.rt.rank - number) % self.rt.world
-        starts = range(self.origin + number * size, last, size * self.rt.world)
-        return [(run, max(run, first), min(run + size, last)) for run in starts]
+        runs = range(self.origin, last, size)[self.rt.rank :: self.rt.world]  # this rank's
+        runs = runs[bisect.bisect(runs, first - size) :]  # that end after `first`
+        pieces = [(run, max(run, first), min(run + size, last)) for run in runs]
+
+        # Whole runs of one lane have the same shape: they are computed side by side.
+        whole = all(e - b == size and run >= self.plan.context for run, b, e in pieces)
+        batch = self.batch if whole and len(tokens) == 1 else 1
+        for i in range(0, len(pieces), batch):
+            yield self.compute(tokens, pieces[i : i + batch])
 
     def compute(self, tokens, group):
-        """Return (positions (R,), on the CPU; logits (R, V)) of `group`, items of runs() alike."""
+        """Return (positions (R,), on the CPU; logits (R, V)) of pieces of runs of one shape.
+
+        group: [(run's first row, piece's first row, row after its last)].
+        """
         lanes = len(tokens)
-        run, begin, end = group[-1]
+        run, begin, _ = group[-1]
         known = min(run, self.plan.context)  # rows before the run, computed anew
         if self.run != run:
             self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
@@ -2574,16 +2546,13 @@ class Engine:
         sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
         length = sequences.size(1)
         parts = []
-        while self.cache.rows < length:
-            done = self.cache.rows
-            stop = min(done + self.pass_rows, length)
+        while (done := self.cache.rows) < length:
             lead = min(EMBED_CONTEXT, done)
-            unwanted = max(0, length - (end - begin) - done)
-            passed = sequences[:, done - lead : stop]
+            unwanted = max(0, known + begin - run - done)
+            passed = sequences[:, done - lead : done + self.pass_rows]
             parts.append(self.model(passed, self.weights, self.cache, lead, unwanted))
         logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
-        rows = [torch.arange(b * lanes, e * lanes) for _, b, e in group]
-        return torch.cat(rows), logits
+        return torch.cat([torch.arange(b * lanes, e * lanes) for _, b, e in group]), logits
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
@@ -2805,11 +2774,11 @@ class RangeEncoder:
         self.range = 1 << 64
         self.out = bytearray()
 
-    def encode(self, start, freq):
-        """Narrow the interval to its part [start, start + freq) of 2^24."""
+    def encode(self, freqs, symbol):
+        """Narrow the interval to the symbol's part of 2^24, by freqs (V,); return the symbol."""
         unit = self.range >> TOTAL_BITS
-        self.low += start * unit
-        self.range = freq * unit
+        self.low += freqs[:symbol].sum().item() * unit
+        self.range = freqs.item(symbol) * unit
         if self.low >> 64:  # a carry: into the last byte that is not 255
             at = -1
             while self.out[at] == 255:
@@ -2820,11 +2789,12 @@ class RangeEncoder:
             self.out.append(self.low >> 56 & 255)
             self.low <<= 8
             self.range <<= 8
-        self.low &= (1 << 64) - 1
+        self.low %= 1 << 64
+        return symbol
 
     def finish(self):
-        """Return the code words, as bytes."""
-        return bytes(self.out) + self.low.to_bytes(8)
+        """Return the code words, a bytearray."""
+        return self.out + self.low.to_bytes(8)
 
 
 class RangeDecoder:
@@ -2835,15 +2805,14 @@ class RangeDecoder:
         self.range = 1 << 64
         self.value = int.from_bytes(next(self.bytes, 0) for _ in range(8))
 
-    def decode(self, freqs):
-        """Return the next symbol; freqs (V,) are what the encoder had."""
+    def decode(self, freqs, _=None):
+        """Return the next symbol; freqs (V,) are what the encoder had, who had the symbol too."""
         unit = self.range >> TOTAL_BITS
         self.value = min(self.value, unit * TOTAL - 1)  # foreign words stay in bounds
         ends = freqs.cumsum()
         symbol = ends.searchsorted(self.value // unit, side="right")
-        freq = freqs.item(symbol)
-        self.range = freq * unit
-        self.value -= (ends.item(symbol) - freq) * unit
+        self.range = freqs.item(symbol) * unit
+        self.value -= ends.item(symbol) * unit - self.range
         while self.range < 1 << 48:
             self.value = self.value << 8 | next(self.bytes, 0)
             self.range <<= 8
@@ -2945,7 +2914,7 @@ class Codec:
                 coded.append(freqs[symbol])
         check(crc)
         tokens[1:][order] = stream[plan.lanes :]
-        return bits[stage], np.array(coded, dtype=np.int64)
+        return bits[stage], np.array(coded, np.int64)
 
     def encode(self, tokens, lanes=0):
         """Code tokens, int64 (n + 1,), BOS first.
@@ -2955,17 +2924,19 @@ class Codec:
         """
         coder = RangeEncoder()
         checks = []
-
-        def write(freqs, symbol):
-            coder.encode(freqs[:symbol].sum().item(), freqs.item(symbol))
-            return symbol
-
-        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, write)
+        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, coder.encode)
         text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
-        digests = self.artifact.digest, settings_digest(self.cfg), sha256(text)
-        head = CodeHead(lanes, len(freqs), len(text), *digests, maker.encode())  # cut to 64 bytes
+        head = CodeHead(
+            lanes,
+            len(freqs),
+            len(text),
+            self.artifact.digest,
+            settings_digest(self.cfg),
+            sha256(text),
+            maker.encode(),  # cut to 64 bytes
+        )
         return head.pack(checks, coder.finish()), bits, freqs
 
     def decode(self, path):
@@ -2982,20 +2953,20 @@ class Codec:
         plan = last_plan(self.cfg, head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        decoder = RangeDecoder(words)
-        expected = zip(itertools.count(0, CHECK_EVERY), checks)
+        expected = enumerate(checks)
 
         def follow(crc):
-            token, check = next(expected)
+            number, check = next(expected)
             if crc != check:
                 maker = head.maker.rstrip(b"\0").decode(errors="replace")
                 raise UserError(
                     f"{path} cannot be followed here: the frequencies up to token "
-                    f"{min(token + 1, head.tokens)} are not those of {maker}; decode it there"
+                    f"{min(number * CHECK_EVERY + 1, head.tokens)} are not those of {maker}; "
+                    "decode it there"
                 )
 
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
-        self.code(plan, tokens, follow, lambda freqs, _: decoder.decode(freqs), plan.lanes)
+        self.code(plan, tokens, follow, RangeDecoder(words).decode, plan.lanes)
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
@@ -3017,8 +2988,7 @@ def verify(run, artifact, scored=None):
     data, bits, freqs = Codec(artifact, cfg, alone, run.log).encode(tokens)
     write_atomically(path, data)
     coded_s = time.perf_counter()
-    if scored is not None and (freqs != scored).any():
-        t = (freqs != scored).argmax()
+    for t in np.flatnonzero(scored is not None and freqs != scored):
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
@@ -3057,10 +3027,13 @@ def decode_elsewhere(path, artifact, run):
     )
     torch.cuda.empty_cache()  # leave the device's memory to the decoder
     target = path.with_suffix(".txt")
-    command = [sys.executable, __file__, "decompress", path, target]
     line = ""
     with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, __file__, "decompress", path, target],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     ) as decoder:
         try:
             for line in decoder.stdout:
@@ -3420,7 +3393,7 @@ def calibrate(run, weights, held_out, limit_s):
         f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
         f"bits a token: {per_token}"
     )
-    return predictor.mixture.learner.weights, seconds
+    return predictor.mixture.weights, seconds
 
 
 def write_artifact(run, model, mixer, held_out, result):

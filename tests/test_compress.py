@@ -320,23 +320,23 @@ def test_evidence_of_lanes_by_hand():
 def test_lanes_learn_from_their_own_tokens():
     """What waits for the update are the block's positions, each with its candidates' tokens."""
     predictor = in_lanes("learned, no ttt", 2)
-    learner = predictor.mixture.learner
+    mixture = predictor.mixture
     stream = interleaved(tiny_stream(81, seed=2)[1:], 2)
     for start in range(2, 66, 8):
         stop = start + 8
         commitment = predictor.predict(stream[: stop - 1], start, stop)
         predictor.score(commitment, stream[start:stop])
-        *evidence, freqs, positions = map(torch.cat, zip(*learner.remembered))
+        *evidence, freqs, positions = map(torch.cat, zip(*mixture.remembered))
         assert positions.tolist() == list(range(start, stop))
-        gradient = learner.gradient(Evidence(*evidence), freqs / TOTAL, stream[start:stop])
+        gradient = mixture.gradient(Evidence(*evidence), freqs / TOTAL, stream[start:stop])
         predictor.update(stream[:stop])
-        assert torch.allclose(learner.weights.grad, gradient.mean(0), atol=2**-30)
+        assert torch.allclose(mixture.weights.grad, gradient.mean(0), atol=2**-30)
     tokens, distinct, _ = evidence
     known = set(stream[:58].tolist())  # candidates follow a known context: they have been seen
     for row, counts in zip(tokens, distinct):
         assert set(row[counts].tolist()) <= known
     assert distinct.any()
-    assert learner.blocks == 8
+    assert mixture.blocks == 8
 
 
 def test_lanes_keep_the_order_of_calls():

@@ -485,19 +485,19 @@ MIXES = [
         "prefix[: last * self.lanes].to(self.rt.device)",
         "prefix[: last * self.lanes]",
     ),
-    (scoring_waits, "self.tokens = prefix.to(self.device)", "self.tokens = prefix"),
+    (scoring_waits, "tokens = prefix.to(self.rt.device)", "tokens = prefix"),
     (scoring_waits, "torch.as_tensor(word_begins, device=device)", "torch.as_tensor(word_begins)"),
     (
         scoring_waits,
         "torch.tensor(CONTEXT_LENGTHS, device=device)",
         "torch.tensor(CONTEXT_LENGTHS)",
     ),
-    (scoring_waits, "torch.tensor([*table, 0], device=device)", "torch.tensor([*table, 0])"),
-    (scoring_waits, "first, self.size, device=self.device", "first, self.size"),
+    (scoring_waits, "torch.tensor(table, device=device)", "torch.tensor(table)"),
+    (scoring_waits, "first, self.size, device=prefix.device", "first, self.size"),
     (scoring_waits, "weights.to(rt.device, torch.float64", "weights.to(torch.float64"),
     (scoring_waits, "targets = targets.to(self.rt.device)", "pass"),
     (scoring_waits, "self.rt.upload(positions[positions < stop])", "positions[positions < stop]"),
-    (scoring_waits, "t.to(self.rt.device).view(-1", "t.view(-1"),
+    (scoring_waits, "weights]).to(self.rt.device)", "weights])"),
 ]
 
 
@@ -509,8 +509,8 @@ def test_planted_mix_is_caught(device, altered, part, old, new):
 
 
 # A step: one. Two blocks: their prefixes and targets are sent, logits checked, bits read, which is
-# four each, and the table of exp; learning sends its prefix, and TTT gets and sends its chunk.
-EXPECTED_WAITS = {training_waits: 1, scoring_waits: 13}
+# four each, and the table of exp; learning sends its prefix, and TTT its chunk.
+EXPECTED_WAITS = {training_waits: 1, scoring_waits: 11}
 PLANTED_WAITS = [
     (training_waits, "losses[0].backward()", "losses[0].backward(); losses[0].item()"),
     (training_waits, "tensor = tensor.pin_memory()", "pass"),

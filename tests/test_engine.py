@@ -30,7 +30,7 @@ from conftest import (
 from naive import naive_logit_grid, naive_rows
 
 import train_gpt
-from train_gpt import Engine, LearnedMixer, Runtime, TestTimeTrainer, new_plan, walk
+from train_gpt import Engine, Mixture, Runtime, TestTimeTrainer, new_plan, walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -330,7 +330,7 @@ def measured_mixer(given, step=None):
     history = new_history(10, 4)
     history.extend(tokens)
     plan = new_plan(WIDE_CFG, "sliding", "mixer")
-    mixer = LearnedMixer(given["mixer"], WIDE_CFG, HERE, plan)
+    mixer = Mixture(given["mixer"], WIDE_CFG, TABLE, HERE, plan)
     boosts = []
     weights = []
     for block in torch.arange(len(grid)).split(plan.block):
@@ -340,7 +340,8 @@ def measured_mixer(given, step=None):
             args = grid[at], matches, following, at, 30
             evidence = train_gpt.gather_evidence(*args)
             boosts.append(finely(mixer.boost, evidence).double() / UNROUNDED["LOGIT_SCALE"])
-            mixer.remember(evidence, train_gpt.commit(args[0]), at + 1)
+            freqs = train_gpt.commit(args[0]).gather(1, evidence.tokens)
+            mixer.remembered.append([*evidence, freqs, at + 1])
         finely(mixer.learn, tokens)
         weights.append(mixer.weights.clone())
     return torch.cat(boosts), torch.stack(weights)

@@ -57,7 +57,6 @@ from train_gpt import (
     MIXER_FEATURES,
     MIXER_HIDDEN,
     TOTAL,
-    LearnedMixer,
     Mixture,
     Plan,
     Predictor,
@@ -82,10 +81,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_exp_table_matches_sixty_decimals():
-    """Every entry is floor(2^38 exp(-d / 256)), down to the first that is 0."""
+    """Every entry is floor(2^38 exp(-d / 256)), down to 1 and to 0."""
     table = exp_table(HERE.device).tolist()
     assert table == [naive_exp(d) for d in range(len(table))]
-    assert table[-2:] == [1, 0]
+    assert table[table.index(0) - 1] == 1
+    assert table[-1] == 0
 
 
 def test_exp_table_matches_math_exp():
@@ -105,7 +105,7 @@ def test_the_grid_of_logits_has_256_steps_in_a_nat():
     assert LOGIT_SCALE == 256
 
 
-END = len(exp_table(HERE.device))  # steps below the largest from which on a share is 0
+END = exp_table(HERE.device).tolist().index(0) + 1  # from here on the table has zeros
 
 
 def grids(V, rows=4, seed=0):
@@ -462,7 +462,7 @@ LEARNED_PLAN = new_plan(LEARNED_CFG, "sliding", "mixer")
 
 def new_mixer(weights, plan=LEARNED_PLAN):
     """A learned mixer of these weights."""
-    return LearnedMixer(weights, LEARNED_CFG, HERE, plan)
+    return Mixture(weights, LEARNED_CFG, TABLE, HERE, plan)
 
 
 def mixed(mixer, grid, evidence):
@@ -600,7 +600,8 @@ def test_step_matches_torch_adam(calibration_blocks, rates):
     for number, (rows, rate) in enumerate(zip(torch.arange(N).split(size), rates)):
         for part in (rows[:4], rows[4:9], rows[9:]):
             here = train_gpt.Evidence(*(each[part] for each in evidence))
-            mixer.remember(here, mixed(mixer, grid[part], here), part + 1)
+            freqs = mixed(mixer, grid[part], here).gather(1, here.tokens)
+            mixer.remembered.append([*here, freqs, part + 1])
         optimizer.param_groups[0]["lr"] = rate * LEARNED_CFG.mixer_lr
         before = weights.detach().clone()
         places = [(grid[row].tolist(), naive[row]) for row in rows.tolist()]
@@ -616,7 +617,7 @@ def test_mixer_weights_stay_on_their_grid():
     """After a step they are multiples of 2^-16; another machine's last bits do not live on."""
     predictor = learned_walker()
     advance(predictor, WALK_STREAM, 2 * CHUNK + 1)
-    steps = predictor.mixture.learner.weights * 2**16
+    steps = predictor.mixture.weights * 2**16
     assert torch.equal(steps, steps.round())
 
 
@@ -660,7 +661,7 @@ def test_walk_matches_naive_mixer(tiles):
     size = cfg.mixer_block
     plan = new_plan(cfg, "sliding", "mixer")
     predictor = walker(cfg, plan)
-    start = predictor.mixture.learner.weights.clone()
+    start = predictor.mixture.weights.clone()
     weights = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=cfg.mixer_lr, betas=(0.9, 0.99))
     positions = naive_positions(n, plan)
@@ -673,7 +674,7 @@ def test_walk_matches_naive_mixer(tiles):
         if first + size < n:
             targets = WALK_STREAM[first + 1 : first + size + 1].tolist()
             naive_learn(block, targets, weights, optimizer)
-    assert torch.equal(predictor.mixture.learner.weights, weights)
+    assert torch.equal(predictor.mixture.weights, weights)
     assert (weights - start).norm() > 0.1 * start.norm()
 
 
@@ -681,8 +682,8 @@ def walked_weights(step):
     """The mixer's weights after three chunks, predicted `step` positions at a time."""
     predictor = learned_walker()
     advance(predictor, WALK_STREAM, 3 * CHUNK + 2, step)
-    assert predictor.mixture.learner.blocks == 3 * CHUNK // LEARNED_CFG.mixer_block
-    return predictor.mixture.learner.weights
+    assert predictor.mixture.blocks == 3 * CHUNK // LEARNED_CFG.mixer_block
+    return predictor.mixture.weights
 
 
 @pytest.mark.parametrize("step", [1, 3])
@@ -690,7 +691,7 @@ def test_parts_of_a_block_teach_what_the_block_teaches(step):
     """Token by token, in threes or in whole blocks, the weights are the same to the last bit."""
     whole = walked_weights(CHUNK)
     assert torch.equal(walked_weights(step), whole)
-    assert not torch.equal(whole, learned_walker().mixture.learner.weights)
+    assert not torch.equal(whole, learned_walker().mixture.weights)
 
 
 # ---- Calibration ---------------------------------------------------------------------------------
@@ -746,7 +747,7 @@ def test_scoring_without_ttt_leaves_the_model_alone(tmp_path):
     for _ in walk(predictor, torch.from_numpy(tiny_stream(150))):
         pass
     assert same(model.state_dict(), warm_model(cfg, dtype=torch.float64).state_dict())
-    assert not torch.equal(predictor.mixture.learner.weights, warm_weights(cfg)["mixer"].double())
+    assert not torch.equal(predictor.mixture.weights, warm_weights(cfg)["mixer"].double())
 
 
 def test_calibration_lowers_the_bits(tmp_path):
@@ -818,16 +819,16 @@ def test_calibration_stops_when_its_time_is_over(monkeypatch, tmp_path):
 def test_calibration_walks_in_half_windows_at_falling_rates(monkeypatch, tmp_path):
     """Half a window a block, without TTT; rates fall from 10 to 1 MIXER_LR over the text."""
     cfg = learner(tmp_path, mixer_lr=0.002, mixer_calibration_tokens=320)
-    learn = LearnedMixer.learn
+    learn = Mixture.learn
     plans = set()
     rates = []
 
-    def spy(mixer, tokens):
-        learn(mixer, tokens)
+    def spy(mixer, prefix):
+        learn(mixer, prefix)
         plans.add(mixer.plan)
         rates.append(mixer.optimizer.param_groups[0]["lr"])
 
-    monkeypatch.setattr(LearnedMixer, "learn", spy)
+    monkeypatch.setattr(Mixture, "learn", spy)
     calibrated_weights(cold_weights(cfg), cfg)
     clocks = dict(reach=24, context=24, run=0, block=16, chunk=64, calibration_blocks=20)
     assert plans == {Plan(("sliding", "mixer"), **clocks)}
@@ -845,8 +846,8 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
     settings = train_gpt.Config(**artifact.settings)
     assert settings.mixer_calibration_tokens == 400
     predictor = new_predictor(artifact, settings, HERE, new_plan(settings, "sliding", "mixer"))
-    assert torch.equal(predictor.mixture.learner.weights, stored.double())
-    assert predictor.mixture.learner.weights.data_ptr() != stored.data_ptr()
+    assert torch.equal(predictor.mixture.weights, stored.double())
+    assert predictor.mixture.weights.data_ptr() != stored.data_ptr()
 
 
 def rank_weights(rt, cfg, tokens):
@@ -858,7 +859,7 @@ def rank_weights(rt, cfg, tokens):
     lines = []
     calibrated = calibrated_weights(warm_weights(cfg), cfg, rt=rt, log=lines.append)
     log = [re.sub(r"in [0-9.]+ s", "", line) for line in lines]
-    return bits, predictor.mixture.learner.weights, calibrated["mixer"], log
+    return bits, predictor.mixture.weights, calibrated["mixer"], log
 
 
 @pytest.mark.slow

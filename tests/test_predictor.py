@@ -166,12 +166,12 @@ def test_learned_mixer_learns_before_each_part_of_the_mutated_block():
     """A mixer that stops learning at the block commits other integers in each part of it."""
     predictor = copy.deepcopy(before_the_block("ttt+learned"))
     still = copy.deepcopy(predictor)
-    still.mixture.learn = lambda prefix: still.mixture.learner.remembered.clear()
+    still.mixture.learn = lambda prefix: still.mixture.remembered.clear()
     learned, frozen = (advance(each, STREAM, BLOCK + CHUNK) for each in (predictor, still))
     size = LEARNED_CFG.mixer_block
     moved = (learned["mixer"] != frozen["mixer"]).any(1).view(-1, size)
     assert torch.equal(learned["ttt"], frozen["ttt"])
-    assert predictor.mixture.learner.blocks == (BLOCK - 1 + CHUNK) // size - 1
+    assert predictor.mixture.blocks == (BLOCK - 1 + CHUNK) // size - 1
     assert moved.any(1).all()
     assert moved.float().mean() > 0.8
 
@@ -213,7 +213,7 @@ class MixerLearningFirst(Predictor):
         if stop - start == self.plan.block:
             super().predict(prefix, start, stop)
             self.mixture.history.extend(prefix)
-            self.mixture.learner.learn(F.pad(prefix, (0, 1)))
+            self.mixture.learn(F.pad(prefix, (0, 1)))
             self.pending = None
             self.committed_to = start
             self.engine.forget(start - 1)
@@ -599,7 +599,6 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
             for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
                 pieces += commitment.pieces
             stages, kept = evaluate(again, tokens[:61], 1000, quiet, keep=50)
-            learner = predictor.mixture and predictor.mixture.learner
             reports.append(
                 dict(
                     name=f"{'+'.join(plan.stages)} {mixer} {tiles}",
@@ -608,7 +607,7 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
                     kept=kept.tolist(),
                     pieces=[tuple(piece) for piece in pieces],
                     weights=weights_of(models[0]),
-                    mixer={"weights": learner.weights} if learner else {},
+                    mixer={"weights": predictor.mixture.weights} if predictor.mixture else {},
                 )
             )
     return reports
@@ -678,7 +677,7 @@ def rank_refuses(rt):
     """How a rank refuses where only the second one's model is broken."""
     model = broken_model() if rt.rank else sharp_model(WALK_CFG)
     cfg, plan = WALKS["sliding"]
-    predictor = Predictor(model, None, cfg, TABLE, rt, plan)
+    predictor = walker(cfg, plan, model, rt)
     return refusal(predictor.predict, torch.from_numpy(STREAM[:CHUNK]), 1, CHUNK + 1)
 
 

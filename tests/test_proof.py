@@ -365,9 +365,8 @@ def update_first():
     original = Predictor.predict
 
     def predict_what_was_learned(self, prefix, start, stop):
-        learner = self.mixture.learner
-        before = learner.weights.clone()
-        learner.optimizer.state.clear()  # no momentum from the blocks before
+        before = self.mixture.weights.clone()
+        self.mixture.optimizer.state.clear()  # no momentum from the blocks before
         for _ in range(4):
             original(self, prefix, start, stop)
             self.mixture.learn(torch.as_strided(prefix, (stop,), (1,)))
@@ -375,7 +374,7 @@ def update_first():
             self.committed_to = start
             self.engine.run = None  # its rows are to be computed once more
         commitment = original(self, prefix, start, stop)
-        learner.weights.copy_(before)
+        self.mixture.weights.copy_(before)
         return commitment
 
     Predictor.predict = predict_what_was_learned

@@ -159,7 +159,7 @@ def calibrated_weights(calib):
     start = train_gpt.new_mixer_weights()
     mixture = learned(calib, start, RATE["calibrated"], size, blocks)
     run(calib, mixture, size)
-    return mixture.learner.weights.half().float()
+    return mixture.weights.half().float()
 
 
 # ---- The other honest methods --------------------------------------------------------------------
