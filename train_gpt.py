@@ -1790,9 +1790,10 @@ def round_levels(w, rows, columns, factor, coarseness):
 # A level's frequencies are those of a Gaussian, sampled at the integers, with the mean |level| that
 # its *class* says: the mean of its row times that of its column over that of the matrix, in quarter
 # octaves. The coder is an interleaved rANS (Duda, 2013; Giesen, 2014): LANES states of 64 bits
-# serve the levels in turn, so that numpy works on all at once. Encoder and decoder are mirror
-# images: what was pushed last is popped first. Levels from +-LEVEL_MAX on are coded as that, and
-# what they have beyond it stands after the words.
+# serve the levels in turn, so that numpy works on all at once; zeros of the first class, which take
+# no room, fill up the last turn. Encoder and decoder are mirror images: what was pushed last is
+# popped first. Levels from +-LEVEL_MAX on are coded as that, and what they have beyond it stands
+# after the words.
 
 LEVEL_MAX = 255
 LEVELS = 2 * LEVEL_MAX + 1
@@ -1833,11 +1834,10 @@ def encode_levels(levels, classes):
     """Return the words, uint32, from which decode_levels makes levels; both int64 (n,)."""
     freqs, starts = level_frequencies()
     coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
-    symbols = classes * LEVELS + coded + LEVEL_MAX
-    symbols = symbols.reshape(-1, math.gcd(symbols.size, LANES))
-    state = np.full_like(symbols[0], STATE_MIN, np.uint64)
+    symbols = np.pad(classes * LEVELS + coded, (0, -len(coded) % LANES)) + LEVEL_MAX
+    state = np.full(LANES, STATE_MIN, np.uint64)
     words = [abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX]
-    for row in symbols[::-1]:
+    for row in symbols.reshape(-1, LANES)[::-1]:
         full = state >> 40 >= freqs[row]
         words.append(state[full])
         state[full] >>= 32
@@ -1850,19 +1850,18 @@ def encode_levels(levels, classes):
 def decode_levels(words, classes):
     """Return levels, int64 (n,), from the words of encode_levels; ValueError if they do not fit."""
     freqs, starts = level_frequencies()
-    bases = classes.reshape(-1, math.gcd(classes.size, LANES)).astype(np.uint64) << TOTAL_BITS
+    bases = np.pad(classes, (0, -len(classes) % LANES)).astype(np.uint64) << TOTAL_BITS
     symbols = np.empty_like(bases, np.int64)
-    lanes = len(bases[0])
-    high, low, words = np.split(words.astype(np.uint64), [lanes, 2 * lanes])
+    high, low, words = np.split(words.astype(np.uint64), [LANES, 2 * LANES])
     state = high << 32 | low
-    for row, base in zip(symbols, bases):
+    for row, base in zip(symbols.reshape(-1, LANES), bases.reshape(-1, LANES)):
         slots = base + state % TOTAL
         row[:] = np.searchsorted(starts, slots, "right") - 1
         state = freqs[row] * (state >> TOTAL_BITS) + slots - starts[row]
         low = state < STATE_MIN
         taken, words = np.split(words, [low.sum()])
         state[low] = state[low] << 32 | taken
-    levels = symbols.ravel() % LEVELS - LEVEL_MAX
+    levels = symbols[: len(classes)] % LEVELS - LEVEL_MAX
     beyond = abs(levels) == LEVEL_MAX
     if (state != STATE_MIN).any() or len(words) != beyond.sum():
         raise ValueError("levels do not end where their words do")
@@ -1885,6 +1884,7 @@ ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 2
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
 WEIGHTS_MAX = 1 << 28  # of an artifact: hostile ones must not take all memory
+HEADER_MAX = 1 << 24  # bytes; what JSON describes may take 20 times its own
 LZMA = dict(
     format=lzma.FORMAT_RAW,
     filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)],
@@ -1963,8 +1963,8 @@ def unpack_artifact(body):
     What it claims never takes memory for more than WEIGHTS_MAX weights.
     """
     reader = io.BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
-    header = json.loads(reader.read(int.from_bytes(reader.read(4), "little")))
-    if sum(math.prod(shape) for *_, shape in header["tensors"]) > WEIGHTS_MAX:
+    header = json.loads(reader.read(min(int.from_bytes(reader.read(4), "little"), HEADER_MAX)))
+    if not sum(abs(math.prod(map(float, shape))) for *_, shape in header["tensors"]) <= WEIGHTS_MAX:
         raise ValueError(f"more than {WEIGHTS_MAX} weights")
 
     def take(dtype, *shape):
@@ -2031,7 +2031,7 @@ def fit_artifact(weights, cfg, table, log, steps):
     finest, coarseness, coarsest = COARSENESS[cfg.quantizer]
     if cfg.target_kl:
         count = sum(len(rows) * len(columns) for rows, columns, _ in steps.values())
-        finest = coarseness = (24 * cfg.target_kl / count) ** 0.5
+        finest = coarseness = max(finest, (24 * cfg.target_kl / count) ** 0.5)
     slope = sum(w.numel() for w in weights.values()) / 8  # bytes that a doubling saves
     tried = []
     best = b""

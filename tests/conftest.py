@@ -30,6 +30,7 @@ import zstandard  # noqa: E402
 import train_gpt  # noqa: E402
 
 VOCAB = 64
+FINEST, _, COARSEST = train_gpt.COARSENESS["int6"]
 HERE = train_gpt.Runtime()  # one rank, CPU, float32
 train_gpt.TestTimeTrainer.__test__ = False  # not a test, in spite of its name
 
@@ -450,7 +451,7 @@ def artifacts(tmp_path_factory):
         )
         weights = warm_weights(cfg, seed)
         weights["embed.tokens"] = weights["embed.tokens"] * 4  # sharp predictions
-        path.write_bytes(train_gpt.pack_artifact(weights, cfg, tiny_table(), train_gpt.FINEST))
+        path.write_bytes(train_gpt.pack_artifact(weights, cfg, tiny_table(), FINEST))
         return cfg
 
     return made

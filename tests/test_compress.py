@@ -13,6 +13,7 @@ import torch
 from conftest import (
     CODED_STREAM,
     CODER_SETTINGS,
+    FINEST,
     ROOT,
     TABLE,
     VOCAB,
@@ -402,7 +403,7 @@ def coders(tokenizers, tmp_path_factory):
     found = {}
     for name, (path, table, _) in tokenizers.items():
         artifact = tmp_path_factory.mktemp("artifact") / "model.lzma"
-        data = train_gpt.pack_artifact(warm_weights(cfg), cfg, table, train_gpt.FINEST)
+        data = train_gpt.pack_artifact(warm_weights(cfg), cfg, table, FINEST)
         artifact.write_bytes(data)
         found[name] = dict(ARTIFACT_PATH=str(artifact), TOKENIZER_PATH=str(path))
     return found

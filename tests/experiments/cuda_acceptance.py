@@ -353,7 +353,8 @@ class Acceptance:
         table, _ = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
         weights = {name: t.float() for name, t in sharp_weights(cfg).items()}
         weights["mixer"] = train_gpt.new_mixer_weights()
-        data = train_gpt.pack_artifact(weights, cfg, table, train_gpt.FINEST)
+        cfg = dataclasses.replace(cfg, quantizer="int6")
+        data = train_gpt.pack_artifact(weights, cfg, table, 4.0)
         self.artifact.parent.mkdir(exist_ok=True)
         self.artifact.write_bytes(data)
 
