@@ -1786,20 +1786,64 @@ def round_levels(w, rows, columns, factor, coarseness):
     return levels.T.long()
 
 
-# ---- Level coder ---------------------------------------------------------------------------------
+# ---- Entropy coder -------------------------------------------------------------------------------
+# One coder for the levels of weights and for text: rANS (Duda, 2013), interleaved (Giesen, 2014).
+# `lanes` states of 64 bits serve the symbols in turn, so that numpy works on all at once; text has
+# one. A symbol with frequency f of 2^24 grows its lane's state by the factor 2^24 / f. States stay
+# at 2^32 or above, so what rounding wastes is below 2^-8 of the least frequency; words of 32 bits
+# leave and enter at the low end. Encoder and decoder are mirror images: what was pushed last is
+# popped first, so a stream is encoded from its end, when all frequencies are known.
+#
 # A level's frequencies are those of a Gaussian, sampled at the integers, with the mean |level| that
 # its *class* says: the mean of its row times that of its column over that of the matrix, in quarter
-# octaves. The coder is an interleaved rANS (Duda, 2013; Giesen, 2014): LANES states of 64 bits
-# serve the levels in turn, so that numpy works on all at once; zeros of the first class, which take
-# no room, fill up the last turn. Encoder and decoder are mirror images: what was pushed last is
-# popped first. Levels from +-LEVEL_MAX on are coded as that, and what they have beyond it stands
-# after the words.
+# octaves. Zeros of the first class, which take no room, fill up the last step. Levels from
+# +-LEVEL_MAX on are coded as that, and what they have beyond it stands after the words.
 
+STATE_MIN = 1 << 32
 LEVEL_MAX = 255
 LEVELS = 2 * LEVEL_MAX + 1
 CLASSES = torch.arange(-40, 25)  # mean |level| from 2^-10 to 2^6
 LANES = 128
-STATE_MIN = 1 << 32  # a state below takes in a word of 32 bits
+
+
+def encode_symbols(starts, freqs):
+    """Return the words, bytes, of symbols: their parts of 2^24, uint64 (steps, lanes) each."""
+    state = np.full(freqs.shape[1], STATE_MIN, np.uint64)
+    words = []
+    for start, freq in zip(starts[::-1], freqs[::-1]):
+        full = state >> 40 >= freq
+        words.append(state[full])
+        state[full] >>= 32
+        quotient, rest = np.divmod(state, freq)
+        state = (quotient << TOTAL_BITS) + rest + start
+    words += [state, state >> 32]
+    return b"".join(part.astype("<u4").tobytes() for part in words[::-1])
+
+
+class SymbolDecoder:
+    """Gives the symbols that encode_symbols coded, a step after the other; ValueError at the end.
+
+    After the last step all of `state` is STATE_MIN, and `words` has what follows the code.
+    """
+
+    def __init__(self, data, lanes):
+        words = np.frombuffer(data, "<u4").astype(np.uint64)
+        high, low, self.words = np.split(words, [lanes, 2 * lanes])
+        self.state = high << 32 | low
+
+    def decode(self, freqs, starts, bases=0):
+        """Return the next symbols, int64 (lanes,): indices into freqs and starts, both uint64.
+
+        starts: the sums of the freqs before; bases (lanes,): the start of each lane's own table.
+        """
+        slots = bases + self.state % TOTAL
+        symbols = starts.searchsorted(slots, "right") - 1
+        state = freqs[symbols] * (self.state >> TOTAL_BITS) + slots - starts[symbols]
+        low = state < STATE_MIN
+        taken, self.words = np.split(self.words, [low.sum()])
+        state[low] = state[low] << 32 | taken
+        self.state = state
+        return symbols
 
 
 @functools.cache
@@ -1831,41 +1875,26 @@ def level_classes(rows, columns):
 
 
 def encode_levels(levels, classes):
-    """Return the words, uint32, from which decode_levels makes levels; both int64 (n,)."""
+    """Return the bytes from which decode_levels makes levels; both int64 (n,)."""
     freqs, starts = level_frequencies()
     coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
     symbols = np.pad(classes * LEVELS + coded, (0, -len(coded) % LANES)) + LEVEL_MAX
-    state = np.full(LANES, STATE_MIN, np.uint64)
-    words = [abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX]
-    for row in symbols.reshape(-1, LANES)[::-1]:
-        full = state >> 40 >= freqs[row]
-        words.append(state[full])
-        state[full] >>= 32
-        quotient, rest = np.divmod(state, freqs[row])
-        state = (quotient << TOTAL_BITS) + rest + starts[row] % TOTAL
-    words += [state, state >> 32]
-    return np.concatenate([part.astype("<u4") for part in words[::-1]])
+    symbols = symbols.reshape(-1, LANES)
+    beyond = abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX
+    return encode_symbols(starts[symbols] % TOTAL, freqs[symbols]) + beyond.astype("<u4").tobytes()
 
 
-def decode_levels(words, classes):
-    """Return levels, int64 (n,), from the words of encode_levels; ValueError if they do not fit."""
+def decode_levels(data, classes):
+    """Return levels, int64 (n,), from the bytes of encode_levels; ValueError if they do not fit."""
     freqs, starts = level_frequencies()
     bases = np.pad(classes, (0, -len(classes) % LANES)).astype(np.uint64) << TOTAL_BITS
-    symbols = np.empty_like(bases, np.int64)
-    high, low, words = np.split(words.astype(np.uint64), [LANES, 2 * LANES])
-    state = high << 32 | low
-    for row, base in zip(symbols.reshape(-1, LANES), bases.reshape(-1, LANES)):
-        slots = base + state % TOTAL
-        row[:] = np.searchsorted(starts, slots, "right") - 1
-        state = freqs[row] * (state >> TOTAL_BITS) + slots - starts[row]
-        low = state < STATE_MIN
-        taken, words = np.split(words, [low.sum()])
-        state[low] = state[low] << 32 | taken
-    levels = symbols[: len(classes)] % LEVELS - LEVEL_MAX
+    decoder = SymbolDecoder(data, LANES)
+    symbols = [decoder.decode(freqs, starts, base) for base in bases.reshape(-1, LANES)]
+    levels = np.concatenate(symbols)[: len(classes)] % LEVELS - LEVEL_MAX
     beyond = abs(levels) == LEVEL_MAX
-    if (state != STATE_MIN).any() or len(words) != beyond.sum():
+    if (decoder.state != STATE_MIN).any() or len(decoder.words) != beyond.sum():
         raise ValueError("levels do not end where their words do")
-    levels[beyond] += np.sign(levels[beyond]) * words.astype(np.int64)
+    levels[beyond] += np.sign(levels[beyond]) * decoder.words.astype(np.int64)
     return levels
 
 
@@ -1874,7 +1903,7 @@ def decode_levels(words, classes):
 #   4 bytes  format version            4 bytes  length of the header
 #   8 bytes  length of the body        JSON     settings, coarseness, tokenizer, [name, kind, shape]
 #  32 bytes  SHA-256 of the body       tensors  in that order, by kind
-#                                      words    uint32: the level coder's, if a kind is "levels"
+#                                      words    uint32: the entropy coder's, if a kind is "levels"
 # Kinds: fp16; int6 and int8, levels int8, then fp16 scales of rows; "levels", int8 exponents: rows'
 # steps and means, columns' steps and means. Little-endian, row by row. Reading executes nothing.
 # Levels of int6 take a byte each: packed to 6 bits, LZMA would not find their entropy. What does
@@ -1944,7 +1973,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=None):
         index.append([name, kinds[name], list(w.shape)])
         payload += [t.numpy().tobytes() for t in stored]
     if matrices:
-        payload.append(encode_levels(*map(np.concatenate, zip(*matrices))).tobytes())
+        payload.append(encode_levels(*map(np.concatenate, zip(*matrices))))
     contents = {
         "settings": stored_settings(cfg),
         "coarseness": coarseness,
@@ -1987,7 +2016,7 @@ def unpack_artifact(body):
             weights[name] = levels * take("<f2", shape[0], 1).float()
     if matrices:
         classes = np.concatenate([part for _, part in matrices.values()])
-        levels = torch.from_numpy(decode_levels(np.frombuffer(reader.read(), "<u4"), classes))
+        levels = torch.from_numpy(decode_levels(reader.read(), classes))
         parts = levels.split([len(part) for _, part in matrices.values()])
         for part, (name, ((rows, columns), _)) in zip(parts, matrices.items()):
             weights[name] = (part.view(len(rows), -1) * rows * columns).float()
@@ -2147,7 +2176,7 @@ class NgramHistory:
 
 # ---- Mixers and commitment -----------------------------------------------------------------------
 # A probability becomes an integer before anybody looks at the token: freq >= 1, summing to 2^24
-# over the vocabulary, so that "normalized" is an equality and a range coder can use the numbers
+# over the vocabulary, so that "normalized" is an equality and an entropy coder can use the numbers
 # that were scored. And it becomes the *same* integer on any machine: logits are computed in float64
 # and rounded to multiples of 2^-8, a grid some 10^11 times coarser than what shapes, threads or
 # instruction sets change, and from there on there are integers only: exp from an exact table,
@@ -2743,80 +2772,25 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
     return stages, predictor.rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
 
 
-# ---- Range coder, code files, proof --------------------------------------------------------------
-# What was committed can be coded: encoder and decoder narrow one interval by the same integers. The
-# range stays at 2^48 or above, so cutting it into 2^24 parts wastes next to nothing; a carry runs
-# back into the bytes before. A code file, little-endian:
+# ---- Code files, proof ---------------------------------------------------------------------------
+# What was committed can be coded. A code file, little-endian:
 #    8 bytes  magic "PGOLFTXT"           3 x 32   SHA-256 of artifact, settings (JSON) and text
 #    4 bytes  format version            64        what made it, UTF-8, zeros after it
 #    4 bytes  CRC-32 of all that follows 4 each   checks: CRC-32 of all frequencies up to the first
 #    4 bytes  lanes L; 0: one, with TTT           position, the 4,097th, ...; up to the last
-#    8 bytes  tokens n, after BOS        rest     code words
+#    8 bytes  tokens n, after BOS        rest     words of the entropy coder, whose lanes are one
 #    8 bytes  bytes of the text
 # With lanes, as `compress` has them, lane i holds the text's i-th segment, the first n mod L lanes
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
 # on, without TTT. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
 CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 4
+CODE_VERSION = 5
 CODE_START = struct.Struct("<8sII")
 CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
 CODE_HEAD_BYTES = CODE_START.size + CODE_HEAD.size
 CHECK_EVERY = 4096
 MOST_LANES = 16
-
-
-class RangeEncoder:
-    """Codes one symbol after the other: `low` and `range` are the interval, in 64 bits."""
-
-    def __init__(self):
-        self.low = 0
-        self.range = 1 << 64
-        self.out = bytearray()
-
-    def encode(self, freqs, symbol):
-        """Narrow the interval to the symbol's part of 2^24, by freqs (V,); return the symbol."""
-        unit = self.range >> TOTAL_BITS
-        self.low += freqs[:symbol].sum().item() * unit
-        self.range = freqs.item(symbol) * unit
-        if self.low >> 64:  # a carry: into the last byte that is not 255
-            at = -1
-            while self.out[at] == 255:
-                self.out[at] = 0
-                at -= 1
-            self.out[at] += 1
-        while self.range < 1 << 48:
-            self.out.append(self.low >> 56 & 255)
-            self.low <<= 8
-            self.range <<= 8
-        self.low %= 1 << 64
-        return symbol
-
-    def finish(self):
-        """Return the code words, a bytearray."""
-        return self.out + self.low.to_bytes(8)
-
-
-class RangeDecoder:
-    """The mirror image: `value` is the code's distance from the interval's low end."""
-
-    def __init__(self, words):
-        self.bytes = iter(words)  # zeros follow them
-        self.range = 1 << 64
-        self.value = int.from_bytes(next(self.bytes, 0) for _ in range(8))
-
-    def decode(self, freqs, _=None):
-        """Return the next symbol; freqs (V,) are what the encoder had, who had the symbol too."""
-        unit = self.range >> TOTAL_BITS
-        self.value = min(self.value, unit * TOTAL - 1)  # foreign words stay in bounds
-        ends = freqs.cumsum()
-        symbol = ends.searchsorted(self.value // unit, side="right")
-        self.range = freqs.item(symbol) * unit
-        self.value -= ends.item(symbol) * unit - self.range
-        while self.range < 1 << 48:
-            self.value = self.value << 8 | next(self.bytes, 0)
-            self.range <<= 8
-        return symbol
 
 
 class CodeHead(NamedTuple):
@@ -2922,9 +2896,15 @@ class Codec:
         Return (bytes of the code file, predicted bits: the sum that the scorer would report,
         frequencies int64 (n,) of the tokens in the order in which they are coded).
         """
-        coder = RangeEncoder()
         checks = []
-        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, coder.encode)
+        starts = []
+
+        def keep(freqs, symbol):
+            starts.append(freqs[:symbol].sum())
+            return symbol
+
+        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, keep)
+        parts = (np.array(part, np.uint64)[:, None] for part in (starts, freqs))
         text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
@@ -2937,7 +2917,7 @@ class Codec:
             sha256(text),
             maker.encode(),  # cut to 64 bytes
         )
-        return head.pack(checks, coder.finish()), bits, freqs
+        return head.pack(checks, encode_symbols(*parts)), bits, freqs
 
     def decode(self, path):
         """Return the text, in bytes, that is coded in a file.
@@ -2965,8 +2945,14 @@ class Codec:
                     "decode it there"
                 )
 
+        def take(freqs, _):
+            freqs = freqs.astype(np.uint64)
+            return decoder.decode(freqs, freqs.cumsum() - freqs).item()
+
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
-        self.code(plan, tokens, follow, RangeDecoder(words).decode, plan.lanes)
+        with blaming(f"{path} decodes to nothing: its words are damaged", ValueError):
+            decoder = SymbolDecoder(words, 1)
+            self.code(plan, tokens, follow, take, plan.lanes)
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
