@@ -71,7 +71,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -128,15 +128,17 @@ def blaming(culprit, *causes, error=UserError):
 
 
 frozen = dataclass(frozen=True)
-BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
+BELOW_ONE = 0.999_999_999  # `maximum` of a setting that must stay below 1
+Natural = Annotated[int, "0 or more"]  # where a setting that is an int must be at least 1
 
 
 def option(default, **limits):
     """Return a setting's field with its default and its limits.
 
-    Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
-    name of another property of Config; `divides`, space-separated names of settings that must be
-    multiples of this one; `choices`, the allowed words, comma-separated.
+    Limits: `minimum`, a number (default: 1 for an int, 0 for a Natural or a float); `maximum`, a
+    number or the name of another property of Config (default: 2^63 - 1); `divides`, space-separated
+    names of settings that must be multiples of this one; `choices`, the allowed words,
+    comma-separated.
     """
     return dataclasses.field(default=default, metadata=limits)
 
@@ -168,11 +170,11 @@ class RunSettings:
     artifact_path: str = ""
     log_dir: str = "logs"
     replace: bool = False
-    val_tokens: int = option(0, minimum=0)
+    val_tokens: Natural = 0
     size_limit_bytes: int = 16_000_000
     log_every: int = 100
     verify_enabled: bool = True
-    verify_tokens: int = option(1000, minimum=0)
+    verify_tokens: Natural = 1000
 
 
 @frozen
@@ -203,13 +205,13 @@ class TrainSettings:
     mixer_calibration_tokens: held-out text for mixer and quantizer; 0: cold start
     """
 
-    seed: int = option(1337, minimum=0)
+    seed: Natural = 1337
     iterations: int = 20_000
     max_wallclock_seconds: float = 600.0
     train_batch_tokens: int = 786_432
     micro_batch_tokens: int = 98_304
-    warmup_steps: int = option(20, minimum=0)
-    warmdown_iters: int = option(3500, minimum=0)
+    warmup_steps: Natural = 20
+    warmdown_iters: Natural = 3500
     matrix_lr: float = 0.025
     scalar_lr: float = 0.025
     tied_embed_lr: float = 0.035
@@ -224,7 +226,7 @@ class TrainSettings:
     complement_alpha: float = option(0.5, maximum=1)
     quantizer: str = option("int6", choices="int6, fisher")
     target_kl: float = 0.0
-    mixer_calibration_tokens: int = option(1_048_576, minimum=0)
+    mixer_calibration_tokens: Natural = 1_048_576
 
 
 @frozen
@@ -254,7 +256,7 @@ class ModelSettings:
     num_heads: int = option(8, divides="model_dim")
     num_kv_heads: int = option(4, divides="num_heads")
     mlp_mult: int = 3
-    xsa_last_n: int = option(4, maximum="num_layers", minimum=0)
+    xsa_last_n: Natural = option(4, maximum="num_layers")
     rope_dims: int = option(16, minimum=4, maximum="head_dim")
     bigram_vocab_size: int = option(2048, minimum=2)
     bigram_dim: int = 128
@@ -295,14 +297,14 @@ class EvalSettings:
 
     eval_stride: int = option(64, divides="eval_seq_len")
     eval_seq_len: int = option(2048, divides="ttt_chunk_tokens")
-    eval_run_tiles: int = option(1, minimum=0)
+    eval_run_tiles: Natural = 1
     eval_dtype: str = option("float64", choices="float64, float32, bfloat16")
     ttt_enabled: bool = True
     ttt_schedule_chunks: int = 1893
     ttt_lr: float = 5e-4
     ttt_epochs: int = 3
     ttt_chunk_tokens: int = 32_768
-    ttt_freeze_blocks: int = option(9, maximum="num_layers", minimum=0)
+    ttt_freeze_blocks: Natural = option(9, maximum="num_layers")
     ttt_temperature: float = option(0.98, minimum=1e-3)
     polyak_decay: float = option(0.998, maximum=BELOW_ONE)
     mixer: str = option("learned", choices="learned, entropy, none")
@@ -311,7 +313,7 @@ class EvalSettings:
     ngram_hash_bits: int = option(26, maximum=30)
     mixer_block: int = option(16_384, divides="ttt_chunk_tokens")
     mixer_lr: float = 1e-3
-    min_count: int = option(1, maximum="ngram_recent", minimum=0)
+    min_count: Natural = option(1, maximum="ngram_recent")
     alpha_base: float = option(0.0, maximum=1)
     alpha_range: float = option(0.10, maximum="most_alpha_range")
     alpha_center: float = 1.0
@@ -336,13 +338,12 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
-            is_int = field.type is int
-            least = limits.get("minimum", int(is_int))
+            least = limits.get("minimum", int(field.type is int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
                 whole = getattr(self, multiple) % value == 0
                 need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-            most = limits.get("maximum", 2**63 - 1 if is_int else sys.float_info.max)
+            most = limits.get("maximum", sys.maxsize)
             if isinstance(most, str):
                 most = getattr(self, most)  # a field checked before, or a property of such
             need(value <= most, name, f"must be at most {most:.9g}")
@@ -387,7 +388,9 @@ GROUPS = {name: group for group in Config.__bases__ for name in group.__annotati
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
-SMALL = dict(
+# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
+# low enough to force coarser quantization.
+BENCH = dict(
     quantizer="fisher",
     warmup_steps=0,
     muon_momentum=0.95,
@@ -400,40 +403,36 @@ SMALL = dict(
     ttt_temperature=1.0,
     polyak_decay=0.0,
     mixer_block=64,
+    val_tokens=131_072,
+    size_limit_bytes=2_400_000,
+    log_every=50,
+    verify_tokens=20_000,
+    iterations=600,
+    max_wallclock_seconds=0.0,
+    train_batch_tokens=4096,
+    micro_batch_tokens=4096,
+    train_seq_len=512,
+    warmdown_iters=300,
+    muon_momentum_warmup_steps=300,
+    ema_decay=0.0,
+    swa_every=20,
+    num_layers=6,
+    model_dim=256,
+    xsa_last_n=3,
+    bigram_dim=64,
+    ve_layers="4,5",
+    eval_seq_len=512,
+    ttt_chunk_tokens=8192,
+    ttt_freeze_blocks=6,
+    ngram_hash_bits=20,
+    mixer_calibration_tokens=262_144,
 )
 PRESETS = {
     "record": {},
-    # Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size
-    # limit low enough to force coarser quantization.
-    "bench": SMALL
-    | dict(
-        val_tokens=131_072,
-        size_limit_bytes=2_400_000,
-        log_every=50,
-        verify_tokens=20_000,
-        iterations=600,
-        max_wallclock_seconds=0.0,
-        train_batch_tokens=4096,
-        micro_batch_tokens=4096,
-        train_seq_len=512,
-        warmdown_iters=300,
-        muon_momentum_warmup_steps=300,
-        ema_decay=0.0,
-        swa_every=20,
-        num_layers=6,
-        model_dim=256,
-        xsa_last_n=3,
-        bigram_dim=64,
-        ve_layers="4,5",
-        eval_seq_len=512,
-        ttt_chunk_tokens=8192,
-        ttt_freeze_blocks=6,
-        ngram_hash_bits=20,
-        mixer_calibration_tokens=262_144,
-    ),
+    "bench": BENCH,
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to
     # end.
-    "demo": SMALL
+    "demo": BENCH
     | dict(
         data_path=DEMO_CACHE,
         tokenizer_path=f"{DEMO_CACHE}/tokenizer.model",
@@ -465,13 +464,14 @@ PRESETS = {
 }
 
 
-def parse_setting(field, text):
+def parse_setting(name, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
+    kind = type(FIELDS[name].default)
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a finite number")
+    expected = {bool: "0 or 1", int: "a whole number"}.get(kind, "a finite number")
     with suppress(ValueError, KeyError):
-        return words[text] if field.type is bool else field.type(text)
-    raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
+        return words[text] if kind is bool else kind(text)
+    raise UsageError(f"{name.upper()}={text!r}: expected {expected}")
 
 
 def config_from_env(environ, stored=None):
@@ -482,27 +482,27 @@ def config_from_env(environ, stored=None):
     that this version does not have.
     """
     stored = stored or {}
-    known = [name.upper() for name in FIELDS]
-    for name in environ.keys() - known:
-        for meant in difflib.get_close_matches(name, known, cutoff=0.9):
-            raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
-    given = {
-        field.name: parse_setting(field, environ[name])
-        for name, field in zip(known, FIELDS.values())
-        if name in environ
-    }
-    preset = given.get("preset") or stored.get("preset", "record")
+    names = {name.upper(): name for name in FIELDS}
+    given = {}
+    for variable, text in environ.items():
+        for meant in difflib.get_close_matches(variable, names, 1, 0.9):
+            if variable != meant:
+                raise UsageError(
+                    f"{variable} is not a setting: did you mean {meant}? Otherwise unset it"
+                )
+            given[names[meant]] = parse_setting(names[meant], text)
+    settings = stored | given
+    preset = settings.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    for name, value in given.items():
-        fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
-        if fixed and value != stored[name]:
+    for name, value in stored.items():
+        if settings[name] != value and GROUPS[name] in (ModelSettings, TrainSettings):
             raise UsageError(
-                f"{name.upper()}={value}: the weights have {stored[name]}; unset it, or set RUN_ID "
-                "to begin another run"
+                f"{name.upper()}={settings[name]}: the weights have {value}; unset it, or set "
+                "RUN_ID to begin another run"
             )
     with blaming("the artifact is of another version of this script", TypeError):
-        return Config(**PRESETS[preset] | stored | given | {"preset": preset})
+        return Config(**PRESETS[preset] | settings)
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -638,9 +638,9 @@ def keep_freed_memory():
     """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 2**28)  # M_TOP_PAD
+        mallopt(-3, 0x4000_0000)  # M_MMAP_THRESHOLD, 1 GiB
+        mallopt(-1, 0x7FFF_FFFF)  # M_TRIM_THRESHOLD, the most
+        mallopt(-2, 0x1000_0000)  # M_TOP_PAD, 256 MiB
 
 
 def say(line, file=None):
@@ -777,11 +777,11 @@ class TokenTable:
 
     @functools.cached_property
     def byte_tables(self):
-        """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
-        kinds = np.array(list(self.kinds))
-        leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
+        """Bytes, int64; has a leading space among them, is a boundary, bool; each (V,)."""
         lengths = np.array([*map(len, self.texts)])
-        return lengths - leading, leading, lengths == 0
+        boundary = lengths == 0
+        leading = ~boundary & [piece.startswith(SPACE) for piece in self.pieces]
+        return lengths, leading, boundary
 
     @property
     def word_begins(self):
@@ -791,8 +791,8 @@ class TokenTable:
 
     def count_bytes(self, tokens):
         """Count the bytes that tokens[1:] print, each after its predecessor; int64 (n - 1,)."""
-        base, leading, boundary = self.byte_tables
-        return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
+        lengths, leading, boundary = self.byte_tables
+        return lengths[tokens[1:]] - (leading[tokens[1:]] & boundary[tokens[:-1]])
 
     def decode(self, tokens):
         """Return the bytes of one document; no leading space at its start or after a boundary."""
@@ -843,19 +843,19 @@ def audit_bytes(table, tokens, decode=None):
         )
     for start, stop in itertools.pairwise([*starts, len(tokens)]):
         document = tokens[start:stop]
-        where = f"validation document at token {start}"
         is_last = stop == len(tokens)
         if decode and not is_last:
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        with blaming(f"{where}: shards and tokenizer do not belong together", UnicodeDecodeError):
-            codecs.utf_8_decode(text, "strict", not is_last)
         counted = counts[start:stop].sum()  # with the next BOS, which prints nothing
-        if counted != len(text):
-            raise UserError(
-                f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
-            )
+        with blaming(
+            f"validation document at token {start}: shards and tokenizer do not belong together",
+            ValueError,
+        ):
+            codecs.utf_8_decode(text, "strict", not is_last)
+            if counted != len(text):
+                raise ValueError(f"{counted} bytes counted, {len(text)} decoded")
         digest.update(text)
     return int(counts.sum()), digest.hexdigest()
 
@@ -876,7 +876,7 @@ def audit_bytes(table, tokens, decode=None):
 SHARD_START = struct.pack("<ii", 20240520, 1)  # magic, version
 SHARD_HEADER_BYTES = 1024
 SAMPLE_TOKENS = 32_768
-CHUNK_BYTES = 1 << 16
+CHUNK_BYTES = 65_536
 
 
 def read_chunks(path):
@@ -946,10 +946,10 @@ def list_shards(cfg, split):
     UserError for none, a gap in their numbers, or another file that looks like a shard.
     """
     folder = Path(cfg.data_path)
-    candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
-    twins_first = sorted(folder.glob("*"), reverse=True)  # .zst, which .bin overwrites
-    found = {path.name.removesuffix(".zst"): path for path in twins_first}
-    names = sorted(filter(candidate.match, found))
+    # A .zst comes first, and its twin overwrites it.
+    found = {path.name.removesuffix(".zst"): path for path in sorted(folder.glob("*"))[::-1]}
+    candidate = rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin"
+    names = sorted(name for name in found if re.match(candidate, name))
     if not names:
         raise UserError(
             f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
