@@ -315,7 +315,7 @@ class EvalSettings:
     mixer_lr: float = 1e-3
     min_count: Natural = option(1, maximum="ngram_recent")
     alpha_base: float = option(0.0, maximum=1)
-    alpha_range: float = option(0.10, maximum="most_alpha_range")
+    alpha_range: float = 0.10
     alpha_center: float = 1.0
 
 
@@ -350,6 +350,8 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
         with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
             self.value_layers  # noqa: B018 (it raises)
+        most = 1 - self.alpha_base
+        need(self.alpha_range <= most, "alpha_range", f"must be at most {most:.9g}, 1 - ALPHA_BASE")
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
         usable = self.quantizer == "fisher" or not self.target_kl
         need(usable, "target_kl", "takes QUANTIZER=fisher")
@@ -371,15 +373,10 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         return self.model_dim // self.num_heads
 
     @property
-    def most_alpha_range(self):
-        """Largest ALPHA_RANGE with which alpha stays at most 1."""
-        return 1 - self.alpha_base
-
-    @property
     def value_layers(self):
         """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list layers."""
         layers = range(self.num_layers)
-        return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
+        return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
 
 
 FIELDS = Config.__dataclass_fields__  # {setting: its field, as option() has made it}
@@ -552,8 +549,7 @@ class Runtime:
                 result = action(*args)
             except UserError as error:
                 failure = [error]
-        failure = self.from_main(failure)
-        if failure:
+        if failure := self.from_main(failure):
             raise failure.pop()  # popped, or a cycle of error and frame would keep files open
         return result
 
@@ -578,7 +574,7 @@ def count_threads():
     threads = torch.get_num_threads()
     with suppress(OSError, ValueError):  # there is no group, or its limit is "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        threads = min(threads, -(-quota // period))
+        return min(threads, -(-quota // period))
     return threads
 
 
@@ -596,7 +592,7 @@ def start_runtime(cfg, environ):
     """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
     rank, world, local_rank, ranks_here = torchrun_ranks(environ)
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
-    if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
+    if not cuda and cfg.device != "cpu" and (cfg.preset == "record" or cfg.device == "cuda"):
         raise UsageError(
             f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
             "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none"
@@ -867,7 +863,7 @@ def audit_bytes(table, tokens, decode=None):
 # and alike on any number of ranks. The end of the last one is never trained on: the mixer is
 # calibrated on it.
 #
-# A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
+# A shard that does not name its tokenizer is judged by its first 32,768 tokens, decoded and encoded
 # again: documents come back whole from the tokenizer that made them, and with others soon differ;
 # at most 0.9 of the tokens coming back is an error. On FineWeb (224 samples) at least 0.9999 come
 # back; with nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with
@@ -875,7 +871,7 @@ def audit_bytes(table, tokens, decode=None):
 
 SHARD_START = struct.pack("<ii", 20240520, 1)  # magic, version
 SHARD_HEADER_BYTES = 1024
-SAMPLE_TOKENS = 32_768
+SAMPLE_BYTES = 66_560  # the header and 32,768 tokens
 CHUNK_BYTES = 65_536
 
 
@@ -892,7 +888,7 @@ def read_chunks(path):
     with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
         while data := file.read(CHUNK_BYTES):
             while data and compressed:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data
                 if frame.eof:
@@ -902,28 +898,28 @@ def read_chunks(path):
             raise EOFError("its end is missing")
 
 
-def read_shard(path, vocab_size, most=1 << 40):
-    """Return one shard's tokens, at most the first `most`, uint16 (n,).
+def read_shard(path, vocab_size, most_bytes=sys.maxsize):
+    """Return one shard's tokens, or those in its first most_bytes, uint16 (n,).
 
     UserError for a file that is foreign, truncated, damaged or has tokens outside of the
-    vocabulary. Tokens after the first `most` are not checked, nor then is the checksum.
+    vocabulary. What lies beyond most_bytes is not checked, nor then is the checksum.
     """
-    wanted = SHARD_HEADER_BYTES + 2 * most
     data = bytearray()
     for chunk in read_chunks(path):
         data += chunk
-        if len(data) > wanted:
+        if len(data) > most_bytes:
             break
+    del data[most_bytes:]
     if not data.startswith(SHARD_START):
         raise UserError(f"shard {path} is no token shard of version 1: make one by `tokenize`")
     count = int.from_bytes(data[8:12], "little")
     size = SHARD_HEADER_BYTES + 2 * count
-    if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
+    if not SHARD_HEADER_BYTES < len(data) == min(size, most_bytes):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, "<u2", min(count, most), SHARD_HEADER_BYTES)
-    if size <= wanted and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+    tokens = np.frombuffer(data, "<u2", offset=SHARD_HEADER_BYTES)
+    if len(tokens) == count and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
@@ -935,7 +931,7 @@ def shard_bytes(tokens, tokenizer=bytes(32)):
 
     `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
     """
-    body = np.asarray(tokens, dtype="<u2").tobytes()
+    body = np.asarray(tokens, "<u2").tobytes()
     crc = any(tokenizer) and zlib.crc32(tokenizer + body)
     return struct.pack("<8sI32sI976x", SHARD_START, len(tokens), tokenizer, crc) + body
 
@@ -987,7 +983,7 @@ def check_shards(paths, table, sp):
     """
     known = {}
     for path in paths:
-        tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
+        tokens = read_shard(path, len(table.pieces), SAMPLE_BYTES)
         head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
         digest = sha256(head + tokens.tobytes()).hex()
         if digest in known:
@@ -3654,12 +3650,12 @@ def demo_documents():
     from pydoc_data.topics import topics
 
     documents = [topics[name] for name in sorted(topics)]
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
+    skipped = "(^|/)(site-packages|tests?|idlelib|lib2to3|_vendor)/"
     for module in (os, np, torch):
         root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
-            if full or skipped & set(path.relative_to(root).parts):
+            if full or re.search(skipped, str(path.relative_to(root))):
                 continue
             found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
             if long := [inspect.cleandoc(text) for text in found if len(text) >= 80]:
@@ -3699,7 +3695,6 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            num_threads=os.cpu_count(),
             minloglevel=2,
         )
     write_atomically(path, model.getvalue())
@@ -3709,7 +3704,7 @@ def token_shards(texts, sp):
     """Yield each shard's tokens, an array of uint16: whole documents, each after BOS."""
     tokens = array("H")
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
-        for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
+        for ids in sp.encode(batch, add_bos=True):
             tokens.extend(ids)
             if len(tokens) >= SHARD_TOKENS:
                 yield tokens
@@ -3743,8 +3738,7 @@ def write_shards(documents, out_dir, cfg, log):
     table, sp = load_tokenizer(path, cfg.vocab_size)
     for split, chosen in ("train", ~held), ("val", held):
         log(f"{split}: {chosen.sum():,} documents")
-        texts = itertools.compress(documents(), chosen)
-        for number, tokens in enumerate(token_shards(texts, sp)):
+        for number, tokens in enumerate(token_shards(itertools.compress(documents(), chosen), sp)):
             target = f"{out_dir}/fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, table.digest))
             log(f"{target}: {len(tokens):,} tokens")
