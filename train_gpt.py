@@ -71,7 +71,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -128,15 +128,17 @@ def blaming(culprit, *causes, error=UserError):
 
 
 frozen = dataclass(frozen=True)
-BELOW_ONE = 1 - 1e-9  # `maximum` of a setting that must stay below 1
+BELOW_ONE = 0.999_999_999  # `maximum` of a setting that must stay below 1
+Natural = Annotated[int, "0 or more"]  # where a setting that is an int must be at least 1
 
 
 def option(default, **limits):
     """Return a setting's field with its default and its limits.
 
-    Limits: `minimum`, a number (default: 1 for an int, 0 for a float); `maximum`, a number or the
-    name of another property of Config; `divides`, space-separated names of settings that must be
-    multiples of this one; `choices`, the allowed words, comma-separated.
+    Limits: `minimum`, a number (default: 1 for an int, 0 for a Natural or a float); `maximum`, a
+    number or the name of another property of Config (default: 2^63 - 1); `divides`, space-separated
+    names of settings that must be multiples of this one; `choices`, the allowed words,
+    comma-separated.
     """
     return dataclasses.field(default=default, metadata=limits)
 
@@ -168,11 +170,11 @@ class RunSettings:
     artifact_path: str = ""
     log_dir: str = "logs"
     replace: bool = False
-    val_tokens: int = option(0, minimum=0)
+    val_tokens: Natural = 0
     size_limit_bytes: int = 16_000_000
     log_every: int = 100
     verify_enabled: bool = True
-    verify_tokens: int = option(1000, minimum=0)
+    verify_tokens: Natural = 1000
 
 
 @frozen
@@ -203,13 +205,13 @@ class TrainSettings:
     mixer_calibration_tokens: held-out text for mixer and quantizer; 0: cold start
     """
 
-    seed: int = option(1337, minimum=0)
+    seed: Natural = 1337
     iterations: int = 20_000
     max_wallclock_seconds: float = 600.0
     train_batch_tokens: int = 786_432
     micro_batch_tokens: int = 98_304
-    warmup_steps: int = option(20, minimum=0)
-    warmdown_iters: int = option(3500, minimum=0)
+    warmup_steps: Natural = 20
+    warmdown_iters: Natural = 3500
     matrix_lr: float = 0.025
     scalar_lr: float = 0.025
     tied_embed_lr: float = 0.035
@@ -224,7 +226,7 @@ class TrainSettings:
     complement_alpha: float = option(0.5, maximum=1)
     quantizer: str = option("int6", choices="int6, fisher")
     target_kl: float = 0.0
-    mixer_calibration_tokens: int = option(1_048_576, minimum=0)
+    mixer_calibration_tokens: Natural = 1_048_576
 
 
 @frozen
@@ -254,7 +256,7 @@ class ModelSettings:
     num_heads: int = option(8, divides="model_dim")
     num_kv_heads: int = option(4, divides="num_heads")
     mlp_mult: int = 3
-    xsa_last_n: int = option(4, maximum="num_layers", minimum=0)
+    xsa_last_n: Natural = option(4, maximum="num_layers")
     rope_dims: int = option(16, minimum=4, maximum="head_dim")
     bigram_vocab_size: int = option(2048, minimum=2)
     bigram_dim: int = 128
@@ -295,14 +297,14 @@ class EvalSettings:
 
     eval_stride: int = option(64, divides="eval_seq_len")
     eval_seq_len: int = option(2048, divides="ttt_chunk_tokens")
-    eval_run_tiles: int = option(1, minimum=0)
+    eval_run_tiles: Natural = 1
     eval_dtype: str = option("float64", choices="float64, float32, bfloat16")
     ttt_enabled: bool = True
     ttt_schedule_chunks: int = 1893
     ttt_lr: float = 5e-4
     ttt_epochs: int = 3
     ttt_chunk_tokens: int = 32_768
-    ttt_freeze_blocks: int = option(9, maximum="num_layers", minimum=0)
+    ttt_freeze_blocks: Natural = option(9, maximum="num_layers")
     ttt_temperature: float = option(0.98, minimum=1e-3)
     polyak_decay: float = option(0.998, maximum=BELOW_ONE)
     mixer: str = option("learned", choices="learned, entropy, none")
@@ -311,9 +313,9 @@ class EvalSettings:
     ngram_hash_bits: int = option(26, maximum=30)
     mixer_block: int = option(16_384, divides="ttt_chunk_tokens")
     mixer_lr: float = 1e-3
-    min_count: int = option(1, maximum="ngram_recent", minimum=0)
+    min_count: Natural = option(1, maximum="ngram_recent")
     alpha_base: float = option(0.0, maximum=1)
-    alpha_range: float = option(0.10, maximum="most_alpha_range")
+    alpha_range: float = 0.10
     alpha_center: float = 1.0
 
 
@@ -336,19 +338,20 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
-            is_int = field.type is int
-            least = limits.get("minimum", int(is_int))
+            least = limits.get("minimum", int(field.type is int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
                 whole = getattr(self, multiple) % value == 0
                 need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
-            most = limits.get("maximum", 2**63 - 1 if is_int else sys.float_info.max)
+            most = limits.get("maximum", sys.maxsize)
             if isinstance(most, str):
                 most = getattr(self, most)  # a field checked before, or a property of such
             need(value <= most, name, f"must be at most {most:.9g}")
         layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
         with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
             self.value_layers  # noqa: B018 (it raises)
+        most = 1 - self.alpha_base
+        need(self.alpha_range <= most, "alpha_range", f"must be at most {most:.9g}, 1 - ALPHA_BASE")
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
         usable = self.quantizer == "fisher" or not self.target_kl
         need(usable, "target_kl", "takes QUANTIZER=fisher")
@@ -370,15 +373,10 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         return self.model_dim // self.num_heads
 
     @property
-    def most_alpha_range(self):
-        """Largest ALPHA_RANGE with which alpha stays at most 1."""
-        return 1 - self.alpha_base
-
-    @property
     def value_layers(self):
         """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list layers."""
         layers = range(self.num_layers)
-        return sorted({layers.index(int(n)) for n in self.ve_layers.split(",") if n.strip()})
+        return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
 
 
 FIELDS = Config.__dataclass_fields__  # {setting: its field, as option() has made it}
@@ -387,7 +385,9 @@ GROUPS = {name: group for group in Config.__bases__ for name in group.__annotati
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
-SMALL = dict(
+# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
+# low enough to force coarser quantization.
+BENCH = dict(
     quantizer="fisher",
     warmup_steps=0,
     muon_momentum=0.95,
@@ -400,40 +400,36 @@ SMALL = dict(
     ttt_temperature=1.0,
     polyak_decay=0.0,
     mixer_block=64,
+    val_tokens=131_072,
+    size_limit_bytes=2_400_000,
+    log_every=50,
+    verify_tokens=20_000,
+    iterations=600,
+    max_wallclock_seconds=0.0,
+    train_batch_tokens=4096,
+    micro_batch_tokens=4096,
+    train_seq_len=512,
+    warmdown_iters=300,
+    muon_momentum_warmup_steps=300,
+    ema_decay=0.0,
+    swa_every=20,
+    num_layers=6,
+    model_dim=256,
+    xsa_last_n=3,
+    bigram_dim=64,
+    ve_layers="4,5",
+    eval_seq_len=512,
+    ttt_chunk_tokens=8192,
+    ttt_freeze_blocks=6,
+    ngram_hash_bits=20,
+    mixer_calibration_tokens=262_144,
 )
 PRESETS = {
     "record": {},
-    # Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size
-    # limit low enough to force coarser quantization.
-    "bench": SMALL
-    | dict(
-        val_tokens=131_072,
-        size_limit_bytes=2_400_000,
-        log_every=50,
-        verify_tokens=20_000,
-        iterations=600,
-        max_wallclock_seconds=0.0,
-        train_batch_tokens=4096,
-        micro_batch_tokens=4096,
-        train_seq_len=512,
-        warmdown_iters=300,
-        muon_momentum_warmup_steps=300,
-        ema_decay=0.0,
-        swa_every=20,
-        num_layers=6,
-        model_dim=256,
-        xsa_last_n=3,
-        bigram_dim=64,
-        ve_layers="4,5",
-        eval_seq_len=512,
-        ttt_chunk_tokens=8192,
-        ttt_freeze_blocks=6,
-        ngram_hash_bits=20,
-        mixer_calibration_tokens=262_144,
-    ),
+    "bench": BENCH,
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to
     # end.
-    "demo": SMALL
+    "demo": BENCH
     | dict(
         data_path=DEMO_CACHE,
         tokenizer_path=f"{DEMO_CACHE}/tokenizer.model",
@@ -465,13 +461,14 @@ PRESETS = {
 }
 
 
-def parse_setting(field, text):
+def parse_setting(name, text):
     """Return a setting's value from its text; UsageError names the variable and what is allowed."""
+    kind = type(FIELDS[name].default)
     words = {"0": False, "1": True, "False": False, "True": True}  # the last two as logs show them
-    expected = {bool: "0 or 1", int: "a whole number"}.get(field.type, "a finite number")
+    expected = {bool: "0 or 1", int: "a whole number"}.get(kind, "a finite number")
     with suppress(ValueError, KeyError):
-        return words[text] if field.type is bool else field.type(text)
-    raise UsageError(f"{field.name.upper()}={text!r}: expected {expected}")
+        return words[text] if kind is bool else kind(text)
+    raise UsageError(f"{name.upper()}={text!r}: expected {expected}")
 
 
 def config_from_env(environ, stored=None):
@@ -482,27 +479,27 @@ def config_from_env(environ, stored=None):
     that this version does not have.
     """
     stored = stored or {}
-    known = [name.upper() for name in FIELDS]
-    for name in environ.keys() - known:
-        for meant in difflib.get_close_matches(name, known, cutoff=0.9):
-            raise UsageError(f"{name} is not a setting: did you mean {meant}? Otherwise unset it")
-    given = {
-        field.name: parse_setting(field, environ[name])
-        for name, field in zip(known, FIELDS.values())
-        if name in environ
-    }
-    preset = given.get("preset") or stored.get("preset", "record")
+    names = {name.upper(): name for name in FIELDS}
+    given = {}
+    for variable, text in environ.items():
+        for meant in difflib.get_close_matches(variable, names, 1, 0.9):
+            if variable != meant:
+                raise UsageError(
+                    f"{variable} is not a setting: did you mean {meant}? Otherwise unset it"
+                )
+            given[names[meant]] = parse_setting(names[meant], text)
+    settings = stored | given
+    preset = settings.get("preset", "record")
     if preset not in PRESETS:
         raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    for name, value in given.items():
-        fixed = name in stored and GROUPS[name] in (ModelSettings, TrainSettings)
-        if fixed and value != stored[name]:
+    for name, value in stored.items():
+        if settings[name] != value and GROUPS[name] in (ModelSettings, TrainSettings):
             raise UsageError(
-                f"{name.upper()}={value}: the weights have {stored[name]}; unset it, or set RUN_ID "
-                "to begin another run"
+                f"{name.upper()}={settings[name]}: the weights have {value}; unset it, or set "
+                "RUN_ID to begin another run"
             )
     with blaming("the artifact is of another version of this script", TypeError):
-        return Config(**PRESETS[preset] | stored | given | {"preset": preset})
+        return Config(**PRESETS[preset] | settings)
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -552,8 +549,7 @@ class Runtime:
                 result = action(*args)
             except UserError as error:
                 failure = [error]
-        failure = self.from_main(failure)
-        if failure:
+        if failure := self.from_main(failure):
             raise failure.pop()  # popped, or a cycle of error and frame would keep files open
         return result
 
@@ -578,7 +574,7 @@ def count_threads():
     threads = torch.get_num_threads()
     with suppress(OSError, ValueError):  # there is no group, or its limit is "max"
         quota, period = map(int, Path("/sys/fs/cgroup/cpu.max").read_text().split())
-        threads = min(threads, -(-quota // period))
+        return min(threads, -(-quota // period))
     return threads
 
 
@@ -596,7 +592,7 @@ def start_runtime(cfg, environ):
     """Return the Runtime that torchrun and DEVICE describe; join the group of its ranks."""
     rank, world, local_rank, ranks_here = torchrun_ranks(environ)
     cuda = cfg.device != "cpu" and torch.cuda.device_count() >= ranks_here
-    if not cuda and (cfg.device == "cuda" or (cfg.preset, cfg.device) == ("record", "auto")):
+    if not cuda and cfg.device != "cpu" and (cfg.preset == "record" or cfg.device == "cuda"):
         raise UsageError(
             f"PRESET={cfg.preset} DEVICE={cfg.device}: torch sees no CUDA device for each rank; "
             "DEVICE=cpu insists, PRESET=demo and PRESET=bench with DEVICE=auto need none"
@@ -638,9 +634,9 @@ def keep_freed_memory():
     """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-2, 2**28)  # M_TOP_PAD
+        mallopt(-3, 0x4000_0000)  # M_MMAP_THRESHOLD, 1 GiB
+        mallopt(-1, 0x7FFF_FFFF)  # M_TRIM_THRESHOLD, the most
+        mallopt(-2, 0x1000_0000)  # M_TOP_PAD, 256 MiB
 
 
 def say(line, file=None):
@@ -777,11 +773,11 @@ class TokenTable:
 
     @functools.cached_property
     def byte_tables(self):
-        """Bytes without a leading space, int64; has one, is a boundary, bool; each (V,)."""
-        kinds = np.array(list(self.kinds))
-        leading = (kinds == "N") & [piece.startswith(SPACE) for piece in self.pieces]
+        """Bytes, int64; has a leading space among them, is a boundary, bool; each (V,)."""
         lengths = np.array([*map(len, self.texts)])
-        return lengths - leading, leading, lengths == 0
+        boundary = lengths == 0
+        leading = ~boundary & [piece.startswith(SPACE) for piece in self.pieces]
+        return lengths, leading, boundary
 
     @property
     def word_begins(self):
@@ -791,8 +787,8 @@ class TokenTable:
 
     def count_bytes(self, tokens):
         """Count the bytes that tokens[1:] print, each after its predecessor; int64 (n - 1,)."""
-        base, leading, boundary = self.byte_tables
-        return base[tokens[1:]] + (leading[tokens[1:]] & ~boundary[tokens[:-1]])
+        lengths, leading, boundary = self.byte_tables
+        return lengths[tokens[1:]] - (leading[tokens[1:]] & boundary[tokens[:-1]])
 
     def decode(self, tokens):
         """Return the bytes of one document; no leading space at its start or after a boundary."""
@@ -843,19 +839,19 @@ def audit_bytes(table, tokens, decode=None):
         )
     for start, stop in itertools.pairwise([*starts, len(tokens)]):
         document = tokens[start:stop]
-        where = f"validation document at token {start}"
         is_last = stop == len(tokens)
         if decode and not is_last:
             text = decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
-        with blaming(f"{where}: shards and tokenizer do not belong together", UnicodeDecodeError):
-            codecs.utf_8_decode(text, "strict", not is_last)
         counted = counts[start:stop].sum()  # with the next BOS, which prints nothing
-        if counted != len(text):
-            raise UserError(
-                f"{where}: {counted} bytes counted, {len(text)} decoded; a BPB would be wrong"
-            )
+        with blaming(
+            f"validation document at token {start}: shards and tokenizer do not belong together",
+            ValueError,
+        ):
+            codecs.utf_8_decode(text, "strict", not is_last)
+            if counted != len(text):
+                raise ValueError(f"{counted} bytes counted, {len(text)} decoded")
         digest.update(text)
     return int(counts.sum()), digest.hexdigest()
 
@@ -867,7 +863,7 @@ def audit_bytes(table, tokens, decode=None):
 # and alike on any number of ranks. The end of the last one is never trained on: the mixer is
 # calibrated on it.
 #
-# A shard that does not name its tokenizer is judged by its first SAMPLE_TOKENS, decoded and encoded
+# A shard that does not name its tokenizer is judged by its first 32,768 tokens, decoded and encoded
 # again: documents come back whole from the tokenizer that made them, and with others soon differ;
 # at most 0.9 of the tokens coming back is an error. On FineWeb (224 samples) at least 0.9999 come
 # back; with nine others of 1,024 pieces, some trained on most of the same text, at most 0.07; with
@@ -875,8 +871,8 @@ def audit_bytes(table, tokens, decode=None):
 
 SHARD_START = struct.pack("<ii", 20240520, 1)  # magic, version
 SHARD_HEADER_BYTES = 1024
-SAMPLE_TOKENS = 32_768
-CHUNK_BYTES = 1 << 16
+SAMPLE_BYTES = 66_560  # the header and 32,768 tokens
+CHUNK_BYTES = 65_536
 
 
 def read_chunks(path):
@@ -892,7 +888,7 @@ def read_chunks(path):
     with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
         while data := file.read(CHUNK_BYTES):
             while data and compressed:
-                frame = frame or zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+                frame = frame or zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
                 yield frame.decompress(data)
                 data = frame.unused_data
                 if frame.eof:
@@ -902,28 +898,28 @@ def read_chunks(path):
             raise EOFError("its end is missing")
 
 
-def read_shard(path, vocab_size, most=1 << 40):
-    """Return one shard's tokens, at most the first `most`, uint16 (n,).
+def read_shard(path, vocab_size, most_bytes=sys.maxsize):
+    """Return one shard's tokens, or those in its first most_bytes, uint16 (n,).
 
     UserError for a file that is foreign, truncated, damaged or has tokens outside of the
-    vocabulary. Tokens after the first `most` are not checked, nor then is the checksum.
+    vocabulary. What lies beyond most_bytes is not checked, nor then is the checksum.
     """
-    wanted = SHARD_HEADER_BYTES + 2 * most
     data = bytearray()
     for chunk in read_chunks(path):
         data += chunk
-        if len(data) > wanted:
+        if len(data) > most_bytes:
             break
+    del data[most_bytes:]
     if not data.startswith(SHARD_START):
         raise UserError(f"shard {path} is no token shard of version 1: make one by `tokenize`")
     count = int.from_bytes(data[8:12], "little")
     size = SHARD_HEADER_BYTES + 2 * count
-    if not SHARD_HEADER_BYTES < min(size, wanted) <= len(data) <= size:
+    if not SHARD_HEADER_BYTES < len(data) == min(size, most_bytes):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
-    tokens = np.frombuffer(data, "<u2", min(count, most), SHARD_HEADER_BYTES)
-    if size <= wanted and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+    tokens = np.frombuffer(data, "<u2", offset=SHARD_HEADER_BYTES)
+    if len(tokens) == count and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
@@ -935,7 +931,7 @@ def shard_bytes(tokens, tokenizer=bytes(32)):
 
     `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
     """
-    body = np.asarray(tokens, dtype="<u2").tobytes()
+    body = np.asarray(tokens, "<u2").tobytes()
     crc = any(tokenizer) and zlib.crc32(tokenizer + body)
     return struct.pack("<8sI32sI976x", SHARD_START, len(tokens), tokenizer, crc) + body
 
@@ -946,10 +942,10 @@ def list_shards(cfg, split):
     UserError for none, a gap in their numbers, or another file that looks like a shard.
     """
     folder = Path(cfg.data_path)
-    candidate = re.compile(rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin")
-    twins_first = sorted(folder.glob("*"), reverse=True)  # .zst, which .bin overwrites
-    found = {path.name.removesuffix(".zst"): path for path in twins_first}
-    names = sorted(filter(candidate.match, found))
+    # A .zst comes first, and its twin overwrites it.
+    found = {path.name.removesuffix(".zst"): path for path in sorted(folder.glob("*"))[::-1]}
+    candidate = rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin"
+    names = sorted(name for name in found if re.match(candidate, name))
     if not names:
         raise UserError(
             f"DATA_PATH: no fineweb_{split}_*.bin or .bin.zst in {folder}: get FineWeb's "
@@ -987,7 +983,7 @@ def check_shards(paths, table, sp):
     """
     known = {}
     for path in paths:
-        tokens = read_shard(path, len(table.pieces), SAMPLE_TOKENS)
+        tokens = read_shard(path, len(table.pieces), SAMPLE_BYTES)
         head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
         digest = sha256(head + tokens.tobytes()).hex()
         if digest in known:
@@ -3654,12 +3650,12 @@ def demo_documents():
     from pydoc_data.topics import topics
 
     documents = [topics[name] for name in sorted(topics)]
-    skipped = {"site-packages", "test", "tests", "idlelib", "lib2to3", "_vendor"}
+    skipped = "(^|/)(site-packages|tests?|idlelib|lib2to3|_vendor)/"
     for module in (os, np, torch):
         root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
             full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
-            if full or skipped & set(path.relative_to(root).parts):
+            if full or re.search(skipped, str(path.relative_to(root))):
                 continue
             found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
             if long := [inspect.cleandoc(text) for text in found if len(text) >= 80]:
@@ -3699,7 +3695,6 @@ def train_tokenizer(documents, vocab_size, path):
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             input_sentence_size=200_000,
-            num_threads=os.cpu_count(),
             minloglevel=2,
         )
     write_atomically(path, model.getvalue())
@@ -3709,7 +3704,7 @@ def token_shards(texts, sp):
     """Yield each shard's tokens, an array of uint16: whole documents, each after BOS."""
     tokens = array("H")
     while batch := list(itertools.islice(texts, BATCH_DOCUMENTS)):
-        for ids in sp.encode(batch, add_bos=True, num_threads=os.cpu_count()):
+        for ids in sp.encode(batch, add_bos=True):
             tokens.extend(ids)
             if len(tokens) >= SHARD_TOKENS:
                 yield tokens
@@ -3743,8 +3738,7 @@ def write_shards(documents, out_dir, cfg, log):
     table, sp = load_tokenizer(path, cfg.vocab_size)
     for split, chosen in ("train", ~held), ("val", held):
         log(f"{split}: {chosen.sum():,} documents")
-        texts = itertools.compress(documents(), chosen)
-        for number, tokens in enumerate(token_shards(texts, sp)):
+        for number, tokens in enumerate(token_shards(itertools.compress(documents(), chosen), sp)):
             target = f"{out_dir}/fineweb_{split}_{number:06d}.bin"
             write_atomically(target, shard_bytes(tokens, table.digest))
             log(f"{target}: {len(tokens):,} tokens")

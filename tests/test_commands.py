@@ -717,7 +717,7 @@ def test_shard_that_goes_bad_on_two_ranks_keeps_the_weights(corpus, tmp_path):
     good = data / "fineweb_train_000000.bin"
     tokens = train_gpt.read_shard(good, 400)[:600]
     good.write_bytes(train_gpt.shard_bytes(tokens))
-    bad = train_gpt.shard_bytes([*np.tile(tokens, 1 + train_gpt.SAMPLE_TOKENS // 600), 400])
+    bad = train_gpt.shard_bytes([*np.tile(tokens, 1 + train_gpt.SAMPLE_BYTES // 1200), 400])
     (data / "fineweb_train_000001.bin").write_bytes(bad)
     settings = dict(corpus, DATA_PATH=str(data), RUN_ID="run", MIXER_CALIBRATION_TOKENS="0")
     status, _, err = finished(start(tmp_path, launcher=TORCHRUN, **settings))
