@@ -2784,11 +2784,9 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
 # on, without TTT. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
-CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 5
-CODE_START = struct.Struct("<8sII")
-CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
-CODE_HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+CODE_START = b"PGOLFTXT\5\0\0\0"  # magic, format version
+CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")  # what follows the CRC-32, up to the checks
+CODE_HEAD_BYTES = 16 + CODE_HEAD.size
 CHECK_EVERY = 4096
 MOST_LANES = 16
 
@@ -2807,7 +2805,7 @@ class CodeHead(NamedTuple):
     def pack(self, checks, words):
         """Return the bytes of a code file with these checks, [CRC-32], and code words."""
         body = CODE_HEAD.pack(*self) + struct.pack(f"<{len(checks)}I", *checks) + words
-        return CODE_START.pack(CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body
+        return CODE_START + struct.pack("<I", zlib.crc32(body)) + body
 
     @classmethod
     def unpack(cls, path, data):
@@ -2815,26 +2813,17 @@ class CodeHead(NamedTuple):
 
         No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
         """
-        data = data.ljust(CODE_HEAD_BYTES, b"\0")  # so that a cut head has a wrong checksum
-        magic, version, checksum = CODE_START.unpack_from(data)
-        body = data[CODE_START.size :]
-        if (magic, version) != (CODE_MAGIC, CODE_VERSION):
-            raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
-        if zlib.crc32(body) != checksum:
-            raise UserError(f"{path} is cut or altered; copy it again")
-        head = cls(*CODE_HEAD.unpack_from(body))
+        if not data.startswith(CODE_START):
+            raise UserError(f"{path} is no code file of version {CODE_START[8]}; compress it again")
+        head = cls(*CODE_HEAD.unpack_from(data.ljust(CODE_HEAD_BYTES, b"\0"), 16))
         count = 1 - -head.tokens // CHECK_EVERY
-        words = body[CODE_HEAD.size + 4 * count :]
+        words = data[CODE_HEAD_BYTES + 4 * count :]
         if head.tokens >= len(words) << 27:  # also where checks are missing: there are no words
             raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
-        return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
-
-
-def settings_digest(cfg):
-    """Return the SHA-256 of all settings that shape the committed integers."""
-    shaping = stored_settings(cfg)
-    del shaping["preset"]
-    return sha256(json.dumps(shaping, sort_keys=True).encode())
+        checks = struct.unpack_from(f"<{count}I", data, CODE_HEAD_BYTES)
+        if data != head.pack(checks, words):  # its checksum differs
+            raise UserError(f"{path} is cut or altered; copy it again")
+        return head, checks, words
 
 
 def new_predictor(artifact, cfg, rt, plan):
@@ -2863,48 +2852,46 @@ class Codec:
             raise UserError(
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
+        shaping = stored_settings(self.cfg)
+        del shaping["preset"]
+        self.settings = sha256(json.dumps(shaping, sort_keys=True).encode())
 
-    def code(self, plan, tokens, check, code, step=None):
-        """Code tokens, int64 (n + 1,), BOS first; return (predicted bits, frequencies int64 (n,)).
+    def code(self, plan, tokens, coded, decoder=None):
+        """Yield (CRC-32 of all frequencies, predicted bits) so far of tokens, int64 (n + 1,).
 
-        code(freqs, symbol) takes a position's frequencies, int32 (V,), and the token there; the
-        symbol that it returns is written there. check(CRC-32 of all frequencies so far) is called
-        at the first position, every 4,096 later, and at the end.
+        It yields at the first position, every 4,096 later, and at the end. tokens: BOS first; the
+        others are to be coded or, if there is a `decoder`, are written at the end. `coded`, a list,
+        gets (start, frequency) of each in the order of coding, uint64.
         """
         stage = plan.stages[-1]
-        order = lane_order(len(tokens) - 1, plan.lanes)
-        stream = torch.from_numpy(np.append(np.repeat(tokens[:1], plan.lanes), tokens[1:][order]))
+        order = np.append([0] * plan.lanes, 1 + lane_order(len(tokens) - 1, plan.lanes))
+        stream = torch.from_numpy(tokens[order])
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
-        coded = []
         crc = 0
-        for commitment, targets, bits in walk(predictor, stream, self.log, step):  # noqa: B007
+        steps = walk(predictor, stream, self.log, decoder and plan.lanes)
+        for commitment, targets, bits in steps:
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
                 crc = zlib.crc32(freqs, crc)
                 if len(coded) % CHECK_EVERY == 0:
-                    check(crc)
-                symbol = code(freqs, int(targets[i]))
-                targets[i] = symbol
-                coded.append(freqs[symbol])
-        check(crc)
-        tokens[1:][order] = stream[plan.lanes :]
-        return bits[stage], np.array(coded, np.int64)
+                    yield crc, bits[stage]
+                freqs = freqs.astype(np.uint64)
+                starts = freqs.cumsum() - freqs
+                if decoder:
+                    targets[i] = decoder.decode(freqs, starts).item()
+                coded.append((starts[targets[i]], freqs[targets[i]]))
+        tokens[order] = stream
+        yield crc, bits[stage]
 
     def encode(self, tokens, lanes=0):
         """Code tokens, int64 (n + 1,), BOS first.
 
         Return (bytes of the code file, predicted bits: the sum that the scorer would report,
-        frequencies int64 (n,) of the tokens in the order in which they are coded).
+        frequencies uint64 (n,) of the tokens in the order in which they are coded).
         """
-        checks = []
-        starts = []
-
-        def keep(freqs, symbol):
-            starts.append(freqs[:symbol].sum())
-            return symbol
-
-        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, keep)
-        parts = (np.array(part, np.uint64)[:, None] for part in (starts, freqs))
+        coded = []
+        checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
+        starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
@@ -2913,11 +2900,11 @@ class Codec:
             len(freqs),
             len(text),
             self.artifact.digest,
-            settings_digest(self.cfg),
+            self.settings,
             sha256(text),
             maker.encode(),  # cut to 64 bytes
         )
-        return head.pack(checks, encode_symbols(*parts)), bits, freqs
+        return head.pack(checks, encode_symbols(starts, freqs)), bits[-1], freqs[:, 0]
 
     def decode(self, path):
         """Return the text, in bytes, that is coded in a file.
@@ -2928,31 +2915,22 @@ class Codec:
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
-        if head.settings != settings_digest(self.cfg):
+        if head.settings != self.settings:
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        expected = enumerate(checks)
-
-        def follow(crc):
-            number, check = next(expected)
-            if crc != check:
-                maker = head.maker.rstrip(b"\0").decode(errors="replace")
-                raise UserError(
-                    f"{path} cannot be followed here: the frequencies up to token "
-                    f"{min(number * CHECK_EVERY + 1, head.tokens)} are not those of {maker}; "
-                    "decode it there"
-                )
-
-        def take(freqs, _):
-            freqs = freqs.astype(np.uint64)
-            return decoder.decode(freqs, freqs.cumsum() - freqs).item()
-
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
         with blaming(f"{path} decodes to nothing: its words are damaged", ValueError):
-            decoder = SymbolDecoder(words, 1)
-            self.code(plan, tokens, follow, take, plan.lanes)
+            found = self.code(plan, tokens, [], SymbolDecoder(words, 1))
+            for number, ((crc, _), check) in enumerate(zip(found, checks)):
+                if crc != check:
+                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                    raise UserError(
+                        f"{path} cannot be followed here: the frequencies up to token "
+                        f"{min(number * CHECK_EVERY + 1, head.tokens)} are not those of {maker}; "
+                        "decode it there"
+                    )
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")

@@ -27,11 +27,11 @@ from conftest import (
 )
 
 import train_gpt
-from train_gpt import CODE_HEAD, CODE_START, TOTAL, CodeHead, RangeDecoder, RangeEncoder, walk
+from train_gpt import CODE_HEAD_BYTES, TOTAL, CodeHead, RangeDecoder, RangeEncoder, walk
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
-HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+HEAD_BYTES = CODE_HEAD_BYTES
 
 
 # ---- Range coder ---------------------------------------------------------------------------------
