@@ -2921,14 +2921,15 @@ class Codec:
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
+        coded = []
         with blaming(f"{path} decodes to nothing: its words are damaged", ValueError):
-            found = self.code(plan, tokens, [], SymbolDecoder(words, 1))
-            for number, ((crc, _), check) in enumerate(zip(found, checks)):
+            steps = self.code(plan, tokens, coded, SymbolDecoder(words, 1))
+            for (crc, _), check in zip(steps, checks):
                 if crc != check:
                     maker = head.maker.rstrip(b"\0").decode(errors="replace")
                     raise UserError(
                         f"{path} cannot be followed here: the frequencies up to token "
-                        f"{min(number * CHECK_EVERY + 1, head.tokens)} are not those of {maker}; "
+                        f"{min(len(coded) + 1, head.tokens)} are not those of {maker}; "
                         "decode it there"
                     )
         text = self.artifact.table.decode(tokens)
@@ -2945,7 +2946,6 @@ def verify(run, artifact, scored=None):
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
-    n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
     alone = dataclasses.replace(run.rt, world=1)
@@ -2959,6 +2959,7 @@ def verify(run, artifact, scored=None):
         )
     if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
+    n = len(freqs)
     proof = dict(
         tokens=n,
         predicted_bits=bits,
@@ -2981,8 +2982,7 @@ def decode_elsewhere(path, artifact, run):
     It gets the artifact, no shards, no tokenizer and no settings; what it prints goes into the log.
     UserError if it gives up, or finds other frequencies or another text than were coded.
     """
-    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS}
-    env |= dict(
+    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS} | dict(
         DEVICE=run.rt.device.type,
         ARTIFACT_PATH=str(artifact.path),
         DATA_PATH=os.devnull,
@@ -3051,7 +3051,8 @@ class Run:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
             f"{command} {cfg.run_dir.name}, {when}",
-            "python {python}, torch {torch}, source {source_sha256}".format(**environment),
+            f"python {environment['python']}, torch {environment['torch']}, "
+            f"source {environment['source_sha256']}",
             *rt.notes,
             *(f"  {n.upper()}={v}" for n, v in settings.items()),
         ):
@@ -3263,7 +3264,7 @@ def train_command(environ, kept=None):
 
     kept: what an earlier run has kept of its training, to go on from there.
     """
-    cfg = config_from_env({**environ, "ARTIFACT_PATH": ""}, kept and kept["settings"])
+    cfg = config_from_env(environ | {"ARTIFACT_PATH": ""}, kept and kept["settings"])
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
     model = new_model(cfg, run.rt, kept and kept["weights"])
@@ -3306,20 +3307,19 @@ def train_command(environ, kept=None):
 def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
-    missing = f"RUN_ID: cannot read {path}; there is no training to finish"
-    data = io.BytesIO(read_file(path, missing))
+    data = read_file(path, f"RUN_ID: cannot read {path}; there is no training to finish")
     with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
-        kept = torch.load(data, map_location="cpu", weights_only=True)
-    train_command({**environ, "REPLACE": "1"}, kept)
+        kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    train_command(environ | {"REPLACE": "1"}, kept)
 
 
 def finish(run, model, result, held_out):
     """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
     cfg = run.cfg
-    weights = {**model.state_dict(), "mixer": new_mixer_weights()}
+    weights = model.state_dict() | {"mixer": new_mixer_weights()}
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
-    artifact = write_artifact(run, model, weights["mixer"], held_out, result)
+    artifact = write_artifact(run, model, weights, held_out, result)
     unquantized = dataclasses.replace(artifact, weights=weights)
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
@@ -3360,10 +3360,10 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.weights, seconds
 
 
-def write_artifact(run, model, mixer, held_out, result):
+def write_artifact(run, model, weights, held_out, result):
     """Quantize to the cap, write the artifact and return it as rank 0 has read it back.
 
-    mixer: its weights; held_out, uint16 (n + 1,): text for new_steps.
+    weights: the model's and "mixer"; held_out, uint16 (n + 1,): text for new_steps.
     """
     start_s = time.perf_counter()
     path = run.cfg.artifact
@@ -3373,7 +3373,6 @@ def write_artifact(run, model, mixer, held_out, result):
         if run.cfg.quantizer == "fisher":
             steps = new_steps(model, held_out)
             run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
-        weights = {**model.state_dict(), "mixer": mixer}
         data = fit_artifact(weights, run.cfg, run.table, run.log, steps)
         write_atomically(path, data)
         found = read_file(path)
@@ -3409,15 +3408,15 @@ def evaluate_artifact(run, artifact, *first):
 
 def find_run(environ):
     """Return the Config of the settings that say where a run is."""
-    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
-    return config_from_env({name: environ[name] for name in places if name in environ})
+    places = environ.keys() & {"PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH"}
+    return config_from_env({name: environ[name] for name in places})
 
 
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
     path = find_run(environ).artifact
     artifact = read_artifact(path)
-    return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
+    return artifact, config_from_env(environ | {"ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
 def eval_command(environ, command):
