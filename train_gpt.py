@@ -2780,11 +2780,9 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
 # a token longer than the others; coded are all lanes' first tokens, then all second ones, and so
 # on, without TTT. A decoder compares the checks as it goes: one that cannot follow says so at once.
 
-CODE_MAGIC = b"PGOLFTXT"
-CODE_VERSION = 5
-CODE_START = struct.Struct("<8sII")
-CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")
-CODE_HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+CODE_START = b"PGOLFTXT\5\0\0\0"  # magic, format version
+CODE_HEAD = struct.Struct("<IQQ32s32s32s64s")  # what follows the CRC-32, up to the checks
+CODE_HEAD_BYTES = 16 + CODE_HEAD.size
 CHECK_EVERY = 4096
 MOST_LANES = 16
 
@@ -2803,7 +2801,7 @@ class CodeHead(NamedTuple):
     def pack(self, checks, words):
         """Return the bytes of a code file with these checks, [CRC-32], and code words."""
         body = CODE_HEAD.pack(*self) + struct.pack(f"<{len(checks)}I", *checks) + words
-        return CODE_START.pack(CODE_MAGIC, CODE_VERSION, zlib.crc32(body)) + body
+        return CODE_START + struct.pack("<I", zlib.crc32(body)) + body
 
     @classmethod
     def unpack(cls, path, data):
@@ -2811,26 +2809,17 @@ class CodeHead(NamedTuple):
 
         No more tokens are believed than the bytes can hold: each costs 2^-24 bit at least.
         """
-        data = data.ljust(CODE_HEAD_BYTES, b"\0")  # so that a cut head has a wrong checksum
-        magic, version, checksum = CODE_START.unpack_from(data)
-        body = data[CODE_START.size :]
-        if (magic, version) != (CODE_MAGIC, CODE_VERSION):
-            raise UserError(f"{path} is no code file of version {CODE_VERSION}; compress it again")
-        if zlib.crc32(body) != checksum:
-            raise UserError(f"{path} is cut or altered; copy it again")
-        head = cls(*CODE_HEAD.unpack_from(body))
+        if not data.startswith(CODE_START):
+            raise UserError(f"{path} is no code file of version {CODE_START[8]}; compress it again")
+        head = cls(*CODE_HEAD.unpack_from(data.ljust(CODE_HEAD_BYTES, b"\0"), 16))
         count = 1 - -head.tokens // CHECK_EVERY
-        words = body[CODE_HEAD.size + 4 * count :]
+        words = data[CODE_HEAD_BYTES + 4 * count :]
         if head.tokens >= len(words) << 27:  # also where checks are missing: there are no words
             raise UserError(f"{path} is cut or altered: it cannot hold {head.tokens:,} tokens")
-        return head, struct.unpack_from(f"<{count}I", body, CODE_HEAD.size), words
-
-
-def settings_digest(cfg):
-    """Return the SHA-256 of all settings that shape the committed integers."""
-    shaping = stored_settings(cfg)
-    del shaping["preset"]
-    return sha256(json.dumps(shaping, sort_keys=True).encode())
+        checks = struct.unpack_from(f"<{count}I", data, CODE_HEAD_BYTES)
+        if data != head.pack(checks, words):  # its checksum differs
+            raise UserError(f"{path} is cut or altered; copy it again")
+        return head, checks, words
 
 
 def new_predictor(artifact, cfg, rt, plan):
@@ -2859,48 +2848,46 @@ class Codec:
             raise UserError(
                 f"EVAL_DTYPE={self.cfg.eval_dtype}: only float64 gives every machine the same code"
             )
+        shaping = stored_settings(self.cfg)
+        del shaping["preset"]
+        self.settings = sha256(json.dumps(shaping, sort_keys=True).encode())
 
-    def code(self, plan, tokens, check, code, step=None):
-        """Code tokens, int64 (n + 1,), BOS first; return (predicted bits, frequencies int64 (n,)).
+    def code(self, plan, tokens, coded, decoder=None):
+        """Yield (CRC-32 of all frequencies, predicted bits) so far of tokens, int64 (n + 1,).
 
-        code(freqs, symbol) takes a position's frequencies, int32 (V,), and the token there; the
-        symbol that it returns is written there. check(CRC-32 of all frequencies so far) is called
-        at the first position, every 4,096 later, and at the end.
+        It yields at the first position, every 4,096 later, and at the end. tokens: BOS first; the
+        others are to be coded or, if there is a `decoder`, are written at the end. `coded`, a list,
+        gets (start, frequency) of each in the order of coding, uint64.
         """
         stage = plan.stages[-1]
-        order = lane_order(len(tokens) - 1, plan.lanes)
-        stream = torch.from_numpy(np.append(np.repeat(tokens[:1], plan.lanes), tokens[1:][order]))
+        order = np.append([0] * plan.lanes, 1 + lane_order(len(tokens) - 1, plan.lanes))
+        stream = torch.from_numpy(tokens[order])
         predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
-        coded = []
         crc = 0
-        for commitment, targets, bits in walk(predictor, stream, self.log, step):  # noqa: B007
+        steps = walk(predictor, stream, self.log, decoder and plan.lanes)
+        for commitment, targets, bits in steps:
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
                 crc = zlib.crc32(freqs, crc)
                 if len(coded) % CHECK_EVERY == 0:
-                    check(crc)
-                symbol = code(freqs, int(targets[i]))
-                targets[i] = symbol
-                coded.append(freqs[symbol])
-        check(crc)
-        tokens[1:][order] = stream[plan.lanes :]
-        return bits[stage], np.array(coded, np.int64)
+                    yield crc, bits[stage]
+                freqs = freqs.astype(np.uint64)
+                starts = freqs.cumsum() - freqs
+                if decoder:
+                    targets[i] = decoder.decode(freqs, starts).item()
+                coded.append((starts[targets[i]], freqs[targets[i]]))
+        tokens[order] = stream
+        yield crc, bits[stage]
 
     def encode(self, tokens, lanes=0):
         """Code tokens, int64 (n + 1,), BOS first.
 
         Return (bytes of the code file, predicted bits: the sum that the scorer would report,
-        frequencies int64 (n,) of the tokens in the order in which they are coded).
+        frequencies uint64 (n,) of the tokens in the order in which they are coded).
         """
-        checks = []
-        starts = []
-
-        def keep(freqs, symbol):
-            starts.append(freqs[:symbol].sum())
-            return symbol
-
-        bits, freqs = self.code(last_plan(self.cfg, lanes), tokens, checks.append, keep)
-        parts = (np.array(part, np.uint64)[:, None] for part in (starts, freqs))
+        coded = []
+        checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
+        starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
         capability = torch.backends.cpu.get_cpu_capability()
         maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
@@ -2909,11 +2896,11 @@ class Codec:
             len(freqs),
             len(text),
             self.artifact.digest,
-            settings_digest(self.cfg),
+            self.settings,
             sha256(text),
             maker.encode(),  # cut to 64 bytes
         )
-        return head.pack(checks, encode_symbols(*parts)), bits, freqs
+        return head.pack(checks, encode_symbols(starts, freqs)), bits[-1], freqs[:, 0]
 
     def decode(self, path):
         """Return the text, in bytes, that is coded in a file.
@@ -2924,31 +2911,23 @@ class Codec:
         head, checks, words = CodeHead.unpack(path, read_file(path))
         if head.artifact != self.artifact.digest:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
-        if head.settings != settings_digest(self.cfg):
+        if head.settings != self.settings:
             raise UserError(f"{path} was made with other settings")
         plan = last_plan(self.cfg, head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
-        expected = enumerate(checks)
-
-        def follow(crc):
-            number, check = next(expected)
-            if crc != check:
-                maker = head.maker.rstrip(b"\0").decode(errors="replace")
-                raise UserError(
-                    f"{path} cannot be followed here: the frequencies up to token "
-                    f"{min(number * CHECK_EVERY + 1, head.tokens)} are not those of {maker}; "
-                    "decode it there"
-                )
-
-        def take(freqs, _):
-            freqs = freqs.astype(np.uint64)
-            return decoder.decode(freqs, freqs.cumsum() - freqs).item()
-
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
+        coded = []
         with blaming(f"{path} decodes to nothing: its words are damaged", ValueError):
-            decoder = SymbolDecoder(words, 1)
-            self.code(plan, tokens, follow, take, plan.lanes)
+            steps = self.code(plan, tokens, coded, SymbolDecoder(words, 1))
+            for (crc, _), check in zip(steps, checks):
+                if crc != check:
+                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
+                    raise UserError(
+                        f"{path} cannot be followed here: the frequencies up to token "
+                        f"{min(len(coded) + 1, head.tokens)} are not those of {maker}; "
+                        "decode it there"
+                    )
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
             raise UserError(f"{path} decodes to another text than was coded: its words are damaged")
@@ -2963,7 +2942,6 @@ def verify(run, artifact, scored=None):
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
-    n = len(tokens) - 1
     path = cfg.run_dir / "proof.code"
     start_s = time.perf_counter()
     alone = dataclasses.replace(run.rt, world=1)
@@ -2977,6 +2955,7 @@ def verify(run, artifact, scored=None):
         )
     if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
+    n = len(freqs)
     proof = dict(
         tokens=n,
         predicted_bits=bits,
@@ -2999,8 +2978,7 @@ def decode_elsewhere(path, artifact, run):
     It gets the artifact, no shards, no tokenizer and no settings; what it prints goes into the log.
     UserError if it gives up, or finds other frequencies or another text than were coded.
     """
-    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS}
-    env |= dict(
+    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS} | dict(
         DEVICE=run.rt.device.type,
         ARTIFACT_PATH=str(artifact.path),
         DATA_PATH=os.devnull,
@@ -3069,7 +3047,8 @@ class Run:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
             f"{command} {cfg.run_dir.name}, {when}",
-            "python {python}, torch {torch}, source {source_sha256}".format(**environment),
+            f"python {environment['python']}, torch {environment['torch']}, "
+            f"source {environment['source_sha256']}",
             *rt.notes,
             *(f"  {n.upper()}={v}" for n, v in settings.items()),
         ):
@@ -3281,7 +3260,7 @@ def train_command(environ, kept=None):
 
     kept: what an earlier run has kept of its training, to go on from there.
     """
-    cfg = config_from_env({**environ, "ARTIFACT_PATH": ""}, kept and kept["settings"])
+    cfg = config_from_env(environ | {"ARTIFACT_PATH": ""}, kept and kept["settings"])
     run = open_run(cfg, environ, "train")
     held_out = load_held_out(cfg)
     model = new_model(cfg, run.rt, kept and kept["weights"])
@@ -3324,20 +3303,19 @@ def train_command(environ, kept=None):
 def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
-    missing = f"RUN_ID: cannot read {path}; there is no training to finish"
-    data = io.BytesIO(read_file(path, missing))
+    data = read_file(path, f"RUN_ID: cannot read {path}; there is no training to finish")
     with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
-        kept = torch.load(data, map_location="cpu", weights_only=True)
-    train_command({**environ, "REPLACE": "1"}, kept)
+        kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    train_command(environ | {"REPLACE": "1"}, kept)
 
 
 def finish(run, model, result, held_out):
     """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
     cfg = run.cfg
-    weights = {**model.state_dict(), "mixer": new_mixer_weights()}
+    weights = model.state_dict() | {"mixer": new_mixer_weights()}
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
-    artifact = write_artifact(run, model, weights["mixer"], held_out, result)
+    artifact = write_artifact(run, model, weights, held_out, result)
     unquantized = dataclasses.replace(artifact, weights=weights)
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
@@ -3378,10 +3356,10 @@ def calibrate(run, weights, held_out, limit_s):
     return predictor.mixture.weights, seconds
 
 
-def write_artifact(run, model, mixer, held_out, result):
+def write_artifact(run, model, weights, held_out, result):
     """Quantize to the cap, write the artifact and return it as rank 0 has read it back.
 
-    mixer: its weights; held_out, uint16 (n + 1,): text for new_steps.
+    weights: the model's and "mixer"; held_out, uint16 (n + 1,): text for new_steps.
     """
     start_s = time.perf_counter()
     path = run.cfg.artifact
@@ -3391,7 +3369,6 @@ def write_artifact(run, model, mixer, held_out, result):
         if run.cfg.quantizer == "fisher":
             steps = new_steps(model, held_out)
             run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
-        weights = {**model.state_dict(), "mixer": mixer}
         data = fit_artifact(weights, run.cfg, run.table, run.log, steps)
         write_atomically(path, data)
         found = read_file(path)
@@ -3427,15 +3404,15 @@ def evaluate_artifact(run, artifact, *first):
 
 def find_run(environ):
     """Return the Config of the settings that say where a run is."""
-    places = ("PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH")
-    return config_from_env({name: environ[name] for name in places if name in environ})
+    places = environ.keys() & {"PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH"}
+    return config_from_env({name: environ[name] for name in places})
 
 
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
     path = find_run(environ).artifact
     artifact = read_artifact(path)
-    return artifact, config_from_env({**environ, "ARTIFACT_PATH": str(path)}, artifact.settings)
+    return artifact, config_from_env(environ | {"ARTIFACT_PATH": str(path)}, artifact.settings)
 
 
 def eval_command(environ, command):

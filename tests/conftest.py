@@ -464,11 +464,11 @@ Decoded = collections.namedtuple("Decoded", "tokens freqs text")
 class NamingCodec(train_gpt.Codec):
     """A Codec whose results have named parts."""
 
-    def code(self, plan, tokens, *how):
-        """Remember what was coded, and under which frequencies."""
-        bits, self.freqs = super().code(plan, tokens, *how)
+    def code(self, plan, tokens, coded, decoder=None):
+        """Remember what is coded, and where the frequencies are found."""
         self.tokens = tokens
-        return bits, self.freqs
+        self.coded = coded
+        return super().code(plan, tokens, coded, decoder)
 
     def encode(self, tokens, lanes=0):
         """Return what the Codec does, as Coded."""
@@ -477,7 +477,8 @@ class NamingCodec(train_gpt.Codec):
     def decode(self, path):
         """Return the text that the Codec does, and what it was made of, as Decoded."""
         text = super().decode(path)
-        return Decoded(self.tokens, self.freqs, text)
+        freqs = np.array([freq for _, freq in self.coded], np.int64)
+        return Decoded(self.tokens, freqs, text)
 
 
 def codec(cfg):

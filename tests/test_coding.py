@@ -28,8 +28,7 @@ from conftest import (
 
 import train_gpt
 from train_gpt import (
-    CODE_HEAD,
-    CODE_START,
+    CODE_HEAD_BYTES,
     STATE_MIN,
     TOTAL,
     CodeHead,
@@ -40,7 +39,7 @@ from train_gpt import (
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
-HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+HEAD_BYTES = CODE_HEAD_BYTES
 
 
 # ---- Entropy coder -------------------------------------------------------------------------------

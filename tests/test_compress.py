@@ -34,8 +34,7 @@ from naive import naive_commit, naive_context, naive_logit_grid, naive_rows, nai
 
 import train_gpt
 from train_gpt import (
-    CODE_HEAD,
-    CODE_START,
+    CODE_HEAD_BYTES,
     TOTAL,
     CodeHead,
     Evidence,
@@ -52,7 +51,7 @@ from train_gpt import (
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
-HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+HEAD_BYTES = CODE_HEAD_BYTES
 README = (ROOT / "README.md").read_bytes()
 SCRIPTS = (
     "Grüße, мир 世界 \u0645\u0631\u062d\u0628\u0627 \U0001f600 e\u0301 \ufb01ne \u00a0x\u2003y"

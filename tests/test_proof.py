@@ -30,10 +30,10 @@ from conftest import (
 )
 
 import train_gpt
-from train_gpt import CODE_HEAD, CODE_START, Engine, Mixture, Predictor, commit, shares, verify
+from train_gpt import CODE_HEAD_BYTES, Engine, Mixture, Predictor, commit, shares, verify
 
 THREADS = torch.get_num_threads()
-HEAD_BYTES = CODE_START.size + CODE_HEAD.size
+HEAD_BYTES = CODE_HEAD_BYTES
 
 pytestmark = pytest.mark.usefixtures("one_core")
 
