@@ -561,7 +561,7 @@ def start_runtime(cfg, environ):
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         name = torch.cuda.get_device_name()
-        kernel = choose_flash(device)
+        kernel = choose_flash()
     has_bf16_units = cuda or units.get("avx512_bf16") or units.get("amx_bf16")
     dtype = torch.bfloat16 if has_bf16_units else torch.float32
     if world > 1:
@@ -1086,12 +1086,12 @@ def attention(q, k, v, bias):
 flash_only = nn.attention.sdpa_kernel(nn.attention.SDPBackend.FLASH_ATTENTION)
 
 
-def choose_flash(device):
+def choose_flash():
     """Let FlashAttention be version 3 if it works here; return the log's words for the choice."""
     try:
         nn.attention.activate_flash_attention_impl("FA3")
         try:
-            q = torch.ones(1, 2, 8, 64, dtype=torch.bfloat16, device=device, requires_grad=True)
+            q = torch.ones(1, 2, 8, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
             flash_only(attention)(q, q, q, None).sum().backward()
         except Exception:
             nn.attention.restore_flash_attention_impl()
@@ -1417,19 +1417,19 @@ class BigramCounts:
 # takes tables and vectors. Schedules are pure functions of step and clock.
 
 
-def orthogonalize(matrices, dtype):
+def orthogonalize(matrices):
     """Return matrices (n, rows, cols) with all singular values near 1, by five Newton-Schulz steps.
 
-    They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
+    They are computed in the matrices' dtype: bfloat16 where it is multiplied in hardware.
     """
     if matrices.size(1) > matrices.size(2):
-        return orthogonalize(matrices.mT, dtype).mT
-    x = F.normalize(matrices.to(dtype), dim=(1, 2), eps=1e-7)
+        return orthogonalize(matrices.mT).mT
+    x = F.normalize(matrices, dim=(1, 2), eps=1e-7)
     for _ in range(5):  # x -> 3.4445 x - 4.775 (xx')x + 2.0315 (xx')^2 x
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.float()
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -1451,8 +1451,9 @@ class Muon(torch.optim.Optimizer):
                 grads = torch.stack([p.grad for p in params])
                 mean = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
                 mean.lerp_(grads, 1 - group["momentum"])
+                share = grads.lerp_(mean, group["momentum"])[own]
                 update = torch.zeros_like(grads)
-                update[own] = orthogonalize(grads.lerp_(mean, group["momentum"])[own], rt.dtype)
+                update[own] = orthogonalize(share.to(rt.dtype))
                 rt.sum_over_ranks(update)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, rows / cols) ** 0.5
@@ -1465,12 +1466,13 @@ def new_optimizers(model, cfg, rt):
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
-    fused = model.skip_weights.is_cuda
     muon = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, rt=rt)
     adam = [group("table", peak_lr=cfg.tied_embed_lr), group("vector", peak_lr=cfg.scalar_lr)]
     return [
         Muon([muon], {}),
-        torch.optim.AdamW(adam, betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=fused),
+        torch.optim.AdamW(
+            adam, betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda
+        ),
     ]
 
 
@@ -1529,7 +1531,7 @@ class WeightAverage:
 # one step. Before it starts, kernels are compiled on random tokens and the weights are restored.
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
-CALIBRATION_SHARE = 0.03
+CALIBRATION_SHARE = 0.02
 WEIGHTS = "weights.pt"  # in the run's folder, from the last step until the run is finished
 
 
@@ -1576,9 +1578,9 @@ class Trainer:
         Return [weighted loss, plain loss, norm of the gradient], fp32 (3,), on the device.
         """
         totals = torch.zeros(3, device=self.rt.device)
-        for x, y in batches:
-            weights = self.bigrams.weights(x, y, self.cfg.complement_alpha)
-            losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
+        for pair in batches:
+            weights = self.bigrams.weights(*pair, self.cfg.complement_alpha)
+            losses = torch.stack(self.loss(*pair, weights)) / len(batches) / self.rt.world
             losses[0].backward()
             totals[:2] += losses.detach()
         sums = [*(p.grad for p in self.model.parameters()), totals]
@@ -3211,8 +3213,10 @@ def finish(run, model, result, held_out):
 def calibrate(run, weights, held_out, limit_s):
     """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
 
-    The model is quantized, one run spans the text, and the mixer learns every W / 2 positions. It
-    begins with the one in `weights`; scoring stops after 95 % of limit_s.
+    The model is quantized. The mixer begins with the one in `weights` and learns every W positions,
+    at thrice its rates; scoring stops after 95 % of limit_s. A block is two runs, each without the
+    rows before it, so that two ranks share it. By estimate more ranks would not shorten it: a GPU
+    computes so few rows faster than their kernels are launched. Larger blocks teach the mixer less.
     """
     cfg = run.cfg
     rt = run.rt
@@ -3222,22 +3226,25 @@ def calibrate(run, weights, held_out, limit_s):
     coarseness = estimate_coarseness(weights, cfg.size_limit_bytes - code_bytes())
     model = new_model(cfg, rt, quantized(weights, coarseness), cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
-    block = cfg.eval_seq_len // 2
+    block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "mixer")._replace(
-        block=block, run=0, calibration_blocks=len(stream) // block
+        block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
-    for commitment, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
+    learner = predictor.mixture.learner
+    learner.lr *= 3
+    for _, _, bits in walk(predictor, stream, run.report.log):  # noqa: B007
         if rt.from_main(time.perf_counter() - start_s) > 0.95 * limit_s:
             break
     seconds = time.perf_counter() - start_s
     scored = predictor.scored_to - 1
-    per_token = ", ".join(f"{stage} {b / max(scored, 1):.4f}" for stage, b in bits.items())
     run.report.log(
         f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
-        f"bits a token: {per_token}"
+        f"{block:,} a step in runs of {plan.run:,}, dealt to {rt.world} rank(s); "
+        f"bits a token: sliding {bits['sliding'] / max(scored, 1):.4f}, "
+        f"mixer {bits['mixer'] / max(scored, 1):.4f}"
     )
-    return predictor.mixture.learner.weights, seconds
+    return learner.weights, seconds
 
 
 def write_artifact(run, weights, result):

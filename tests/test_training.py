@@ -221,10 +221,10 @@ def muon_report(rt):
     orthogonalize = train_gpt.orthogonalize
     stacks = []
 
-    def spy(stack, dtype):
+    def spy(stack):
         if stack.size(1) <= stack.size(2):  # a taller one comes back transposed
             stacks.append(len(stack))
-        return orthogonalize(stack, dtype)
+        return orthogonalize(stack)
 
     with (
         mock.patch.object(train_gpt, "orthogonalize", spy),
@@ -254,10 +254,8 @@ def test_ranks_share_the_matrices(run_ranks, world, shares):
 def test_orthogonalize_matches_the_polynomial(rows, cols):
     """Each of three matrices, tall, wide or square, as if it were alone."""
     stack = torch.from_numpy(np.random.default_rng(0).normal(size=(3, rows, cols)))
-    done = train_gpt.orthogonalize(stack, torch.float64)
-    assert done.dtype == torch.float32
-    for matrix, found in zip(stack.numpy(), done.numpy()):
-        np.testing.assert_allclose(found, naive_orthogonalize(matrix), atol=1e-6)
+    for matrix, found in zip(stack.numpy(), train_gpt.orthogonalize(stack).numpy()):
+        np.testing.assert_allclose(found, naive_orthogonalize(matrix), atol=1e-9)
 
 
 @pytest.mark.parametrize("rows, cols", [(12, 20), (20, 12)])
@@ -266,7 +264,7 @@ def test_orthogonalize_makes_singular_values_about_one(rows, cols):
     random = np.random.default_rng(0)
     u, _, v = np.linalg.svd(random.normal(size=(rows, cols)), full_matrices=False)
     matrix = torch.from_numpy(u * np.geomspace(0.05, 5, 12) @ v)
-    values = torch.linalg.svdvals(train_gpt.orthogonalize(matrix[None], torch.float32)[0])
+    values = torch.linalg.svdvals(train_gpt.orthogonalize(matrix[None].float())[0])
     assert values.min() > 0.68
     assert values.max() < 1.21
 
@@ -408,9 +406,9 @@ def test_clock_ends_training(data):
     assert result.stopped == ""
 
 
-@pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 970.0)])
+@pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 980.0)])
 def test_calibration_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
-    """Training with held-out text plans for 97 % of MAX_WALLCLOCK_SECONDS, without for all."""
+    """Training with held-out text plans for 98 % of MAX_WALLCLOCK_SECONDS, without for all."""
     limits = []
     monkeypatch.setattr(train_gpt, "lr_scale", lambda *a: limits.append(a[2]) or 1.0)
     trained(data, held_out, iterations=1, max_wallclock_seconds=1000.0)
