@@ -600,16 +600,12 @@ def start_runtime(cfg, environ):
     rt = Runtime(rank, world)
     units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.9 lacks it
     name = units.get("cpu_name", os.uname().machine)
-    kernel = "SDPA's own kernels"
+    kernel = "plain products"
     if cuda:
         rt.device = torch.device("cuda", local_rank)
         torch.cuda.set_device(rt.device)
         name = torch.cuda.get_device_name()
-        try:
-            torch.nn.attention.activate_flash_attention_impl("FA3")
-            kernel = "FlashAttention-3 inside SDPA"
-        except Exception as error:  # a foreign package: missing, or of another version
-            kernel += f"; no FlashAttention-3: {one_line(error)}"
+        kernel = choose_flash()
     if cuda or units.get("avx512_bf16") or units.get("amx_bf16"):
         rt.dtype = torch.bfloat16
     if world > 1:
@@ -1111,6 +1107,25 @@ def attention(q, k, v, bias):
     return (scores.softmax(-1) @ v.flatten(0, 1)).view_as(q)
 
 
+# SDPA by FlashAttention or not at all: what the log names is what trains. A decorator.
+flash_only = nn.attention.sdpa_kernel(nn.attention.SDPBackend.FLASH_ATTENTION)
+
+
+def choose_flash():
+    """Let FlashAttention be version 3 if it works here; return the log's words for the choice."""
+    try:
+        nn.attention.activate_flash_attention_impl("FA3")
+        try:
+            q = torch.ones(1, 2, 8, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+            flash_only(attention)(q, q, q, None).sum().backward()
+        except Exception:
+            nn.attention.restore_flash_attention_impl()
+            raise
+        return "FlashAttention-3"
+    except Exception as error:  # a foreign package: missing, or of another version
+        return f"torch's FlashAttention; no FlashAttention-3: {one_line(error)}"
+
+
 def causal_bias(rows, known, reach, like):
     """Return 0 where row i sees key j, else -inf, (rows, known + rows); row i is key known + i.
 
@@ -1412,8 +1427,8 @@ class BigramCounts:
     def add(self, batches):
         """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
         new = torch.zeros_like(self.counts)
-        for x, y in batches:
-            new.index_put_((x, y), new.new_ones(()), accumulate=True)
+        for pair in batches:
+            new.index_put_(pair, new.new_ones(()), accumulate=True)
         self.counts += self.rt.sum_over_ranks(new)
 
 
@@ -1423,28 +1438,33 @@ class BigramCounts:
 # takes tables and vectors. Schedules are pure functions of step and clock.
 
 
-def orthogonalize(matrices, dtype):
+def orthogonalize(matrices):
     """Return matrices (n, rows, cols) with all singular values near 1, by five Newton-Schulz steps.
 
-    They are computed in `dtype`: bfloat16 where it is multiplied in hardware.
+    They are computed in the matrices' dtype: bfloat16 where it is multiplied in hardware.
     """
     if matrices.size(1) > matrices.size(2):
-        return orthogonalize(matrices.mT, dtype).mT
-    x = F.normalize(matrices.to(dtype), dim=(1, 2), eps=1e-7)
+        return orthogonalize(matrices.mT).mT
+    x = F.normalize(matrices, dim=(1, 2), eps=1e-7)
     for _ in range(5):  # x -> 3.4445 x - 4.775 (xx')x + 2.0315 (xx')^2 x
         gram = x @ x.mT
         gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         x = torch.baddbmm(x, gram, x, beta=3.4445)
-    return x.float()
+    return x
 
 
 class Muon(torch.optim.Optimizer):
-    """torch.optim.Muon's rule, applied to all matrices of one shape at once, in group's `dtype`."""
+    """torch.optim.Muon's rule, for all matrices of one shape at once, shared by the ranks of `rt`.
+
+    Of each shape, a rank orthogonalizes every rt.world-th matrix; one sum gives all to all.
+    """
 
     @torch.no_grad()
     def step(self):
         """Move every matrix by -lr sqrt(max(1, rows / cols)) times its orthogonalized momentum."""
         for group in self.param_groups:
+            rt = group["rt"]
+            own = slice(rt.rank, None, rt.world)
             by_shape = {}
             for p in group["params"]:
                 by_shape.setdefault(p.shape, []).append(p)
@@ -1452,24 +1472,29 @@ class Muon(torch.optim.Optimizer):
                 grads = torch.stack([p.grad for p in params])
                 mean = self.state[params[0]].setdefault("momentum", torch.zeros_like(grads))
                 mean.lerp_(grads, 1 - group["momentum"])
-                update = orthogonalize(grads.lerp_(mean, group["momentum"]), group["dtype"])
+                share = grads.lerp_(mean, group["momentum"])[own]
+                update = torch.zeros_like(grads)
+                update[own] = orthogonalize(share.to(rt.dtype))
+                rt.sum_over_ranks(update)
                 torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
                 rate = group["lr"] * max(1, rows / cols) ** 0.5
                 torch._foreach_add_(params, update.unbind(), alpha=-rate)
 
 
-def new_optimizers(model, cfg):
+def new_optimizers(model, cfg, rt):
     """Return [Muon, AdamW]; a group's rate is its `peak_lr` times the schedule's factor."""
 
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
-    muon = dict(peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, dtype=model.dtype)
-    matrices = group("matrix", "projection", **muon)
-    tables = group("table", peak_lr=cfg.tied_embed_lr)
-    vectors = group("vector", peak_lr=cfg.scalar_lr)
-    adam = dict(betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda)
-    return [Muon([matrices], {}), torch.optim.AdamW([tables, vectors], **adam)]
+    muon = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, rt=rt)
+    adam = [group("table", peak_lr=cfg.tied_embed_lr), group("vector", peak_lr=cfg.scalar_lr)]
+    return [
+        Muon([muon], {}),
+        torch.optim.AdamW(
+            adam, betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda
+        ),
+    ]
 
 
 def lr_scale(step, elapsed_s, limit_s, cfg):
@@ -1499,11 +1524,10 @@ class WeightAverage:
 
     def __init__(self, model, cfg):
         self.cfg = cfg
-        self.params = list(model.parameters())
+        self.params = [p.detach() for p in model.parameters()]
         self.mean = copy.deepcopy(self.params)
         self.snapshots = 0  # of SWA
 
-    @torch.no_grad()
     def after_step(self, step, scale):
         """Take in the weights after step `step` (from 1) at learning-rate factor `scale`."""
         weight = 1 - min(self.cfg.ema_decay, step / (step + 10))
@@ -1514,7 +1538,6 @@ class WeightAverage:
             weight = 1 / self.snapshots
         torch._foreach_lerp_(self.mean, self.params, weight)
 
-    @torch.no_grad()
     def install(self):
         """Replace the weights by their average, if there is one."""
         if self.snapshots or not self.cfg.swa_enabled:  # with EMA_DECAY=0 it is the weights
@@ -1529,7 +1552,7 @@ class WeightAverage:
 # one step. Before it starts, kernels are compiled on random tokens and the weights are restored.
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
-CALIBRATION_SHARE = 0.03
+CALIBRATION_SHARE = 0.02
 WEIGHTS = "weights.pt"  # in the run's folder, from the last step until the run is finished
 
 
@@ -1548,17 +1571,14 @@ class TrainResult:
 def training_loss(model, rt):
     """Return loss(x, y, weights) -> (weighted, plain) mean, nats a token, compiled where that pays.
 
-    x, y int64 (B, T); weights fp32 (B, T), or None for ones.
+    x, y int64 (B, T); weights fp32 (B, T). On CUDA, attention is that of choose_flash().
     """
 
     def loss(x, y, weights):
-        logits = model(x).flatten(0, 1)
-        nats = F.cross_entropy(logits, y.flatten(), reduction="none")
-        plain = nats.mean()
-        weighted = plain if weights is None else (weights.flatten() * nats).mean()
-        return weighted, plain.detach()
+        nats = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="none")
+        return (weights.flatten() * nats).mean(), nats.detach().mean()
 
-    return rt.compiled(loss)
+    return flash_only(rt.compiled(loss))
 
 
 class Trainer:
@@ -1569,9 +1589,9 @@ class Trainer:
         self.loss = loss
         self.cfg = cfg
         self.rt = rt
-        self.optimizers = new_optimizers(model, cfg)
+        self.optimizers = new_optimizers(model, cfg, rt)
         self.average = WeightAverage(model, cfg)
-        self.bigrams = BigramCounts(cfg.vocab_size, rt) if cfg.complement_alpha else None
+        self.bigrams = BigramCounts(cfg.vocab_size, rt)
 
     def gradients(self, batches):
         """Fill .grad with the weighted loss's gradient over all ranks, without waiting for it.
@@ -1579,9 +1599,9 @@ class Trainer:
         Return [weighted loss, plain loss, norm of the gradient], fp32 (3,), on the device.
         """
         totals = torch.zeros(3, device=self.rt.device)
-        for x, y in batches:
-            weights = self.bigrams and self.bigrams.weights(x, y, self.cfg.complement_alpha)
-            losses = torch.stack(self.loss(x, y, weights)) / len(batches) / self.rt.world
+        for pair in batches:
+            weights = self.bigrams.weights(*pair, self.cfg.complement_alpha)
+            losses = torch.stack(self.loss(*pair, weights)) / len(batches) / self.rt.world
             losses[0].backward()
             totals[:2] += losses.detach()
         sums = [*(p.grad for p in self.model.parameters()), totals]
@@ -1602,8 +1622,7 @@ class Trainer:
                 f"step {step + 1}: loss {losses[1]}, gradient norm {norm}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
-        limit = self.cfg.grad_clip_norm
-        if limit:
+        if limit := self.cfg.grad_clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, totals[2])
         self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
@@ -1611,8 +1630,7 @@ class Trainer:
                 group["lr"] = group["peak_lr"] * scale
             optimizer.step()
             optimizer.zero_grad()
-        if self.bigrams:
-            self.bigrams.add(batches)
+        self.bigrams.add(batches)
         self.average.after_step(step + 1, scale)
         return losses
 
@@ -1623,7 +1641,7 @@ def warm_up(model, loss, cfg, rt):
     trainer = Trainer(model, loss, cfg, rt)
     for step in range(cfg.warmup_steps):
         size = cfg.train_batch_tokens + 1
-        tokens = np.random.default_rng(step).integers(0, cfg.vocab_size, size)
+        tokens = np.random.default_rng(step).integers(cfg.vocab_size, size=size)
         trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
     model.load_state_dict(weights)
 
@@ -3328,8 +3346,11 @@ def finish(run, model, result, held_out):
 def calibrate(run, weights, held_out, limit_s):
     """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
 
-    One run of the exact model spans the text, and the mixer learns every W / 2 positions. It
-    begins with the one in `weights`; scoring stops after 95 % of limit_s.
+    The model is the exact one. The mixer begins with the one in `weights` and learns every W
+    positions, at thrice its rates; scoring stops after 95 % of limit_s. A block is two runs, each
+    without the rows before it, so that two ranks share it. By estimate more ranks would not shorten
+    it: a GPU computes so few rows faster than their kernels are launched. Larger blocks teach the
+    mixer less.
     """
     cfg = run.cfg
     rt = run.rt
@@ -3338,20 +3359,22 @@ def calibrate(run, weights, held_out, limit_s):
     start_s = time.perf_counter()
     model = new_model(cfg, rt, weights, cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
-    block = cfg.eval_seq_len // 2
+    block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "mixer")._replace(
-        block=block, run=0, calibration_blocks=len(stream) // block
+        block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
-    predictor = Predictor(model, weights["mixer"], cfg, run.table, rt, plan)
-    for commitment, _, bits in walk(predictor, stream, run.log):  # noqa: B007
+    fast = dataclasses.replace(cfg, mixer_lr=3 * cfg.mixer_lr)
+    predictor = Predictor(model, weights["mixer"], fast, run.table, rt, plan)
+    for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(time.perf_counter() - start_s) > 0.95 * limit_s:
             break
     seconds = time.perf_counter() - start_s
     scored = predictor.scored_to - 1
-    per_token = ", ".join(f"{stage} {b / max(scored, 1):.4f}" for stage, b in bits.items())
     run.log(
         f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
-        f"bits a token: {per_token}"
+        f"{block:,} a step in runs of {plan.run:,}, dealt to {rt.world} rank(s); "
+        f"bits a token: sliding {bits['sliding'] / max(scored, 1):.4f}, "
+        f"mixer {bits['mixer'] / max(scored, 1):.4f}"
     )
     return predictor.mixture.weights, seconds
 

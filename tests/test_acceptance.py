@@ -400,7 +400,7 @@ def test_optimizer_is_timed(on_device):
 
 def test_a_missing_kernel_is_not_tried():
     """Without FlashAttention-3, the runtime's own reason is given."""
-    rt = train_gpt.Runtime(notes=("attention: SDPA's own kernels; no FlashAttention-3: why",))
+    rt = train_gpt.Runtime(notes=("attention: torch's FlashAttention; no FlashAttention-3: why",))
     kind = acceptance.NotTriedError
     assert refusal(acceptance.attention_choice, "FA3", rt, kind=kind) == rt.notes[-1]
 
@@ -471,7 +471,7 @@ def test_a_measure_says_why_it_is_not_tried(corpus, tmp_path):
     message = refusal(
         *(steps.measure, "try", {}, "attention", "FA3", 1, 1), kind=acceptance.NotTriedError
     )
-    assert message == "attention: SDPA's own kernels"
+    assert message == "attention: plain products"
     message = refusal(*(steps.measure, "err", {}, "passes", "x", 1), kind=acceptance.FailedError)
     assert message.startswith("error: ValueError: invalid literal for int()")
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from conftest import (
     CODED_STREAM,
     HERE,
@@ -178,6 +179,27 @@ def test_step_waits_once(device):
     assert device.waits.total() == 1
 
 
+def test_step_attends_by_flash_attention_alone(device, monkeypatch):
+    """Training lets SDPA choose no other kernel; afterwards its switches are as before."""
+    cuda = torch.backends.cuda
+    switches = cuda.flash_sdp_enabled, cuda.cudnn_sdp_enabled
+    switches += cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled
+    before = [switch() for switch in switches]
+    inside = []
+    attend = F.scaled_dot_product_attention
+
+    def spy(*args, **how):
+        inside.append([switch() for switch in switches])
+        return attend(*args, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    trainer, batches = new_trainer(tiny_config(**SMALL), runtime_on_device())
+    trainer.gradients(batches)
+    assert inside == [[True, False, False, False]] * len(inside)
+    assert len(inside) == trainer.cfg.num_layers * len(batches)
+    assert [switch() for switch in switches] == before
+
+
 def test_gradients_wait_for_nothing(device):
     """The host only launches forward and backward passes."""
     trainer, batches = new_trainer(tiny_config(**SMALL), runtime_on_device())
@@ -186,8 +208,8 @@ def test_gradients_wait_for_nothing(device):
     assert device.waits.total() == 0
 
 
-MOST_OF_THE_OPTIMIZERS = 157  # 15 + 23 for each shape of matrices, of which there are six
-MOST_OF_A_STEP = 1721  # four layers, two micro-batches, uncompiled
+MOST_OF_THE_OPTIMIZERS = 169  # 15 + 25 for each shape of matrices, of which there are six
+MOST_OF_A_STEP = 1733  # four layers, two micro-batches, uncompiled
 RECORD = dict(num_layers=11, ve_layers="9,10", xsa_last_n=4)
 
 
@@ -604,7 +626,11 @@ def test_run_compiles_one_graph(graphs, monkeypatch, tmp_path):
 
 @pytest.fixture
 def started(device, monkeypatch):
-    """started(activate) -> (Runtime of rank 1 of 2, arguments of init_process_group)."""
+    """started(activate, attend) -> (Runtime of rank 1 of 2, [arguments of init_process_group]).
+
+    The package of FlashAttention-3 does activate(name), and then restore() takes it back; if
+    `attend` is given, it is what SDPA does. The list has "restored" for each restore().
+    """
     threads = torch.get_num_threads()
     calls = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -612,13 +638,18 @@ def started(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(dist, "init_process_group", lambda *args, **how: calls.append((args, how)))
 
-    def start(activate):
+    def start(activate, attend=F.scaled_dot_product_attention):
         # raising=False: torch 2.9 has no such function
-        name = "activate_flash_attention_impl"
-        monkeypatch.setattr(torch.nn.attention, name, activate, raising=False)
+        def patch(name, function):
+            name += "_flash_attention_impl"
+            monkeypatch.setattr(torch.nn.attention, name, function, raising=False)
+
+        patch("activate", activate)
+        patch("restore", lambda: calls.append("restored"))
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
         environ = dict(zip(train_gpt.TORCHRUN, ("1", "2", "0", "2")))
         environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
-        return train_gpt.start_runtime(tiny_config(device="cuda"), environ), calls[-1]
+        return train_gpt.start_runtime(tiny_config(device="cuda"), environ), calls
 
     yield start
     torch.set_num_threads(threads)
@@ -626,21 +657,25 @@ def started(device, monkeypatch):
 
 def test_ranks_have_time_and_a_way_around_the_device(started):
     """Two hours for a packing or proving rank 0; gloo for what is on the CPU."""
-    rt, (args, how) = started(lambda name: None)
+    rt, ((args, how),) = started(lambda name: None)
     assert (rt.rank, rt.world, rt.device, rt.dtype) == (1, 2, CUDA, torch.bfloat16)
     assert args == ("cpu:gloo,cuda:nccl",)
     assert how["timeout"] == datetime.timedelta(hours=2)
     assert how["device_id"] == CUDA
-    assert rt.notes[-1] == "attention: FlashAttention-3 inside SDPA"
+    assert rt.notes[-1] == "attention: FlashAttention-3"
 
 
 @pytest.mark.parametrize("error", [ImportError, RuntimeError, ValueError, AttributeError, OSError])
 def test_foreign_attention_ends_no_run(started, error):
-    """Whatever its package raises, SDPA computes, and the log says why."""
+    """Whatever its package raises, torch's own kernel computes, and the log says why."""
 
-    def activate(name):
+    def fail(*args, **how):
         raise error("no symbol\nin it")
 
-    rt, _ = started(activate)
-    expected = "attention: SDPA's own kernels; no FlashAttention-3: no symbol in it"
+    expected = "attention: torch's FlashAttention; no FlashAttention-3: no symbol in it"
+    rt, calls = started(fail)
     assert rt.notes[-1] == expected
+    assert "restored" not in calls
+    rt, calls = started(lambda name: None, attend=fail)  # it can be imported, and does not work
+    assert rt.notes[-1] == expected
+    assert calls.count("restored") == 1

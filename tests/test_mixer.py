@@ -4,7 +4,9 @@ import dataclasses
 import itertools
 import math
 import re
+from collections import Counter
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -816,8 +818,8 @@ def test_calibration_stops_when_its_time_is_over(monkeypatch, tmp_path):
     assert not torch.equal(weights["mixer"], new_mixer_weights().double())
 
 
-def test_calibration_walks_in_half_windows_at_falling_rates(monkeypatch, tmp_path):
-    """Half a window a block, without TTT; rates fall from 10 to 1 MIXER_LR over the text."""
+def test_calibration_walks_in_windows_at_falling_rates(monkeypatch, tmp_path):
+    """A window a block, two runs in it, without TTT; rates fall from 30 to 3 MIXER_LR."""
     cfg = learner(tmp_path, mixer_lr=0.002, mixer_calibration_tokens=320)
     learn = Mixture.learn
     plans = set()
@@ -830,9 +832,9 @@ def test_calibration_walks_in_half_windows_at_falling_rates(monkeypatch, tmp_pat
 
     monkeypatch.setattr(Mixture, "learn", spy)
     calibrated_weights(cold_weights(cfg), cfg)
-    clocks = dict(reach=24, context=24, run=0, block=16, chunk=64, calibration_blocks=20)
+    clocks = dict(reach=24, context=0, run=16, block=32, chunk=64, calibration_blocks=10)
     assert plans == {Plan(("sliding", "mixer"), **clocks)}
-    assert rates == pytest.approx([0.002 * (10 - 9 * block / 20) for block in range(19)])
+    assert rates == pytest.approx([0.006 * (10 - 9 * block / 10) for block in range(9)])
 
 
 def test_the_mixer_travels_in_the_artifact(tmp_path):
@@ -862,15 +864,39 @@ def rank_weights(rt, cfg, tokens):
     return bits, predictor.mixture.weights, calibrated["mixer"], log
 
 
+def rows_computed(rt, cfg):
+    """How many rows this rank puts through the model in each block of a calibration."""
+    compute = train_gpt.Engine.compute
+    rows = Counter()
+
+    def spy(engine, tokens, group):
+        rows[group[0][1] // cfg.eval_seq_len] += sum(end - begin for _, begin, end in group)
+        return compute(engine, tokens, group)
+
+    with mock.patch.object(train_gpt.Engine, "compute", spy):
+        calibrated_weights(warm_weights(cfg), cfg, rt=rt)
+    return rows
+
+
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_learns(run_ranks, tmp_path):
+def test_two_ranks_share_each_block_of_a_calibration(run_ranks, tmp_path):
+    """Half a window of rows each, and nothing of the rows before."""
+    cfg = learner(tmp_path, mixer_calibration_tokens=160)
+    half = cfg.eval_seq_len // 2
+    assert run_ranks(2, rows_computed, cfg) == [dict.fromkeys(range(5), half)] * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_learn_what_one_learns(run_ranks, tmp_path, world):
     """Gradients are summed as integers: a block of eight runs, and calibration, come out equal."""
     cfg = learner(tmp_path, mixer_calibration_tokens=200, ttt_chunk_tokens=128, mixer_block=128)
     tokens = tiny_stream(3 * 128 + 40)
     bits, walked, calibrated, log = rank_weights(HERE, cfg, tokens)
     assert not torch.equal(walked, warm_weights(cfg)["mixer"].double())
     assert not torch.equal(calibrated, warm_weights(cfg)["mixer"].double())
-    for rank in run_ranks(2, rank_weights, cfg, tokens):
+    log = [line.replace("1 rank(s)", f"{world} rank(s)") for line in log]
+    for rank in run_ranks(world, rank_weights, cfg, tokens):
         assert rank[0] == bits
         assert torch.equal(rank[1], walked)
         assert torch.equal(rank[2], calibrated)

@@ -5,10 +5,12 @@ import itertools
 import math
 import re
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import (
     VOCAB,
@@ -133,7 +135,7 @@ def test_each_parameter_has_its_optimizer():
     """Muon has the matrices, AdamW tables and vectors, each with its own rate and decay."""
     cfg = tiny_config(matrix_lr=0.01, tied_embed_lr=0.02, scalar_lr=0.03, muon_wd=0.4, adam_wd=0.5)
     model = warm_model(cfg)
-    muon, adam = train_gpt.new_optimizers(model, cfg)
+    muon, adam = train_gpt.new_optimizers(model, cfg, HERE)
     assert isinstance(muon, Muon)
     assert isinstance(adam, torch.optim.AdamW)
     groups = [(kind, g) for kind in (muon, adam) for g in kind.param_groups]
@@ -164,16 +166,10 @@ def test_step_scales_all_rates_alike():
     assert momentum == pytest.approx(0.92 + 0.07 / 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_muon_computes_in_the_dtype_of_the_model(dtype):
-    """Newton-Schulz runs in bfloat16 where the model does."""
-    muon, _ = train_gpt.new_optimizers(warm_model(tiny_config(), dtype=dtype), tiny_config())
-    assert muon.param_groups[0]["dtype"] == dtype
-
-
 SHAPES = [(12, 20), (20, 12), (16, 16), (12, 20), (20, 12), (12, 20)]
 MOMENTA = [0.9, 0.92, 0.95, 0.95]
 DECAY = dict(lr=0.02, weight_decay=0.3)
+BF16 = Runtime(dtype=torch.bfloat16)
 
 
 def matrices_and_gradients():
@@ -201,7 +197,7 @@ def test_muon_matches_torch_muon():
     """
     matrices, gradients = matrices_and_gradients()
     params, theirs = ([nn.Parameter(m.clone()) for m in matrices] for _ in range(2))
-    ours = moved(Muon([dict(params=params, dtype=torch.bfloat16, **DECAY)], {}), params, gradients)
+    ours = moved(Muon([dict(params=params, rt=BF16, **DECAY)], {}), params, gradients)
     theirs = moved(torch.optim.Muon(theirs, **DECAY), theirs, gradients)
     for start, our, their in zip(matrices, ours, theirs):
         assert (our - their).norm() < 0.001 * (their - start).norm()
@@ -211,21 +207,55 @@ def test_muon_matches_a_plain_loop():
     """In float32: momentum, Nesterov, five steps of Newton-Schulz, decay, and the rate by shape."""
     matrices, gradients = matrices_and_gradients()
     params = [nn.Parameter(m.clone()) for m in matrices]
-    ours = moved(Muon([dict(params=params, dtype=torch.float32, **DECAY)], {}), params, gradients)
+    ours = moved(Muon([dict(params=params, rt=HERE, **DECAY)], {}), params, gradients)
     for start, our, grads in zip(matrices, ours, gradients):
         plain = [g.double().numpy() for g in grads]
         expected = naive_muon(start.double().numpy(), plain, MOMENTA, **DECAY)
         np.testing.assert_allclose(our.numpy(), expected, atol=1e-5)
 
 
+def muon_report(rt):
+    """A rank's matrices after four steps; what it orthogonalized, and sums over ranks, a step."""
+    matrices, gradients = matrices_and_gradients()
+    params = [nn.Parameter(m) for m in matrices]
+    orthogonalize = train_gpt.orthogonalize
+    stacks = []
+
+    def spy(stack):
+        if stack.size(1) <= stack.size(2):  # a taller one comes back transposed
+            stacks.append(len(stack))
+        return orthogonalize(stack)
+
+    with (
+        mock.patch.object(train_gpt, "orthogonalize", spy),
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums,
+    ):
+        after = moved(Muon([dict(params=params, rt=rt, **DECAY)], {}), params, gradients)
+    return after, sum(stacks) / len(MOMENTA), sums.call_count / len(MOMENTA)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, shares", [(2, [4, 2]), (4, [3, 2, 1, 0])])
+def test_ranks_share_the_matrices(run_ranks, world, shares):
+    """With one sum a step for each of three shapes, all move as without other ranks.
+
+    Alike on all ranks; up to rounding, since a product of fewer matrices may be another kernel's.
+    """
+    alone, share, sums = muon_report(HERE)
+    assert (share, sums) == (len(SHAPES), 0)
+    reports = run_ranks(world, muon_report)
+    assert [report[1:] for report in reports] == [(share, 3) for share in shares]
+    for matrix, *of_ranks in zip(alone, *(report[0] for report in reports)):
+        assert all(torch.equal(other, of_ranks[0]) for other in of_ranks)
+        torch.testing.assert_close(of_ranks[0], matrix, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rows, cols", [(12, 20), (20, 12), (16, 16)])
 def test_orthogonalize_matches_the_polynomial(rows, cols):
     """Each of three matrices, tall, wide or square, as if it were alone."""
     stack = torch.from_numpy(np.random.default_rng(0).normal(size=(3, rows, cols)))
-    done = train_gpt.orthogonalize(stack, torch.float64)
-    assert done.dtype == torch.float32
-    for matrix, found in zip(stack.numpy(), done.numpy()):
-        np.testing.assert_allclose(found, naive_orthogonalize(matrix), atol=1e-6)
+    for matrix, found in zip(stack.numpy(), train_gpt.orthogonalize(stack).numpy()):
+        np.testing.assert_allclose(found, naive_orthogonalize(matrix), atol=1e-9)
 
 
 @pytest.mark.parametrize("rows, cols", [(12, 20), (20, 12)])
@@ -234,7 +264,7 @@ def test_orthogonalize_makes_singular_values_about_one(rows, cols):
     random = np.random.default_rng(0)
     u, _, v = np.linalg.svd(random.normal(size=(rows, cols)), full_matrices=False)
     matrix = torch.from_numpy(u * np.geomspace(0.05, 5, 12) @ v)
-    values = torch.linalg.svdvals(train_gpt.orthogonalize(matrix[None], torch.float32)[0])
+    values = torch.linalg.svdvals(train_gpt.orthogonalize(matrix[None].float())[0])
     assert values.min() > 0.68
     assert values.max() < 1.21
 
@@ -376,9 +406,9 @@ def test_clock_ends_training(data):
     assert result.stopped == ""
 
 
-@pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 970.0)])
+@pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 980.0)])
 def test_calibration_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
-    """Training with held-out text plans for 97 % of MAX_WALLCLOCK_SECONDS, without for all."""
+    """Training with held-out text plans for 98 % of MAX_WALLCLOCK_SECONDS, without for all."""
     limits = []
     monkeypatch.setattr(train_gpt, "lr_scale", lambda *a: limits.append(a[2]) or 1.0)
     trained(data, held_out, iterations=1, max_wallclock_seconds=1000.0)

@@ -6,10 +6,10 @@
     compare_mixers.py scale TOKENS...          seconds and bytes a token on that much training text
 
 Settings come from the environment as in train_gpt.py (DATA_PATH, TOKENIZER_PATH, VAL_TOKENS).
-`record` keeps three streams: `calib`, the end of the last training shard, in one run; `tune`, the
-beginning of that shard, sliding (bench trains on the first shard only); `val`, the validation text,
-sliding and with TTT. Every figure is the length of committed integer frequencies; seconds are
-those of linking, mixing and learning on this machine's one thread.
+`record` keeps three streams: `calib`, the end of the last training shard, in runs of half a window;
+`tune`, the beginning of that shard, sliding (bench trains on the first shard only); `val`, the
+validation text, sliding and with TTT. Every figure is the length of committed integer frequencies;
+seconds are those of linking, mixing and learning on this machine's one thread.
 """
 
 import os
@@ -38,11 +38,6 @@ from train_gpt import (
 
 RATE = dict(cold=5e-3, calibrated=1e-3)
 SLICE_TOKENS = 100_000
-
-
-def half_window(cfg):
-    """Return the positions of a block with which the script calibrates."""
-    return max(1, cfg.eval_seq_len // 2)
 
 
 # ---- Recording -----------------------------------------------------------------------------------
@@ -76,7 +71,10 @@ def record(artifact_path, folder):
     end = cfg.val_tokens + 1 if cfg.val_tokens else None
     sliding = new_plan(cfg, "sliding")
     streams = {
-        "calib": (train_gpt.load_held_out(cfg), sliding._replace(run=0)),
+        "calib": (
+            train_gpt.load_held_out(cfg),
+            sliding._replace(run=cfg.eval_seq_len // 2, context=0),
+        ),
         "tune": (shard[:end], sliding),
         "val": (train_gpt.load_validation(cfg), new_plan(cfg, "ttt")),
     }
@@ -154,10 +152,10 @@ def learned(stream, weights, rate, size=64, calibration_blocks=0):
 
 def calibrated_weights(calib):
     """Return the weights that calibration gets from `calib`, as the artifact has them."""
-    size = half_window(calib.cfg)
+    size = calib.cfg.eval_seq_len
     blocks = len(calib.tokens) // size
     start = train_gpt.new_mixer_weights()
-    mixture = learned(calib, start, RATE["calibrated"], size, blocks)
+    mixture = learned(calib, start, 3 * RATE["calibrated"], size, blocks)
     run(calib, mixture, size)
     return mixture.weights.half().float()
 
