@@ -1138,7 +1138,7 @@ def unit(x):
     """Return x / |x| over the last dimension, or 0; cast() has RMSNorm's sqrt(D) in weights."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return (x / norm.clamp(min=1e-30)).to(x.dtype)
+    return (x / norm.where(norm > 0, math.inf)).to(x.dtype)  # of 0, the gradient is 0 too
 
 
 def exclude_self(y, v):
