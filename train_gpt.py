@@ -1717,10 +1717,8 @@ def train(model, cfg, rt, log, held_out):
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
 LEVEL_LIMITS = {"int6": 31, "int8": 127}
-KINDS = {  # how parameters of each role are stored
-    "int6": {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"},
-    "fisher": {"matrix": "levels", "table": "levels", "projection": "levels", "vector": "fp16"},
-}
+# How int6 stores parameters of each role; fisher gives levels to all but vectors.
+KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
 # The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
 # more to clipping than it gains in precision; below 2^-20 fisher gains nothing.
 COARSENESS = {"int6": (4.0, 12.0, 64.0), "fisher": (2.0**-20, 2.0**-14, 1.0)}
@@ -1779,24 +1777,23 @@ def new_steps(model, held_out):
 
 
 def step_sizes(rows, columns, coarseness):
-    """Return the parts of steps, float64 (R, 1) and (C,), of which coarseness is in the first.
+    """Return steps, float64 (R, C): coarseness 2^((k + l) / 2), k and l the axes' exponents, int8.
 
-    rows, columns: their exponents k, for 2^(k / 2). Such powers and roots are exact everywhere.
+    Powers of 2 and their roots are the same on any machine.
     """
-    rows, columns = (torch.from_numpy(np.sqrt(np.ldexp(1.0, k.numpy()))) for k in (rows, columns))
-    return coarseness * rows[:, None], columns
+    powers = np.ldexp(1.0, (rows[:, None].long() + columns).numpy())
+    return coarseness * torch.from_numpy(np.sqrt(powers))
 
 
 def round_levels(w, rows, columns, factor, coarseness):
     """Return the levels, int64 (R, C), of a parameter w (R, C) with its new_steps, by GPTQ."""
-    row_steps, column_steps = step_sizes(rows, columns, coarseness)
-    targets = (w.double() / row_steps).T.contiguous()
-    errors = torch.zeros_like(targets)
-    levels = torch.zeros_like(targets)
-    for i, step in enumerate(column_steps):
-        target = targets[i] - factor[:i, i] @ errors[:i]
-        levels[i] = (target / step).round()
-        errors[i] = (target - levels[i] * step) / factor[i, i]
+    steps = step_sizes(rows, columns, coarseness).T.contiguous()
+    errors = torch.zeros_like(steps)
+    levels = torch.zeros_like(steps)
+    for i, column in enumerate(w.double().T):
+        target = column - factor[:i, i] @ errors[:i]
+        levels[i] = (target / steps[i]).round()
+        errors[i] = (target - levels[i] * steps[i]) / factor[i, i]
     return levels.T.long()
 
 
@@ -1961,7 +1958,7 @@ def stored_settings(cfg):
     return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
 
 
-def pack_artifact(weights, cfg, table, coarseness, steps=None):
+def pack_artifact(weights, cfg, table, coarseness, steps=()):
     """Return an artifact's bytes; the same weights and settings give the same bytes.
 
     steps: new_steps(), if QUANTIZER=fisher. UserError if a parameter is not finite, or beyond fp16
@@ -1970,7 +1967,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=None):
     index = []
     payload = []
     matrices = []  # [(levels, classes)]
-    kinds = {name: KINDS[cfg.quantizer][role(name)] for name in weights}
+    kinds = {name: "levels" if name in steps else KINDS[role(name)] for name in weights}
     for name in sorted(weights, key=lambda name: (kinds[name], name)):
         w = weights[name].cpu()
         if kinds[name] == "levels":
@@ -2017,23 +2014,22 @@ def unpack_artifact(body):
         return torch.from_numpy(array)
 
     weights = {}
-    matrices = {}
+    steps = {}
+    classes = []
     for name, kind, shape in header["tensors"]:
         if kind == "levels":
             rows, columns = [take("i1", 2, size) for size in shape]
-            sizes = step_sizes(rows[0], columns[0], header["coarseness"])
-            matrices[name] = sizes, level_classes(rows[1], columns[1])
+            steps[name] = step_sizes(rows[0], columns[0], header["coarseness"])
+            classes.append(level_classes(rows[1], columns[1]))
         elif kind == "fp16":
             weights[name] = take("<f2", *shape).float()
         else:
             levels = take("i1", *shape).float()
             weights[name] = levels * take("<f2", shape[0], 1).float()
-    if matrices:
-        classes = np.concatenate([part for _, part in matrices.values()])
-        levels = torch.from_numpy(decode_levels(reader.read(), classes))
-        parts = levels.split([len(part) for _, part in matrices.values()])
-        for part, (name, ((rows, columns), _)) in zip(parts, matrices.items()):
-            weights[name] = (part.view(len(rows), -1) * rows * columns).float()
+    if steps:
+        levels = torch.from_numpy(decode_levels(reader.read(), np.concatenate(classes)))
+        for name, part in zip(steps, levels.split([len(part) for part in classes])):
+            weights[name] = (part.view_as(steps[name]) * steps[name]).float()
     return header, weights
 
 
@@ -2055,7 +2051,6 @@ def read_artifact(path, data=None):
         header, weights = unpack_artifact(body)
         tokenizer = header["tokenizer"]
         table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
-        config_from_env({}, header["settings"])  # or UsageError
     return Artifact(Path(path), len(data), sha256(data), header["settings"], table, weights)
 
 
@@ -2072,10 +2067,10 @@ def fit_artifact(weights, cfg, table, log, steps):
     """
     budget = cfg.size_limit_bytes - code_bytes()
     finest, coarseness, coarsest = COARSENESS[cfg.quantizer]
+    count = sum(w.numel() for w in weights.values())
     if cfg.target_kl:
-        count = sum(len(rows) * len(columns) for rows, columns, _ in steps.values())
         finest = coarseness = max(finest, (24 * cfg.target_kl / count) ** 0.5)
-    slope = sum(w.numel() for w in weights.values()) / 8  # bytes that a doubling saves
+    slope = count / 8  # bytes that a doubling saves
     tried = []
     best = b""
     for _ in range(6):
