@@ -3191,7 +3191,6 @@ def read_result(path):
             **run["environment"],
         }
         run["row"] = {
-            "seed": run["seed"],
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
@@ -3223,8 +3222,7 @@ def summarize(paths, out_path, mixed=False):
     summary = {
         **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: np.mean(columns[n]) for n in ("val_loss", "val_bpb")},
-        **{n: max(columns[n]) for n in ("bytes_total", "bytes_code")},
+        **{n: (max if "bytes" in n else np.mean)(column) for n, column in columns.items()},
         "val_bpb_std": np.std(columns["val_bpb"], ddof=1) if len(runs) > 1 else None,
         **{n: first[n] for n in ("preset", "stage", "val_tokens")},
         "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
