@@ -1619,7 +1619,7 @@ class Trainer:
         *losses, norm = totals.tolist()  # the one time in a step that the host waits
         if not math.isfinite(sum(losses, norm)):
             raise UserError(
-                f"step {step + 1}: loss {losses[1]}, gradient norm {norm}; "
+                f"loss {losses[1]}, gradient norm {norm}; "
                 "lower MATRIX_LR, SCALAR_LR or TIED_EMBED_LR"
             )
         if limit := self.cfg.grad_clip_norm:
@@ -1688,10 +1688,8 @@ def train(model, cfg, rt, log, held_out):
                 )
             if result.seconds + per_step_s > limit_s:
                 break
-    except KeyboardInterrupt:
-        result.stopped = f"interrupted at step {result.steps}"
     except FORESEEN as error:
-        result.stopped = one_line(error)
+        result.stopped = f"after step {result.steps}: {one_line(error)}"
         if isinstance(error, RuntimeError):
             log(traceback.format_exc())
     on_signals(lambda *_: None)  # until the weights are on disk
@@ -3060,10 +3058,8 @@ class Run:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
             f"{command} {cfg.run_dir.name}, {when}",
-            f"python {environment['python']}, torch {environment['torch']}, "
-            f"source {environment['source_sha256']}",
             *rt.notes,
-            *(f"  {n.upper()}={v}" for n, v in settings.items()),
+            *(f"  {n.upper()}={v}" for n, v in (environment | settings).items()),
         ):
             self.log(line)
 

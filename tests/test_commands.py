@@ -622,7 +622,7 @@ def test_nan_keeps_the_last_good_weights(command, tmp_path, run_dir, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(torch.nn.functional, "cross_entropy", spoil)
         message = error_line(command(WARMDOWN_ITERS="1"), 1)
-    assert message.startswith("step 3: loss nan")  # so that nothing is calibrated
+    assert message.startswith("after step 2: loss nan")  # so that nothing is calibrated
     monkeypatch.setattr(train_gpt, "calibrate", fail)
     error_line(command(WARMDOWN_ITERS="0", ITERATIONS="2", RUN_ID="two"), 1)
     stopped = kept_weights(run_dir)
@@ -661,7 +661,7 @@ def test_ctrl_c_while_training_keeps_the_weights(corpus, tmp_path):
     status, _, err = finished(process)
     message = error_line((status, err), 1)
     run_dir = tmp_path / "logs" / "run"
-    assert message.startswith("interrupted at step ")
+    assert message.startswith("after step ")
     assert "logs/run/weights.pt" in message
     weights = kept_weights(run_dir)
     assert [name for name, w in weights.items() if not w.isfinite().all()] == []

@@ -296,11 +296,11 @@ def test_weights_survive_a_signal(command, tmp_path, monkeypatch, number):
         at_step(3, lambda: os.kill(os.getpid(), number), patch)
         message = error_line(command(), 1)
     run_dir = tmp_path / "logs" / "run"
-    assert message.startswith("interrupted at step 2; ")
+    assert message.startswith("after step 2: interrupted; ")
     assert f"{run_dir / 'weights.pt'} has the weights" in message
     assert command("finish") == (0, "")
     train = results_of(run_dir)["train"]
-    assert (train["steps"], train["stopped"]) == (2, "interrupted at step 2")
+    assert (train["steps"], train["stopped"]) == (2, "after step 2: interrupted")
 
 
 @pytest.mark.parametrize("end", ["memory", "device", "disk"])

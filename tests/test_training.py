@@ -463,15 +463,15 @@ def spoil_gradient(model, losses):
 
 def interrupt(*args):
     """Ctrl-C."""
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt("interrupted")
 
 
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (spoil_loss, "step 3: loss nan"),
-        (spoil_gradient, "step 3: .*gradient norm nan"),
-        (interrupt, "interrupted at step 2"),
+        (spoil_loss, "after step 2: loss nan"),
+        (spoil_gradient, "after step 2: .*gradient norm nan"),
+        (interrupt, "after step 2: interrupted"),
     ],
 )
 def test_stop_keeps_the_last_good_weights(data, monkeypatch, spoil, message):
@@ -504,7 +504,7 @@ def test_ctrl_c_between_two_optimizers_keeps_the_average_before(data, monkeypatc
         torch.optim.AdamW, "step", lambda self: interrupt() if next(calls) == 3 else original(self)
     )
     model, result, _ = trained(data)
-    assert result.stopped == "interrupted at step 2"
+    assert result.stopped == "after step 2: interrupted"
     assert same(weights_of(model), expected)
 
 
@@ -600,6 +600,6 @@ def test_steps_do_not_depend_on_the_ranks(reports):
 @pytest.mark.slow
 def test_nan_on_one_rank_stops_all_before_a_weight_moves(reports):
     """Every rank learns of it in the same step, before any of their weights moves."""
-    assert [report["stop"].split(",")[0] for report in reports] == ["step 5: loss nan"] * 3
+    assert [report["stop"].split(",")[0] for report in reports] == ["loss nan"] * 3
     for report in reports:
         assert same(report["weights"], report["weights_after_stop"])
