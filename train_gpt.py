@@ -81,7 +81,7 @@ try:
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
-    from torch import Tensor, nn
+    from torch import nn
 
     if torch.__version__ < "2.9.dev0":
         raise ImportError(f"torch {torch.__version__} is too old")
@@ -1209,7 +1209,6 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.heads = (cfg.num_heads, cfg.num_kv_heads)
-        self.half = cfg.rope_dims // 2
         self.xsa = layer >= cfg.num_layers - cfg.xsa_last_n
         D = cfg.model_dim
         hidden = cfg.mlp_mult * D
@@ -1249,7 +1248,7 @@ class Block(nn.Module):
         """Return (output (N, D), own values (N, G, d)).
 
         x, x0 (N, D): the residual stream and the embedding; extra_v (N, G, d) or 0 is added to own
-        values; rows: (B, [cosines, sines], each (N, 1, d), attention's bias or None, Cache of the
+        values; rows: (B, rotate()'s arguments but x, attention's bias or None, Cache of the
         rows before or None); weights: those of cast().
         """
         batch, turns, bias, cache = rows
@@ -1258,7 +1257,7 @@ class Block(nn.Module):
         x = torch.addcmul(mix_x * x, mix_x0, x0)
         qkv = F.linear(unit(x), qkv_in).view(len(x), H + 2 * G, -1)
         qk, own_v = qkv.split((H + G, G), 1)
-        qk = rotate(unit(qk) * gain, *turns, self.half)
+        qk = rotate(unit(qk) * gain, *turns)
         v = own_v + extra_v
         q, keys, values = (
             z.unflatten(0, (batch, -1)).transpose(1, 2) for z in (*qk.split(self.heads, 1), v)
@@ -1280,7 +1279,6 @@ class GPT(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.cfg = cfg
-        self.value_layers = cfg.value_layers
         self.embed = Embedding(cfg)
         self.register_buffer("rotary_rates", rotary_rates(cfg), persistent=False)
         self.blocks = nn.ModuleList(Block(cfg, layer) for layer in range(cfg.num_layers))
@@ -1305,11 +1303,11 @@ class GPT(nn.Module):
         dtype = self.dtype
         embed = self.embed.cast(dtype)
         values = {}
-        if self.value_layers:
+        if self.cfg.value_layers:
             table = F.linear(self.ve_table.to(dtype), self.ve_proj.to(dtype))
             table = table.unflatten(-1, (-1, self.cfg.head_dim))
             scales = (self.ve_scale * self.ve_layer_scales).to(dtype)
-            values = {i: table * scale for i, scale in zip(self.value_layers, scales)}
+            values = {i: table * scale for i, scale in zip(self.cfg.value_layers, scales)}
         vrl = self.vrl_scales.to(dtype) if self.cfg.vrl_enabled else None
         blocks = [block.cast(dtype) for block in self.blocks]
         head = embed[0] * self.cfg.model_dim**0.5
@@ -1331,8 +1329,8 @@ class GPT(nn.Module):
         if cache or not x.is_cuda:
             bias = causal_bias(T, known, reach, x).repeat(cfg.num_heads // cfg.num_kv_heads, 1)
         angle = torch.arange(first, first + T, device=x.device)[:, None, None] * self.rotary_rates
-        turns = [t.to(x.dtype).repeat(B, 1, 1) for t in (angle.cos(), angle.sin())]
-        rows = B, turns, bias, cache
+        cos, sin = (t.to(x.dtype).repeat(B, 1, 1) for t in (angle.cos(), angle.sin()))
+        rows = B, (cos, sin, cfg.rope_dims // 2), bias, cache
 
         x = x0 = x.flatten(0, 1)
         tokens = tokens[:, lead:].flatten()
@@ -1373,14 +1371,14 @@ class Cache:
 
     def grow(self, rows):
         """Make room for `rows` rows; return (first one's number, kept rows before it, reach)."""
-        if self.used + rows > self.store.size(4):  # used > 2 reach: no overlap
-            last_rows = self.store.narrow(4, self.used - self.reach, self.reach)
-            self.store.narrow(4, 0, self.reach).copy_(last_rows)
-            self.used = self.reach
         known = min(self.reach, self.used)
-        self.seen = self.store.narrow(4, self.used - known, known + rows)
+        first = self.used - known  # slot of the first row that is seen
+        if self.used + rows > self.store.size(4):  # first > reach = known: no overlap
+            self.store.narrow(4, 0, known).copy_(self.store.narrow(4, first, known))
+            first = 0
+        self.seen = self.store.narrow(4, first, known + rows)
         self.new = self.seen.narrow(4, known, rows)
-        self.used += rows
+        self.used = first + known + rows
         self.rows += rows
         return self.rows - rows, known, self.reach
 
@@ -2202,7 +2200,7 @@ LOGIT_SCALE = 256  # steps of the grid of logits and boosts in a nat
 GRADIENT_SCALE = 2.0**30  # integer units in 1, for gradients summed as int64
 MIXER_WEIGHT_SCALE = 2.0**16  # weights are multiples of its inverse
 MIXER_HIDDEN = 32
-MIXER_FEATURES = 4 * CONTEXTS + 3  # F; class Evidence lists them
+MIXER_FEATURES = 4 * CONTEXTS + 3  # F; gather_evidence lists them
 
 
 @functools.cache
@@ -2234,25 +2232,6 @@ def commit(share):
     return freqs.scatter_add_(1, best, TOTAL - freqs.sum(-1, keepdim=True)).int()
 
 
-class Evidence(NamedTuple):
-    """The features of the candidates of R positions, one candidate a context and occurrence.
-
-    features[:, f], one of each context c = 0..C-1, then three of the model; nats, unless said:
-        c           log odds of the candidate's share of the context's occurrences, 0.4 added to
-                    both counts; 0 if the context has none
-        C + c       inverse rank of its last occurrence there: 1, 1/2, ...; 0 if none
-        2C + c      log2 of the distance to that occurrence in rows, over 8; 0 if none
-        3C + c      1 where the model itself sees that occurrence, else 0
-        4C          how far its log p lies below that of the model's favourite, over 4
-        4C + 1      log p of the favourite, over 2
-        4C + 2      1
-    """
-
-    tokens: Tensor  # int64 (R, J), J = C * M
-    distinct: Tensor  # bool (R, J): a token's first slot, the only one that counts
-    features: Tensor  # float64 (R, F, J)
-
-
 def mix_entropy(share, matches, following, cfg):
     """Return (1 - alpha) p + alpha counts / total as shares, int64 (R, V), of the whole vocabulary.
 
@@ -2276,8 +2255,19 @@ def mix_entropy(share, matches, following, cfg):
 
 
 def gather_evidence(grid, matches, following, rows, reach, lanes=1):
-    """Return the Evidence for R positions from what their contexts were followed by.
+    """Return the candidates of R positions, int64 (R, J), and their features, float64 (R, F, J).
 
+    A candidate is what followed a context's occurrence, J = C M. Only a token's first slot counts:
+    all features of the others are 0. features[:, f], one of each context c = 0..C-1, then three of
+    the model; nats, unless said:
+        c           log odds of the candidate's share of the context's occurrences, 0.4 added to
+                    both counts; 0 if the context has none
+        C + c       inverse rank of its last occurrence there: 1, 1/2, ...; 0 if none
+        2C + c      log2 of the distance to that occurrence in rows, over 8; 0 if none
+        3C + c      1 where the model itself sees that occurrence, else 0
+        4C          how far its log p lies below that of the model's favourite, over 4
+        4C + 1      log p of the favourite, over 2
+        4C + 2      1
     grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens after
     them; rows (R,): where the contexts end. The model sees `reach` rows before each, of its lane.
     """
@@ -2301,7 +2291,7 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
     top = (2.0**38 / shares(grid).sum(-1, keepdim=True).double()).log()  # its share is 2^38
     by_model = torch.stack([below / 4, top.expand_as(below) / 2, torch.ones_like(below)], 1)
     features = [log_odds, inverse_rank, log_distance, seen & in_window, by_model]
-    return Evidence(tokens, distinct, torch.cat(features, 1))  # all to float64
+    return tokens, torch.cat(features, 1).mul_(distinct[:, None])  # all to float64
 
 
 def new_mixer_weights():
@@ -2327,7 +2317,7 @@ class Mixture:
         self.weights = weights.to(rt.device, torch.float64, copy=True)
         self.optimizer = torch.optim.Adam([self.weights], betas=(0.9, 0.99))
         self.blocks = 0  # so far that it learned from
-        self.remembered = []  # [*Evidence, frequencies of its tokens, positions] for learn
+        self.remembered = []  # [candidates, features, candidates' frequencies, positions]
 
     def mix(self, grid, rows):
         """Return frequencies (R, V): the model's, re-weighted by what followed the rows' contexts.
@@ -2341,31 +2331,28 @@ class Mixture:
         following = self.history.tokens[matches + lanes]
         if self.cfg.mixer == "entropy":
             return commit(mix_entropy(shares(grid), matches, following, self.cfg))
-        evidence = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
-        boosted = grid.scatter_add(1, evidence.tokens, self.boost(evidence))
-        freqs = commit(shares(boosted))
-        self.remembered.append([*evidence, freqs.gather(1, evidence.tokens), rows + lanes])
+        tokens, features = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
+        freqs = commit(shares(grid.scatter_add(1, tokens, self.boost(features))))
+        self.remembered.append([tokens, features, freqs.gather(1, tokens), rows + lanes])
         return freqs
 
-    def hidden(self, evidence):
+    def hidden(self, features):
         """Return the hidden layer's output for each candidate, float64 (R, hidden, J)."""
-        return (self.weights[:, :-1] @ evidence.features).clamp(min=0)
+        return (self.weights[:, :-1] @ features).clamp(min=0)
 
-    def boost(self, evidence):
-        """Return what is added to the grid logits of evidence.tokens: int64 (R, J)."""
-        boost = (self.weights[:, -1] @ self.hidden(evidence)) * LOGIT_SCALE
-        return boost.round().long() * evidence.distinct
+    def boost(self, features):
+        """Return what is added to the candidates' grid logits: int64 (R, J)."""
+        return (self.weights[:, -1] @ self.hidden(features) * LOGIT_SCALE).round().long()
 
-    def gradient(self, evidence, q, targets):
+    def gradient(self, tokens, features, q, targets):
         """Return each row's d(-log q[target]) / d(weights), float64 (R, hidden, F + 1).
 
-        q (R, J): the mixture's probabilities of evidence.tokens; targets (R,).
+        tokens, features: of the candidates; q (R, J): their mixed probabilities; targets (R,).
         """
-        hit = (evidence.tokens == targets[:, None]).double()
-        error = (q - hit) * evidence.distinct
-        hidden = self.hidden(evidence)
+        error = q - (tokens == targets[:, None]).double()
+        hidden = self.hidden(features)
         back = error[:, None] * self.weights[:, -1, None] * (hidden > 0)
-        return torch.cat([back @ evidence.features.mT, hidden @ error[..., None]], 2)
+        return torch.cat([back @ features.mT, hidden @ error[..., None]], 2)
 
     def learn(self, prefix):
         """Take one Adam step on the remembered block, which ends `prefix` and has been scored.
@@ -2376,7 +2363,7 @@ class Mixture:
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
-            rows = self.gradient(Evidence(*evidence), freqs / TOTAL, tokens[positions])
+            rows = self.gradient(*evidence, freqs / TOTAL, tokens[positions])
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         self.rt.sum_over_ranks(total)
         self.weights.grad = total.double() / (GRADIENT_SCALE * self.plan.block)
@@ -2401,27 +2388,27 @@ TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: each micro-batch is rounded
 TTT_GRADIENT_SCALE = TTT_WEIGHT_SCALE = 2.0**20
 
 
+@dataclass
 class TestTimeTrainer:
-    """Adapts a copy of `model` to scored chunks; `model` becomes the Polyak average that scores."""
+    """Adapts `model` to scored chunks; between them it has the Polyak average, which scores."""
 
-    def __init__(self, model, cfg, table, rt):
-        self.cfg = cfg
-        self.table = table
-        self.rt = rt
-        self.chunks = 0  # adapted to so far
-        for name, p in model.named_parameters():
-            p.requires_grad_(self.adapts(name, p))
-        self.live = copy.deepcopy(model)
-        self.params, self.average = (
-            [p for p in m.parameters() if p.requires_grad] for m in (self.live, model)
-        )
-        self.optimizer = torch.optim.Adam(self.params, foreach=True)
+    model: GPT
+    cfg: Config
+    table: TokenTable
+    rt: Runtime
+    chunks: int = 0  # adapted to so far
 
-    def adapts(self, name, p):
-        """Return whether TTT moves a parameter: vectors, token table, last blocks' matrices."""
-        if role(name) == "matrix":
-            return int(name.split(".")[1]) >= self.cfg.ttt_freeze_blocks
-        return p.ndim < 2 or name == "embed.tokens"
+    def __post_init__(self):
+        self.model.requires_grad_(False)
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        blocks = self.model.blocks[self.cfg.ttt_freeze_blocks :]
+        for part in (*vectors, self.model.embed.tokens, blocks):
+            part.requires_grad_()
+        self.params = [p for p in self.model.parameters() if p.requires_grad]
+        # All that moves, live and averaged, a row each; one of the rows is what `params` show.
+        self.both = nn.utils.parameters_to_vector(self.params).detach().repeat(2, 1)
+        self.live, self.average = self.both
+        self.optimizer = torch.optim.Adam([self.live])
 
     def rate(self):
         """Return the chunk's rate: cosine to 0, times 1 rising to 3 over the first 30 %, then 3."""
@@ -2446,28 +2433,21 @@ class TestTimeTrainer:
         sequences = torch.stack([tokens[:-1], tokens[1:], weights]).to(self.rt.device)
         sequences = sequences.view(3, -1, self.cfg.eval_seq_len)
         batches = sequences.split(TTT_MICRO_BATCH_SEQUENCES, 1)[self.rt.rank :: self.rt.world]
+        nn.utils.vector_to_parameters(self.live, self.params)
         for _ in range(self.cfg.ttt_epochs):
-            total = torch.zeros_like(nn.utils.parameters_to_vector(self.params), dtype=torch.int64)
+            total = torch.zeros_like(self.live, dtype=torch.int64)
             for x, y, w in batches:
-                nats = F.cross_entropy(self.live(x).mT, y, reduction="none")
+                nats = F.cross_entropy(self.model(x).mT, y, reduction="none")
                 grads = torch.autograd.grad((nats * w).sum(), self.params)
                 flat = nn.utils.parameters_to_vector(grads).double()
                 total += (flat * TTT_GRADIENT_SCALE).round_().long()
-            mean = (self.rt.sum_over_ranks(total).double() / scale).to(self.params[0])
-            for p, grad in zip(self.params, mean.split([p.numel() for p in self.params])):
-                p.grad = grad.view_as(p)
-            nn.utils.clip_grad_norm_(self.params, 1.0)
+            mean = self.rt.sum_over_ranks(total).double() / scale
+            self.live.grad = mean.to(self.live)
+            nn.utils.clip_grad_norm_(self.live, 1.0)
             self.optimizer.step()
-            self.take_average()
-
-    @torch.no_grad()
-    def take_average(self):
-        """Move the average towards the weights, and round both to the grid."""
-        torch._foreach_lerp_(self.average, self.params, 1 - self.cfg.polyak_decay)
-        both = self.params + self.average
-        torch._foreach_mul_(both, TTT_WEIGHT_SCALE)
-        torch._foreach_round_(both)
-        torch._foreach_div_(both, TTT_WEIGHT_SCALE)
+            self.average.lerp_(self.live, 1 - self.cfg.polyak_decay)
+            self.both.mul_(TTT_WEIGHT_SCALE).round_().div_(TTT_WEIGHT_SCALE)
+        nn.utils.vector_to_parameters(self.average, self.params)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
@@ -2633,10 +2613,8 @@ class Predictor:
     def __init__(self, model, mixer, cfg, table, rt, plan):
         self.rt = rt
         self.plan = plan
-        self.lanes = plan.lanes
-        # The first position that is not committed yet, and the first that is not scored yet.
-        self.committed_to = self.scored_to = self.lanes
-        self.block_end = self.lanes + plan.block  # first position after the next update
+        self.scored_to = plan.lanes  # the first position that is not scored yet
+        self.block_end = plan.lanes + plan.block  # first position after the next update
         self.pending = None  # the commitment that waits for its score
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
@@ -2651,22 +2629,21 @@ class Predictor:
         prefix: tokens 0..stop-2, int64 (stop - 1,). UserError on all ranks if logits are not
         finite.
         """
-        in_order = self.committed_to == start < stop <= self.block_end and len(prefix) == stop - 1
+        in_order = self.scored_to == start < stop <= self.block_end and len(prefix) == stop - 1
         if self.pending or not in_order:
             raise OrderError(
-                f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; next is "
-                f"{self.committed_to}, once all is scored; update {self.block_end}"
+                f"asked to predict {start}..{stop - 1} from {len(prefix)} tokens; "
+                f"not scored yet: {self.scored_to}; update {self.block_end}"
             )
-        last = (stop - 1) // self.lanes  # first row of a lane that is not needed
-        known = prefix[: last * self.lanes].to(self.rt.device)
-        if self.mixture:
-            self.mixture.history.extend(known)
-        tokens = known.view(-1, self.lanes).T
+        lanes = self.plan.lanes
+        last = (stop - 1) // lanes  # first row of a lane that is not needed
+        known = prefix[: last * lanes].to(self.rt.device)
+        tokens = known.view(-1, lanes).T
         pieces = []
         grids = []
         broken = torch.zeros((), device=self.rt.device)
-        for rows, logits in self.engine.logits(tokens, start // self.lanes - 1, last):
-            positions = rows + self.lanes
+        for rows, logits in self.engine.logits(tokens, start // lanes - 1, last):
+            positions = rows + lanes
             positions = self.rt.upload(positions[positions < stop])  # the last row may lack lanes
             logits = logits[: len(positions)].double()
             broken += ~logits.isfinite().all()
@@ -2680,10 +2657,10 @@ class Predictor:
             )
         if self.mixture:
             self.mix_seconds -= time.perf_counter()
+            self.mixture.history.extend(known)
             for grid, (positions, freqs) in zip(grids, pieces):
-                freqs["mixer"] = self.mixture.mix(grid, positions - self.lanes)
+                freqs["mixer"] = self.mixture.mix(grid, positions - lanes)
         self.pending = Commitment(start, stop, pieces)
-        self.committed_to = stop
         return self.pending
 
     def score(self, commitment, targets):
@@ -2702,7 +2679,7 @@ class Predictor:
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
-        if self.pending or not self.committed_to == self.block_end == len(prefix):
+        if self.pending or not self.scored_to == self.block_end == len(prefix):
             raise OrderError(
                 f"update takes scored blocks; the next ends before position {self.block_end}, "
                 f"the last of these tokens is {len(prefix) - 1}"
@@ -2710,7 +2687,7 @@ class Predictor:
         self.block_end += self.plan.block
         if self.mixture:
             self.mixture.learn(prefix)
-        row = self.committed_to - 1  # first row that has not been computed; TTT has one lane
+        row = self.scored_to - 1  # first row that has not been computed; TTT has one lane
         if self.ttt and row % self.plan.chunk == 0:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
             self.engine.forget(row)
@@ -2727,7 +2704,7 @@ def walk(predictor, stream, log=None, step=None):
     """
     lengths = dict.fromkeys(predictor.plan.stages, 0)
     bits = dict.fromkeys(predictor.plan.stages, 0.0)
-    first = stop = predictor.committed_to
+    first = stop = predictor.scored_to
     start_s = logged_s = time.perf_counter()
     while stop < len(stream):
         start = stop

@@ -297,7 +297,7 @@ def advance(predictor, tokens, stop, step=None):
     """
     stream = torch.from_numpy(tokens)
     parts = []
-    while (start := predictor.committed_to) < stop:
+    while (start := predictor.scored_to) < stop:
         if start == predictor.block_end:
             predictor.update(stream[:start].clone())
         end = min(start + (step or predictor.plan.chunk), predictor.block_end, stop)
@@ -540,7 +540,7 @@ class Uniform:
     def __init__(self, V, plan, altered=-1):
         self.plan = plan._replace(block=1 << 16)
         self.lanes = plan.lanes
-        self.committed_to = self.lanes
+        self.scored_to = self.lanes
         self.block_end = self.lanes + self.plan.block
         self.altered = altered
         self.freqs = torch.full((1, V), train_gpt.TOTAL // V, dtype=torch.int32)

@@ -37,7 +37,6 @@ from train_gpt import (
     CODE_HEAD_BYTES,
     TOTAL,
     CodeHead,
-    Evidence,
     NgramHistory,
     OrderError,
     Predictor,
@@ -309,7 +308,7 @@ def test_evidence_of_lanes_by_hand():
     ends[0, 3] = torch.tensor([19, 13, 12, 2])
     following[0, 3] = torch.tensor([1, 2, 3, 4])
     rows = torch.tensor([20])
-    features = gather_evidence(grid, ends, following, rows, reach=8, lanes=2).features
+    features = gather_evidence(grid, ends, following, rows, reach=8, lanes=2)[1]
     distance = features[0, 2 * 6 + 3, slot : slot + 4]
     inside = features[0, 3 * 6 + 3, slot : slot + 4]
     expected = [0, math.log2(3.5) / 8, 2 / 8, math.log2(9) / 8]
@@ -328,10 +327,11 @@ def test_lanes_learn_from_their_own_tokens():
         predictor.score(commitment, stream[start:stop])
         *evidence, freqs, positions = map(torch.cat, zip(*mixture.remembered))
         assert positions.tolist() == list(range(start, stop))
-        gradient = mixture.gradient(Evidence(*evidence), freqs / TOTAL, stream[start:stop])
+        gradient = mixture.gradient(*evidence, freqs / TOTAL, stream[start:stop])
         predictor.update(stream[:stop])
         assert torch.allclose(mixture.weights.grad, gradient.mean(0), atol=2**-30)
-    tokens, distinct, _ = evidence
+    tokens, features = evidence
+    distinct = features.any(1)
     known = set(stream[:58].tolist())  # candidates follow a known context: they have been seen
     for row, counts in zip(tokens, distinct):
         assert set(row[counts].tolist()) <= known

@@ -504,8 +504,8 @@ MIXES = [
     (scoring_waits, "return model.to(rt.device)", "return model"),
     (
         scoring_waits,
-        "prefix[: last * self.lanes].to(self.rt.device)",
-        "prefix[: last * self.lanes]",
+        "prefix[: last * lanes].to(self.rt.device)",
+        "prefix[: last * lanes]",
     ),
     (scoring_waits, "tokens = prefix.to(self.rt.device)", "tokens = prefix"),
     (scoring_waits, "torch.as_tensor(word_begins, device=device)", "torch.as_tensor(word_begins)"),

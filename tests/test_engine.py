@@ -338,10 +338,10 @@ def measured_mixer(given, step=None):
             matches = history.occurrences(at)
             following = history.tokens[matches + 1].long()
             args = grid[at], matches, following, at, 30
-            evidence = train_gpt.gather_evidence(*args)
-            boosts.append(finely(mixer.boost, evidence).double() / UNROUNDED["LOGIT_SCALE"])
-            freqs = train_gpt.commit(args[0]).gather(1, evidence.tokens)
-            mixer.remembered.append([*evidence, freqs, at + 1])
+            candidates, features = train_gpt.gather_evidence(*args)
+            boosts.append(finely(mixer.boost, features).double() / UNROUNDED["LOGIT_SCALE"])
+            freqs = train_gpt.commit(args[0]).gather(1, candidates)
+            mixer.remembered.append([candidates, features, freqs, at + 1])
         finely(mixer.learn, tokens)
         weights.append(mixer.weights.clone())
     return torch.cat(boosts), torch.stack(weights)
@@ -353,8 +353,7 @@ def measured_ttt(given):
     trainer = TestTimeTrainer(model, WIDE_CFG, TABLE, HERE)
     for seed in range(2):
         finely(trainer.adapt_chunk, random_tokens(WIDE_CFG.ttt_chunk_tokens + 1, seed=seed))
-    params = [*model.parameters(), *trainer.live.parameters()]
-    return torch.cat([p.detach().flatten() for p in params])
+    return torch.cat([trainer.live, *(p.detach().flatten() for p in model.parameters())])
 
 
 def measured(given):

@@ -358,11 +358,13 @@ def evidence_of_two_candidates(window_start):
 
 def test_each_candidate_is_marked_once():
     """Slots stand for occurrences, context by context; the first of each token is distinct."""
-    tokens, distinct, features = evidence_of_two_candidates(92)
+    tokens, features = evidence_of_two_candidates(92)
+    distinct = features.any(1)
     assert tokens.tolist() == [[0] * 9 + [0, 3, 2] + [2, 3, 2] + [0] * 3]
     assert distinct.nonzero().tolist() == [[0, 10], [0, 11]]
     assert features.shape == (1, MIXER_FEATURES, CONTEXTS * 3)
     assert features.dtype == torch.float64
+    assert torch.equal(features[:, -1], distinct.double())
 
 
 TOP = -math.log(1 + math.exp(-450 / 256) + math.exp(-200 / 256) + math.exp(-300 / 256))
@@ -387,13 +389,13 @@ BY_HAND = {  # {slot: features}; a line each for the contexts of 8, 5, 3, 2, 1 t
 @pytest.mark.parametrize("slot", BY_HAND)
 def test_features_match_those_computed_by_hand(slot):
     """Two candidates of one position, every feature."""
-    features = evidence_of_two_candidates(92).features
+    features = evidence_of_two_candidates(92)[1]
     assert features[0, :, slot].tolist() == pytest.approx(BY_HAND[slot], abs=1e-9)
 
 
 def test_an_occurrence_before_the_window_is_outside_it():
     """92 is no longer in a window that starts at 93; 98 still is."""
-    features = evidence_of_two_candidates(93).features
+    features = evidence_of_two_candidates(93)[1]
     assert features[0, 18:24, 10].tolist() == [0] * 6
     assert features[0, 18:24, 11].tolist() == [0, 0, 0, 0, 1, 0]
 
@@ -402,7 +404,7 @@ N = 90  # positions of the short streams
 
 
 def a_stream(seed=0, recent=3, bits=20):
-    """(tokens (N + 1,), grid (N, 8), Evidence, naive evidence), with windows of every size."""
+    """(tokens (N + 1,), grid (N, 8), (candidates, features), naive evidence); windows vary."""
     random = np.random.default_rng(seed)
     tokens = few_words(N + 1, seed=seed)
     grid = torch.tensor(naive_logit_grid(random.normal(0, 2, (N, 8))))
@@ -426,25 +428,25 @@ def a_stream(seed=0, recent=3, bits=20):
 @pytest.mark.parametrize("recent, bits", [(1, 20), (3, 20), (4, 4)])
 def test_evidence_matches_naive_evidence(recent, bits):
     """Each candidate is marked exactly once, with its features; all others are not marked."""
-    _, _, evidence, naive = a_stream(recent, recent, bits)
-    assert evidence.features.isfinite().all()
+    _, _, (candidates_of, features_of), naive = a_stream(recent, recent, bits)
+    assert features_of.isfinite().all()
     for row, candidates in enumerate(naive):
-        slots = evidence.distinct[row].nonzero()[:, 0].tolist()
-        marked = evidence.tokens[row, slots].tolist()
+        slots = features_of[row].any(0).nonzero()[:, 0].tolist()
+        marked = candidates_of[row, slots].tolist()
         assert sorted(marked) == sorted(candidates)
         for token, slot in zip(marked, slots):
-            features = evidence.features[row, :, slot].tolist()
+            features = features_of[row, :, slot].tolist()
             assert features == pytest.approx(candidates[token], abs=1e-9)
 
 
 @pytest.mark.parametrize("recent, bits", [(1, 20), (3, 20), (4, 4)])
 def test_the_short_streams_have_evidence_of_all_kinds(recent, bits):
     """Positions with no candidate, with several, and occurrences inside and outside the window."""
-    _, _, evidence, naive = a_stream(recent, recent, bits)
+    _, _, (_, features), naive = a_stream(recent, recent, bits)
     sizes = set(map(len, naive))
     assert 0 in sizes
     assert len(sizes) > recent
-    in_window = evidence.features[:, 18:24].transpose(1, 2)[evidence.distinct]
+    in_window = features[:, 18:24].transpose(1, 2)[features.any(1)]
     assert set(in_window.flatten().tolist()) == {0, 1}
 
 
@@ -469,19 +471,20 @@ def new_mixer(weights, plan=LEARNED_PLAN):
 
 def mixed(mixer, grid, evidence):
     """The frequencies (R, V) of grid logits with the mixer's boosts."""
-    return commit(shares(grid.scatter_add(1, evidence.tokens, mixer.boost(evidence))))
+    tokens, features = evidence
+    return commit(shares(grid.scatter_add(1, tokens, mixer.boost(features))))
 
 
 def test_boosts_match_the_network_on_the_grid():
     """Each candidate has its own, in whole steps of 1 / 256 nat, in one slot; all others none."""
-    _, _, evidence, naive = a_stream()
+    _, _, (candidates_of, features), naive = a_stream()
     weights = random_weights()
-    boosts = new_mixer(weights).boost(evidence)
+    boosts = new_mixer(weights).boost(features)
     assert boosts.dtype == torch.int64
-    assert not boosts[~evidence.distinct].any()
+    assert not boosts[~features.any(1)].any()
     for row, candidates in enumerate(naive):
-        slots = evidence.distinct[row]
-        found = dict(zip(evidence.tokens[row, slots].tolist(), boosts[row, slots].tolist()))
+        slots = features[row].any(0)
+        found = dict(zip(candidates_of[row, slots].tolist(), boosts[row, slots].tolist()))
         expected = naive_boosts(candidates, weights.double())
         assert found == {token: round(256 * boost.item()) for token, boost in expected.items()}
     assert boosts.abs().max() > 256
@@ -551,8 +554,8 @@ def test_gradient_matches_autograd():
     mixer = new_mixer(random_weights(1))
     weights = mixer.weights.clone().requires_grad_()
     q = exact_mixture(grid, naive, weights)
-    given = q.detach().gather(1, evidence.tokens)
-    gradient = mixer.gradient(evidence, given, tokens[1:])
+    given = q.detach().gather(1, evidence[0])
+    gradient = mixer.gradient(*evidence, given, tokens[1:])
     assert gradient.dtype == torch.float64
     assert gradient.shape == (N, *mixer.weights.shape)
     lengths = -q.gather(1, tokens[1:, None])[:, 0].log()
@@ -573,8 +576,8 @@ def test_gradient_is_the_slope_of_the_code_length(seed):
         q = exact_mixture(grid, naive, weights)
         return -q.gather(1, tokens[1:, None]).log().sum()
 
-    q = exact_mixture(grid, naive, middle).gather(1, evidence.tokens)
-    gradient = mixer.gradient(evidence, q, tokens[1:]).sum(0)
+    q = exact_mixture(grid, naive, middle).gather(1, evidence[0])
+    gradient = mixer.gradient(*evidence, q, tokens[1:]).sum(0)
     random = torch.Generator().manual_seed(seed)
     step = 1e-6 * torch.randn(middle.shape, dtype=torch.float64, generator=random)
     slope = (cost(middle + step) - cost(middle - step)) / 2
@@ -601,8 +604,8 @@ def test_step_matches_torch_adam(calibration_blocks, rates):
     optimizer = torch.optim.Adam([weights], betas=(0.9, 0.99))
     for number, (rows, rate) in enumerate(zip(torch.arange(N).split(size), rates)):
         for part in (rows[:4], rows[4:9], rows[9:]):
-            here = train_gpt.Evidence(*(each[part] for each in evidence))
-            freqs = mixed(mixer, grid[part], here).gather(1, here.tokens)
+            here = [each[part] for each in evidence]
+            freqs = mixed(mixer, grid[part], here).gather(1, here[0])
             mixer.remembered.append([*here, freqs, part + 1])
         optimizer.param_groups[0]["lr"] = rate * LEARNED_CFG.mixer_lr
         before = weights.detach().clone()

@@ -322,10 +322,11 @@ def test_smear_gate_mixes_in_the_row_before():
 
 def test_mlp_is_the_square_of_a_leaky_relu():
     """A block without attention adds mlp_scale * (LeakyReLU of slope 0.5, squared) to its input."""
-    block, x = warm_model(tiny_config()).blocks[2], torch.randn(5, 32)
+    cfg = tiny_config()
+    block, x = warm_model(cfg).blocks[2], torch.randn(5, 32)
     with torch.no_grad():
         block.attn_out.zero_()
-        still = torch.ones(5, 1, 16), torch.zeros(5, 1, 16)
+        still = torch.ones(5, 1, 16), torch.zeros(5, 1, 16), cfg.rope_dims // 2
         rows = 1, still, causal_bias(5, 0, 5, x).repeat(2, 1), None
         out, _ = block(x, torch.zeros_like(x), 0, rows, block.cast(torch.float32))
     w = {n: p.detach().double().numpy() for n, p in block.named_parameters()}

@@ -215,7 +215,7 @@ class MixerLearningFirst(Predictor):
             self.mixture.history.extend(prefix)
             self.mixture.learn(F.pad(prefix, (0, 1)))
             self.pending = None
-            self.committed_to = start
+            self.scored_to = start
             self.engine.forget(start - 1)
         return super().predict(prefix, start, stop)
 
@@ -262,9 +262,8 @@ def gate_of_the_block(share, matches, following, cfg):
 
 def features_of_the_block(*args):
     """Features in units of the largest at hand."""
-    evidence = honest_evidence(*args)
-    largest = evidence.features.abs().amax((0, 2)).clamp(min=0.1)
-    return evidence._replace(features=evidence.features / largest[:, None])
+    tokens, features = honest_evidence(*args)
+    return tokens, features / features.abs().amax((0, 2)).clamp(min=0.1)[:, None]
 
 
 def attention_to_the_next_row(rows, known, reach, like):
@@ -353,9 +352,9 @@ def test_steps_of_any_size_commit_the_same(name, seed):
     predictor = walker(*WALKS[name])
     stop = 4 * CHUNK + 7
     parts = []
-    while predictor.committed_to < stop:
+    while predictor.scored_to < stop:
         size = int(random.choice([1, 2, 5, 13, 32]))
-        parts.append(advance(predictor, STREAM, min(predictor.committed_to + size, stop)))
+        parts.append(advance(predictor, STREAM, min(predictor.scored_to + size, stop)))
     found = {stage: torch.cat([part[stage] for part in parts]) for stage in parts[0]}
     assert same(found, in_blocks(name))
 
@@ -456,7 +455,7 @@ def test_logits_that_are_not_finite_are_refused():
     message = refusal(predictor.predict, torch.from_numpy(STREAM[:CHUNK]), 1, CHUNK + 1)
     assert "logits are not finite between tokens 1 and 33" in message
     assert predictor.pending is None
-    assert predictor.committed_to == 1
+    assert predictor.scored_to == 1
 
 
 # ---- Stages and sums -----------------------------------------------------------------------------

@@ -371,7 +371,7 @@ def update_first():
             original(self, prefix, start, stop)
             self.mixture.learn(torch.as_strided(prefix, (stop,), (1,)))
             self.pending = None
-            self.committed_to = start
+            self.scored_to = start
             self.engine.run = None  # its rows are to be computed once more
         commitment = original(self, prefix, start, stop)
         self.mixture.weights.copy_(before)

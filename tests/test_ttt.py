@@ -21,6 +21,7 @@ from conftest import (
     weights_of,
 )
 from naive import naive_adapts, naive_byte_weights, naive_loss, naive_rate, naive_ttt
+from torch import nn
 
 from train_gpt import TTT_WEIGHT_SCALE, TestTimeTrainer, new_plan
 
@@ -40,6 +41,14 @@ def new_trainer(cfg=WALK_CFG):
 def chunk_of(seed, cfg=WALK_CFG):
     """A chunk and the token before it, with control and byte pieces in it."""
     return random_tokens(cfg.ttt_chunk_tokens + 1, seed=seed)
+
+
+def live_weights(trainer):
+    """The weights that train, {name: tensor}; the model has their average again afterwards."""
+    nn.utils.vector_to_parameters(trainer.live, trainer.params)
+    live = weights_of(trainer.model)
+    nn.utils.vector_to_parameters(trainer.average, trainer.params)
+    return live
 
 
 def distance(a, b, start):
@@ -64,7 +73,7 @@ def trained(cfg):
     trainer, model, start = new_trainer(cfg)
     for tokens in chunks:
         trainer.adapt_chunk(tokens)
-    return weights_of(trainer.live), weights_of(model), start, chunks
+    return live_weights(trainer), weights_of(model), start, chunks
 
 
 @pytest.mark.parametrize("changes", SETTINGS.values(), ids=SETTINGS)
@@ -117,7 +126,7 @@ def test_frozen_weights_stay_and_all_others_learn():
     trainer, model, start = new_trainer()
     trainer.adapt_chunk(chunk_of(0))
     learning = {name for name in start if naive_adapts(name)}
-    for now in (weights_of(model), weights_of(trainer.live)):
+    for now in (weights_of(model), live_weights(trainer)):
         assert {name for name in now if not torch.equal(now[name], start[name])} == learning
     frozen = start.keys() - learning
     assert {"blocks.0.q", "blocks.1.mlp_out", "ve_table", "embed.bigrams"} <= frozen
@@ -136,8 +145,9 @@ def test_gradient_is_that_of_the_byte_weighted_mean():
     loss = naive_loss(plain, cfg, tokens, weights) / weights.sum()
     expected = torch.autograd.grad(loss, params.values())
     norm = math.sqrt(sum(grad.square().sum().item() for grad in expected))
-    for name, grad in zip(params, expected):
-        given = trainer.live.get_parameter(name).grad
+    parts = trainer.live.grad.split([grad.numel() for grad in expected])
+    for grad, given in zip(expected, parts):
+        given = given.view_as(grad)
         torch.testing.assert_close(given, grad / max(norm, 1), atol=1e-6, rtol=1e-4)
 
 
@@ -145,7 +155,7 @@ def test_chunk_without_bytes_teaches_nothing():
     """Thirty-two empty documents weigh nothing: the weights stay where they were, on their grid."""
     trainer, model, start = new_trainer()
     trainer.adapt_chunk(torch.full((CHUNK + 1,), TABLE.bos_id))
-    for now in (weights_of(model), weights_of(trainer.live)):
+    for now in (weights_of(model), live_weights(trainer)):
         assert all((now[name] - w).abs().max() <= 2**-21 for name, w in start.items())
 
 
@@ -216,16 +226,16 @@ def test_nothing_learns_before_update():
     stream = torch.from_numpy(WALK_STREAM)
     advance(predictor, WALK_STREAM, 2 * CHUNK + 2)
     average = weights_of(model)
-    live = weights_of(predictor.ttt.live)
+    live = live_weights(predictor.ttt)
     stop = 3 * CHUNK + 1
     commitment = predictor.predict(stream[: stop - 1], 2 * CHUNK + 2, stop)
     predictor.score(commitment, stream[2 * CHUNK + 2 : stop])
     assert same(weights_of(model), average)
-    assert same(weights_of(predictor.ttt.live), live)
+    assert same(live_weights(predictor.ttt), live)
     predictor.update(stream[:stop])
     assert not same(weights_of(model), average)
-    assert not same(weights_of(predictor.ttt.live), live)
-    assert not same(weights_of(model), weights_of(predictor.ttt.live))
+    assert not same(live_weights(predictor.ttt), live)
+    assert not same(weights_of(model), live_weights(predictor.ttt))
 
 
 def test_update_trains_on_the_chunk_that_was_scored():
@@ -245,7 +255,8 @@ def test_average_scores():
     stop = 4 * CHUNK + 1
     scored = advance(predictor, WALK_STREAM, stop)["ttt"][3 * CHUNK :]
     by_average = advance(without_ttt(copy.deepcopy(model)), WALK_STREAM, stop)["ttt"]
-    by_live = advance(without_ttt(copy.deepcopy(predictor.ttt.live)), WALK_STREAM, stop)["ttt"]
+    model.load_state_dict(live_weights(predictor.ttt))
+    by_live = advance(without_ttt(model), WALK_STREAM, stop)["ttt"]
     assert torch.equal(scored, by_average[3 * CHUNK :])
     assert not torch.equal(scored, by_live[3 * CHUNK :])
 

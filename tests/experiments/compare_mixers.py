@@ -338,9 +338,9 @@ def without(*features):
     gather = train_gpt.gather_evidence
 
     def gather_fewer(*args):
-        evidence = gather(*args)
-        evidence.features[:, list(features)] = 0
-        return evidence
+        tokens, kept = gather(*args)
+        kept[:, list(features)] = 0
+        return tokens, kept
 
     return gather_fewer
 
