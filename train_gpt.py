@@ -3294,12 +3294,37 @@ def finish_command(environ):
 
 
 def finish(run, model, result, held_out):
-    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove."""
+    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove.
+
+    Rank 0 quantizes to the cap and writes; every rank scores what rank 0 has read back.
+    """
     cfg = run.cfg
+    path = cfg.artifact
     weights = model.state_dict() | {"mixer": new_mixer_weights()}
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
-    artifact = write_artifact(run, model, weights, held_out, result)
+    start_s = time.perf_counter()
+
+    def write():
+        steps = {}
+        if cfg.quantizer == "fisher":
+            steps = new_steps(model, held_out)
+            run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
+        data = fit_artifact(weights, cfg, run.table, run.log, steps)
+        write_atomically(path, data)
+        if read_file(path) != data:
+            raise UserError(f"artifact {path} is not what was written: who else writes there?")
+        return data
+
+    data = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
+    numbers = {
+        "quantize_seconds": time.perf_counter() - start_s,
+        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+    }
+    run.record("train", asdict(result) | numbers)
+    artifact = read_artifact(path, data)
+    run.check_size(artifact)
+
     unquantized = dataclasses.replace(artifact, weights=weights)
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
@@ -3343,37 +3368,6 @@ def calibrate(run, weights, held_out, limit_s):
         f"mixer {bits['mixer'] / max(scored, 1):.4f}"
     )
     return predictor.mixture.weights, seconds
-
-
-def write_artifact(run, model, weights, held_out, result):
-    """Quantize to the cap, write the artifact and return it as rank 0 has read it back.
-
-    weights: the model's and "mixer"; held_out, uint16 (n + 1,): text for new_steps.
-    """
-    start_s = time.perf_counter()
-    path = run.cfg.artifact
-
-    def write():
-        steps = {}
-        if run.cfg.quantizer == "fisher":
-            steps = new_steps(model, held_out)
-            run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
-        data = fit_artifact(weights, run.cfg, run.table, run.log, steps)
-        write_atomically(path, data)
-        found = read_file(path)
-        if found != data:
-            raise UserError(f"artifact {path} is not what was written: who else writes there?")
-        return found
-
-    found = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
-    numbers = {
-        "quantize_seconds": time.perf_counter() - start_s,
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
-    }
-    run.record("train", asdict(result) | numbers)
-    artifact = read_artifact(path, found)
-    run.check_size(artifact)
-    return artifact
 
 
 def evaluate_artifact(run, artifact, *first):
@@ -3489,10 +3483,11 @@ def code_command(command, source, target, environ):
 def show_help():
     """Print the usage, and each setting with what its group's docstring says of it."""
     say(__doc__)
-    for line in "".join(group.__doc__ for group in Config.__bases__).splitlines():
-        name, _, doc = line.strip().partition(": ")
-        if name in FIELDS:
-            say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
+    for group in Config.__bases__:
+        for line in group.__doc__.splitlines():
+            name, _, doc = line.strip().partition(": ")
+            if name in FIELDS:
+                say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
 
 
 def dispatch(args, environ):
