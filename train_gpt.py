@@ -39,16 +39,12 @@ input and output at one position; the Engine's banner says how rows, positions a
 
 import bisect
 import codecs
-import copy
 import ctypes
-import dataclasses
 import decimal
 import difflib
 import fcntl
-import functools
 import hashlib
 import inspect
-import io
 import itertools
 import json
 import lzma
@@ -64,14 +60,18 @@ import sys
 import tempfile
 import time
 import traceback
-import zlib
 from array import array
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from copy import deepcopy
+from dataclasses import asdict, astuple, dataclass, field, replace
 from datetime import timedelta
+from functools import cache, cached_property, partial
+from io import BytesIO
 from pathlib import Path
+from time import perf_counter
 from typing import Annotated, NamedTuple
+from zlib import crc32
 
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -140,7 +140,7 @@ def option(default, **limits):
     names of settings that must be multiples of this one; `choices`, the allowed words,
     comma-separated.
     """
-    return dataclasses.field(default=default, metadata=limits)
+    return field(default=default, metadata=limits)
 
 
 @frozen
@@ -330,15 +330,15 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             if not ok:
                 raise UsageError(f"{name.upper()}={getattr(self, name)!r}: {allowed}")
 
-        for name, field in FIELDS.items():
+        for name, setting in FIELDS.items():
             value = getattr(self, name)
-            limits = field.metadata
+            limits = setting.metadata
             if "choices" in limits:
                 allowed = limits["choices"]
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
-            least = limits.get("minimum", int(field.type is int))
+            least = limits.get("minimum", int(setting.type is int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
                 whole = getattr(self, multiple) % value == 0
@@ -715,7 +715,7 @@ def check_target(cfg, target, *sources):
     if os.path.isdir(path):
         raise UsageError(f"{str(target)!r} is a folder; name a file")
     if is_stream(target):
-        return functools.partial(say, file=sys.stderr)
+        return partial(say, file=sys.stderr)
     with blaming(f"cannot write {target}", OSError):
         tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name).close()
     if path.exists():
@@ -752,12 +752,12 @@ class TokenTable:
     kinds: str
     bos_id: int
 
-    @functools.cached_property
+    @cached_property
     def digest(self):
         """SHA-256, bytes, of pieces, kinds and BOS id: equal tokenizers have equal digests."""
-        return sha256(json.dumps(dataclasses.astuple(self)).encode())
+        return sha256(json.dumps(astuple(self)).encode())
 
-    @functools.cached_property
+    @cached_property
     def texts(self):
         """Bytes that each token prints, its leading space included; a boundary alone has none."""
         return tuple(
@@ -767,7 +767,7 @@ class TokenTable:
             for piece, kind in zip(self.pieces, self.kinds)
         )
 
-    @functools.cached_property
+    @cached_property
     def byte_tables(self):
         """Bytes, int64; has a leading space among them, is a boundary, bool; each (V,)."""
         lengths = np.array([*map(len, self.texts)])
@@ -928,7 +928,7 @@ def shard_bytes(tokens, tokenizer=bytes(32)):
     `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
     """
     body = np.asarray(tokens, "<u2").tobytes()
-    crc = any(tokenizer) and zlib.crc32(tokenizer + body)
+    crc = any(tokenizer) and crc32(tokenizer + body)
     return struct.pack("<8sI32sI976x", SHARD_START, len(tokens), tokenizer, crc) + body
 
 
@@ -1523,7 +1523,7 @@ class WeightAverage:
     def __init__(self, model, cfg):
         self.cfg = cfg
         self.params = [p.detach() for p in model.parameters()]
-        self.mean = copy.deepcopy(self.params)
+        self.mean = deepcopy(self.params)
         self.snapshots = 0  # of SWA
 
     def after_step(self, step, scale):
@@ -1635,7 +1635,7 @@ class Trainer:
 
 def warm_up(model, loss, cfg, rt):
     """Compile every kernel of a step on random tokens; the weights are what they were before."""
-    weights = copy.deepcopy(model.state_dict())
+    weights = deepcopy(model.state_dict())
     trainer = Trainer(model, loss, cfg, rt)
     for step in range(cfg.warmup_steps):
         size = cfg.train_batch_tokens + 1
@@ -1659,12 +1659,12 @@ def train(model, cfg, rt, log, held_out):
         limit_s *= 1 - CALIBRATION_SHARE
     loss = training_loss(model, rt)
     if cfg.warmup_steps:
-        began_s = time.perf_counter()
+        began_s = perf_counter()
         warm_up(model, loss, cfg, rt)
-        result.warmup_seconds = time.perf_counter() - began_s
+        result.warmup_seconds = perf_counter() - began_s
         log(f"warm-up: {cfg.warmup_steps} steps, {result.warmup_seconds:.1f} s, not timed")
     trainer = Trainer(model, loss, cfg, rt)
-    start_s = time.perf_counter()
+    start_s = perf_counter()
     try:
         while result.steps < cfg.iterations:
             scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
@@ -1673,7 +1673,7 @@ def train(model, cfg, rt, log, held_out):
             losses = trainer.step(batches, result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
-            result.seconds = rt.from_main(time.perf_counter() - start_s)
+            result.seconds = rt.from_main(perf_counter() - start_s)
             per_step_s = result.seconds / result.steps
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
                 steps_left = cfg.iterations - result.steps
@@ -1853,7 +1853,7 @@ class SymbolDecoder:
         return symbols
 
 
-@functools.cache
+@cache
 def level_frequencies():
     """Return (frequencies, sums of those before), uint64 (classes * LEVELS,).
 
@@ -1998,7 +1998,7 @@ def unpack_artifact(body):
 
     What it claims never takes memory for more than WEIGHTS_MAX weights.
     """
-    reader = io.BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
+    reader = BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
     header = json.loads(reader.read(min(int.from_bytes(reader.read(4), "little"), HEADER_MAX)))
     if not sum(abs(math.prod(map(float, shape))) for *_, shape in header["tensors"]) <= WEIGHTS_MAX:
         raise ValueError(f"more than {WEIGHTS_MAX} weights")
@@ -2203,7 +2203,7 @@ MIXER_HIDDEN = 32
 MIXER_FEATURES = 4 * CONTEXTS + 3  # F; gather_evidence lists them
 
 
-@functools.cache
+@cache
 def exp_table(device):
     """Return floor(2^38 exp(-d / 256)), int64, for d = 0, 1, ... up to 27 nats, where it is 0.
 
@@ -2656,7 +2656,7 @@ class Predictor:
                 "TTT_LR is too high, or the artifact's weights are useless"
             )
         if self.mixture:
-            self.mix_seconds -= time.perf_counter()
+            self.mix_seconds -= perf_counter()
             self.mixture.history.extend(known)
             for grid, (positions, freqs) in zip(grids, pieces):
                 freqs["mixer"] = self.mixture.mix(grid, positions - lanes)
@@ -2674,7 +2674,7 @@ class Predictor:
         bits = torch.where(freqs > 0, TOTAL_BITS - freqs.double().log2(), 0)
         lengths = self.rt.sum_over_ranks((bits * BITS_SCALE).round().long().sum(1)).tolist()
         if self.mixture:
-            self.mix_seconds += time.perf_counter()
+            self.mix_seconds += perf_counter()
         return dict(zip(self.plan.stages, lengths))
 
     def update(self, prefix):
@@ -2705,7 +2705,7 @@ def walk(predictor, stream, log=None, step=None):
     lengths = dict.fromkeys(predictor.plan.stages, 0)
     bits = dict.fromkeys(predictor.plan.stages, 0.0)
     first = stop = predictor.scored_to
-    start_s = logged_s = time.perf_counter()
+    start_s = logged_s = perf_counter()
     while stop < len(stream):
         start = stop
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
@@ -2717,8 +2717,8 @@ def walk(predictor, stream, log=None, step=None):
             bits[stage] = lengths[stage] / BITS_SCALE
         if stop == predictor.block_end < len(stream):
             predictor.update(stream[:stop])
-        if log and time.perf_counter() - logged_s > 15:
-            logged_s = time.perf_counter()
+        if log and perf_counter() - logged_s > 15:
+            logged_s = perf_counter()
             spent_s = logged_s - start_s
             eta_s = spent_s / (stop - first) * (len(stream) - stop)
             log(
@@ -2733,7 +2733,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
     The frequencies are those of the first `keep` > 0 targets under the last stage, int64.
     """
     names = predictor.plan.stages
-    start_s = time.perf_counter()
+    start_s = perf_counter()
     n = len(tokens) - 1
     kept = []
     stream = torch.from_numpy(tokens).to(predictor.rt.device)
@@ -2741,7 +2741,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
         if commitment.start <= keep:
             kept.append(commitment.chosen(names[-1], targets))
     mix_s = predictor.mix_seconds
-    added_s = {names[0]: time.perf_counter() - start_s - mix_s, "mixer": mix_s}
+    added_s = {names[0]: perf_counter() - start_s - mix_s, "mixer": mix_s}
     stages = [
         {
             "name": stage,
@@ -2789,7 +2789,7 @@ class CodeHead(NamedTuple):
     def pack(self, checks, words):
         """Return the bytes of a code file with these checks, [CRC-32], and code words."""
         body = CODE_HEAD.pack(*self) + struct.pack(f"<{len(checks)}I", *checks) + words
-        return CODE_START + struct.pack("<I", zlib.crc32(body)) + body
+        return CODE_START + struct.pack("<I", crc32(body)) + body
 
     @classmethod
     def unpack(cls, path, data):
@@ -2856,7 +2856,7 @@ class Codec:
         steps = walk(predictor, stream, self.log, decoder and plan.lanes)
         for commitment, targets, bits in steps:
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
-                crc = zlib.crc32(freqs, crc)
+                crc = crc32(freqs, crc)
                 if len(coded) % CHECK_EVERY == 0:
                     yield crc, bits[stage]
                 freqs = freqs.astype(np.uint64)
@@ -2931,11 +2931,11 @@ def verify(run, artifact, scored=None):
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
     path = cfg.run_dir / "proof.code"
-    start_s = time.perf_counter()
-    alone = dataclasses.replace(run.rt, world=1)
+    start_s = perf_counter()
+    alone = replace(run.rt, world=1)
     data, bits, freqs = Codec(artifact, cfg, alone, run.log).encode(tokens)
     write_atomically(path, data)
-    coded_s = time.perf_counter()
+    coded_s = perf_counter()
     for t in np.flatnonzero(scored is not None and freqs != scored):
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
@@ -2949,7 +2949,7 @@ def verify(run, artifact, scored=None):
         predicted_bits=bits,
         bytes_on_disk=len(data) - CODE_HEAD_BYTES,
         encode_seconds=coded_s - start_s,
-        decode_seconds=time.perf_counter() - coded_s,
+        decode_seconds=perf_counter() - coded_s,
     )
     run.record("proof", proof)
     run.log(
@@ -3265,7 +3265,7 @@ def train_command(environ, kept=None):
                     "result": asdict(result),
                     "weights": model.state_dict(),
                 }
-                data = io.BytesIO()
+                data = BytesIO()
                 torch.save(parts, data)
                 room.close()  # not before: others would fill it meanwhile
                 write_atomically(path, data.getvalue())
@@ -3289,7 +3289,7 @@ def finish_command(environ):
     path = find_run(environ).run_dir / WEIGHTS
     data = read_file(path, f"RUN_ID: cannot read {path}; there is no training to finish")
     with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
-        kept = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        kept = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     train_command(environ | {"REPLACE": "1"}, kept)
 
 
@@ -3303,13 +3303,13 @@ def finish(run, model, result, held_out):
     weights = model.state_dict() | {"mixer": new_mixer_weights()}
     limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
     weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
-    start_s = time.perf_counter()
+    start_s = perf_counter()
 
     def write():
         steps = {}
         if cfg.quantizer == "fisher":
             steps = new_steps(model, held_out)
-            run.log(f"Fisher information: {time.perf_counter() - start_s:.1f} s")
+            run.log(f"Fisher information: {perf_counter() - start_s:.1f} s")
         data = fit_artifact(weights, cfg, run.table, run.log, steps)
         write_atomically(path, data)
         if read_file(path) != data:
@@ -3318,14 +3318,14 @@ def finish(run, model, result, held_out):
 
     data = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
     numbers = {
-        "quantize_seconds": time.perf_counter() - start_s,
+        "quantize_seconds": perf_counter() - start_s,
         "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
     }
     run.record("train", asdict(result) | numbers)
     artifact = read_artifact(path, data)
     run.check_size(artifact)
 
-    unquantized = dataclasses.replace(artifact, weights=weights)
+    unquantized = replace(artifact, weights=weights)
     exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
@@ -3347,19 +3347,19 @@ def calibrate(run, weights, held_out, limit_s):
     rt = run.rt
     if not len(held_out):
         return weights["mixer"], 0.0
-    start_s = time.perf_counter()
+    start_s = perf_counter()
     model = new_model(cfg, rt, weights, cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
     block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
-    fast = dataclasses.replace(cfg, mixer_lr=3 * cfg.mixer_lr)
+    fast = replace(cfg, mixer_lr=3 * cfg.mixer_lr)
     predictor = Predictor(model, weights["mixer"], fast, run.table, rt, plan)
     for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
-        if rt.from_main(time.perf_counter() - start_s) > 0.95 * limit_s:
+        if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break
-    seconds = time.perf_counter() - start_s
+    seconds = perf_counter() - start_s
     scored = predictor.scored_to - 1
     run.log(
         f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
@@ -3408,7 +3408,7 @@ def eval_command(environ, command):
     if not cfg.run_id or folder == cfg.run_dir.resolve():
         names = (f",{name}={getattr(cfg, name.lower())}" for name in artifact.overridden(cfg))
         run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
-        cfg = dataclasses.replace(cfg, run_id=run_id[:200])
+        cfg = replace(cfg, run_id=run_id[:200])
     run = open_run(cfg, environ, command, artifact)
     run.check_size(artifact)
     if command == "eval":
@@ -3431,7 +3431,7 @@ def text_tokens(data, table, encode):
         )
     dot = len(encode("."))
 
-    @functools.cache
+    @cache
     def ids_of(run):
         """Return the tokens of one word or piece of white space, bytes."""
         word = run.decode("utf-8", "replace")
@@ -3465,7 +3465,7 @@ def code_command(command, source, target, environ):
         return
 
     data = read_file(source)
-    start_s = time.perf_counter()
+    start_s = perf_counter()
     _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
     tokens = text_tokens(data, artifact.table, sp.encode)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES)  # a power of two
@@ -3476,7 +3476,7 @@ def code_command(command, source, target, environ):
     log(
         f"{len(data):,} B -> {len(coded):,} B: a header of {CODE_HEAD_BYTES} B, "
         f"the rest predicted as {bits / 8:,.1f} B; "
-        f"{len(tokens) / (time.perf_counter() - start_s):,.0f} tokens/s"
+        f"{len(tokens) / (perf_counter() - start_s):,.0f} tokens/s"
     )
 
 
@@ -3568,7 +3568,7 @@ def read_lines(path):
     """Yield the lines of a file as bytes; a line of .txt that spans read chunks, in parts."""
     line = bytearray()
     for chunk in read_chunks(path):
-        for part in io.BytesIO(chunk):
+        for part in BytesIO(chunk):
             line += part
             if part.endswith(b"\n") or path.endswith(".txt"):
                 yield line
@@ -3630,7 +3630,7 @@ def prepare_demo(cfg, log):
     whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
     if cfg.data_path == DEMO_CACHE and not whole:
         log("demo: gathering English from the documentation on this machine")
-        write_shards(functools.cache(demo_documents), DEMO_CACHE, cfg, log)
+        write_shards(cache(demo_documents), DEMO_CACHE, cfg, log)
 
 
 def train_tokenizer(documents, vocab_size, path):
@@ -3641,7 +3641,7 @@ def train_tokenizer(documents, vocab_size, path):
     """
     import sentencepiece
 
-    model = io.BytesIO()
+    model = BytesIO()
     inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
     part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
     lines = (line for text in documents for line in part.findall(text) if line.strip())
@@ -3685,7 +3685,7 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     check_writable(out_dir)
     check_writable(path.parent)
-    held = np.fromiter((zlib.crc32(text.encode()) % 20 == 0 for text in documents()), bool)
+    held = np.fromiter((crc32(text.encode()) % 20 == 0 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"

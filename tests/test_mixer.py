@@ -814,7 +814,7 @@ def test_calibration_stops_when_its_time_is_over(monkeypatch, tmp_path):
     cfg = learner(tmp_path)
     lines = []
     ticks = iter(range(10**6))
-    monkeypatch.setattr(train_gpt.time, "perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr(train_gpt, "perf_counter", lambda: float(next(ticks)))
     weights = calibrated_weights(cold_weights(cfg), cfg, 30, log=lines.append)
     done = int(re.match(r"calibration: (\d+) of 400 held-out", lines[-1])[1])
     assert 0 < done < 400
