@@ -1,0 +1,1715 @@
+#!/usr/bin/env python3
+"""Show what runs of train_gpt.py did: one HTML page, or the figures of the README.
+
+    python logs/report.py RUN_DIR...                   RUN_DIR/report.html, of the first folder
+    python logs/report.py RUN_DIR... --out PAGE        another file
+    python logs/report.py RUN_DIR... --figures DIR     stages.svg and proof.svg in DIR, no page
+    python logs/report.py RUN_DIR... --trace N         first score the first N tokens again, for the
+                                                       page's view of the text (default: 10000)
+
+A RUN_DIR is a folder in which train_gpt.py has worked, under LOG_DIR: that of a run, finished or
+not, of `eval` or of `verify`. Whatever it has is shown: results.json, the log, trace.npz, the
+artifact. The page needs no network and no other file; to be made, it needs what train_gpt.py needs,
+and matplotlib.
+
+--trace writes RUN_DIR/trace.npz, which later pages take as it is. It needs the artifact and the
+validation text of the run, and runs train_gpt.py's own loop with the run's settings. What a token
+got depends on the artifact and the tokens before it alone, so the first N tokens have exactly the
+frequencies that the run scored. DATA_PATH and DEVICE in the environment replace the run's: the text
+may lie elsewhere, and the machine may be another one.
+
+Every text that comes from a run goes through `visible` (control and bidirectional characters become
+symbols) and is escaped. The data of the text's view are in one JSON element: typed arrays, base64.
+"""
+
+import argparse
+import base64
+import dataclasses
+import functools
+import hashlib
+import html
+import io
+import json
+import lzma
+import math
+import os
+import re
+import sys
+import unicodedata
+import warnings
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError as missing:
+    sys.exit(f"error: {missing}; pip install -r tests/requirements.txt")
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+
+import train_gpt
+
+
+class ReportError(Exception):
+    """Report what the user can mend, in one line: the folder or file, and why."""
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+SPACE = "\u2581"  # what SentencePiece writes for a space
+LINE = "\u21b5"  # shown for a line feed
+HIDDEN = {
+    "Cc",
+    "Cf",
+    "Cn",
+    "Co",
+    "Cs",
+    "Zl",
+    "Zp",
+}  # categories that show nothing, or turn the text
+
+
+def visible(text, space=" "):
+    """Return `text` with symbols for characters that cannot be seen or that reorder others.
+
+    A combining mark at its start gets a dotted circle to stand on; `space` stands for a space.
+    """
+    shown = []
+    for char in text:
+        code = ord(char)
+        if char == " ":
+            shown.append(space)
+        elif char == "\n":
+            shown.append(LINE)
+        elif code < 32:
+            shown.append(chr(0x2400 + code))
+        elif code == 127:
+            shown.append("\u2421")
+        elif unicodedata.category(char) in HIDDEN:
+            shown.append(f"\u27e8{code:04X}\u27e9")
+        else:
+            shown.append(char)
+    if text and unicodedata.category(text[0]) in {"Mn", "Mc", "Me"}:
+        shown.insert(0, "\u25cc")
+    return "".join(shown)
+
+
+def escaped(value):
+    """Return anything as visible text for HTML, also inside quotes."""
+    return html.escape(visible(str(value)))
+
+
+def tag(name, *contents, **attributes):
+    """Return an HTML element; `contents` are HTML, `attributes` text, class_ for class."""
+    names = ((n.rstrip("_").replace("_", "-"), v) for n, v in attributes.items())
+    described = "".join(f' {n}="{escaped(v)}"' for n, v in names)
+    return f"<{name}{described}>{''.join(contents)}</{name}>"
+
+
+def table(head, rows, caption):
+    """Return an HTML table; the first column of each row is its header, cells are plain text."""
+    top = "".join(tag("th", escaped(cell), scope="col") for cell in head)
+    body = (
+        tag(
+            "tr",
+            tag("th", escaped(row[0]), scope="row"),
+            *(tag("td", escaped(cell)) for cell in row[1:]),
+        )
+        for row in rows
+    )
+    inner = (
+        tag("caption", escaped(caption), class_="unseen")
+        + tag("thead", tag("tr", top))
+        + tag("tbody", *body)
+    )
+    # A wide table scrolls by itself: by touch, and with the keyboard, which needs the tabindex.
+    return tag(
+        "div", tag("table", inner), class_="scroll", tabindex=0, role="region", aria_label=caption
+    )
+
+
+# ---- What a run has left -------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Run:
+    """What is in a run's folder; what is not there is empty or None."""
+
+    folder: Path
+    name: str
+    results: dict
+    settings: dict
+    log: list  # [{step, loss, weighted, rate, seconds}], of training
+    notes: list  # what is missing or damaged, in words
+    trace: "Trace | None" = None
+
+    @property
+    def stages(self):
+        """The stages that were scored, as results.json has them."""
+        return self.results.get("stages") or []
+
+    @property
+    def artifact(self):
+        """Path of the artifact's file, or None where there is none."""
+        named = self.part("artifact").get("path") or self.folder
+        paths = (self.folder / "model.int6.lzma", Path(str(named)))
+        return next((path for path in paths if path.is_file()), None)
+
+    def part(self, name):
+        """Return a part of results.json, {} where it is missing."""
+        return self.results.get(name) or {}
+
+
+HEADER = re.compile(r"(train|eval|verify) (.+), \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC")
+STEP = re.compile(
+    r"step (?P<step>\d+)/\d+  loss (?P<loss>\S+) \(weighted (?P<weighted>\S+)\)  "
+    r"lr x\S+  (?P<rate>[\d,]+) tokens/s  (?P<seconds>\d+) s"
+)
+SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*)=(.*)")
+LOGS = ("train.log", "eval.log", "verify.log")
+
+
+def read_log(path):
+    """Return (run's name, {setting: text}, steps of training) of the last run in a log file.
+
+    A log grows: each run that began in the folder is a section. `finish` begins one too, whose
+    training is in the section before.
+    """
+    sections = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if header := HEADER.fullmatch(line):
+            sections.append((header[2], {}, [], []))
+        elif sections:
+            _, settings, steps, others = sections[-1]
+            if setting := SETTING.fullmatch(line):
+                settings[setting[1].lower()] = setting[2]
+            elif step := STEP.match(line):
+                numbers = {n: float(v.replace(",", "")) for n, v in step.groupdict().items()}
+                steps.append(numbers)
+            else:
+                others.append(line)
+    if not sections:
+        return "", {}, []
+    name, settings, steps, others = sections[-1]
+    is_after_training = any(line.startswith(("calibration:", "quantize:")) for line in others)
+    if not steps and is_after_training and len(sections) > 1:
+        steps = sections[-2][2]
+    return name, settings, steps
+
+
+NEEDED = {  # keys of results.json that are numbers where their part is there
+    "train": (),
+    "artifact": ("weights_bytes", "code_bytes", "total_bytes", "limit_bytes"),
+    "proof": ("tokens", "predicted_bits", "bytes_on_disk", "encode_seconds", "decode_seconds"),
+    "settings": (),
+    "environment": (),
+}
+NEEDED_OF_STAGE = ("val_bpb", "val_loss", "tokens", "bytes", "seconds")
+
+
+def check_results(results):
+    """Raise ValueError, TypeError or LookupError where results.json is not one of train_gpt.py."""
+    parts = [(dict(results.get(part) or {}), names) for part, names in NEEDED.items()]
+    parts += [(stage, NEEDED_OF_STAGE) for stage in results.get("stages") or []]
+    for part, names in parts:
+        if part and not all(math.isfinite(part[name]) for name in names):
+            raise ValueError(f"{', '.join(names)}: a number is not finite")
+    for stage in results.get("stages") or []:
+        str.split(stage["name"])  # or TypeError
+
+
+def read_run(folder):
+    """Return the Run in a folder; ReportError if nothing of a run is there, or it is damaged."""
+    folder = Path(folder)
+    results = {}
+    notes = []
+    path = folder / "results.json"
+    logs = [folder / name for name in LOGS if (folder / name).is_file()]
+    if not path.is_file() and not logs:
+        raise ReportError(f"{folder}: no run's folder: neither results.json nor a log is there")
+    try:
+        if path.is_file():
+            results = dict(json.loads(path.read_bytes()))
+            check_results(results)
+        else:
+            notes.append("There is no results.json yet: the run is not finished.")
+        name, settings, steps = read_log(logs[0]) if logs else ("", {}, [])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise ReportError(f"{folder}: results.json or the log is damaged ({error})") from error
+    name = results.get("run_id") or name or folder.resolve().name
+    settings = results.get("settings") or settings
+    run = Run(folder, name, results, settings, steps, notes)
+    if results and not run.stages and results.get("command") != "verify":
+        notes.append("No stage is scored yet: the run is not finished.")
+    if results.get("command") != "verify":
+        read_trace(run)
+    return run
+
+
+MAKE_TRACE = "`logs/report.py RUN_DIR --trace` makes it from the artifact"
+
+
+def read_trace(run):
+    """Set run.trace to what its trace.npz has, or note why there is none."""
+    path = run.folder / "trace.npz"
+    if not path.is_file():
+        run.notes.append(f"The text is not shown, there is no trace.npz: {MAKE_TRACE}.")
+        return
+    try:
+        trace = Trace(path, run.settings)
+    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        run.notes.append(f"trace.npz cannot be read ({error}): {MAKE_TRACE}.")
+        return
+    if trace.scored != identity(run):
+        run.notes.append(f"The text is not shown, trace.npz is of other results: {MAKE_TRACE}.")
+        return
+    run.trace = trace
+    run.notes.extend(trace.notes)
+
+
+CONTEXTS = ("last 8 tokens", "last 5", "last 3", "last 2", "last token", "word so far")
+CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)
+TOP = 8  # likeliest tokens of each position in a trace
+TOTAL_BITS = 24  # frequencies sum to 2^24
+
+# trace.npz, a NumPy archive that pickles nothing:
+#   scored                    identity() of the results that it belongs to
+#   notes                     what a reader should know, in words
+#   pieces, kinds, bos_id     the tokenizer's
+#   tokens  (n + 1,)          BOS, and the tokens
+#   round_trip, ... (n,)      of each walk its first stage's frequencies of them, of 2^24
+#   last    (n, 17 or 34)     of the last neural stage, then of the mixer if there is one: the
+#                             token's frequency, the 8 highest ones, and the tokens that have them
+NO_STAGES = {"scored", "notes", "pieces", "kinds", "bos_id", "tokens", "last"}
+
+
+class Trace:
+    """What trace.npz has of a run's first n tokens.
+
+    tokens (n + 1,), BOS first; texts: what each token of the vocabulary prints; sizes (n,): bytes
+    of each token; bits {stage: (n,)}; top {stage: (tokens (n, 8), bits (n, 8))}; counts (n, 6): how
+    many occurrences each kind of context had, or None without a mixer.
+    """
+
+    def __init__(self, path, settings):
+        with np.load(path, allow_pickle=False) as arrays:
+            self.tokens = arrays["tokens"].astype(np.int64)
+            self.pieces = arrays["pieces"].tolist()
+            self.kinds = str(arrays["kinds"])
+            self.bos_id = int(arrays["bos_id"])
+            self.scored = str(arrays["scored"])
+            self.notes = arrays["notes"].tolist()
+            last = arrays["last"].astype(np.int64)
+            stages = [name for name in arrays.files if name not in NO_STAGES]
+            self.bits = {stage: TOTAL_BITS - np.log2(arrays[stage]) for stage in stages}
+        width = 1 + 2 * TOP
+        if last.shape[0] != len(self.tokens) - 1 or last.shape[1] not in (width, 2 * width):
+            raise ValueError("another format")
+        self.neural = stages[-1]  # the last walk's own stage
+        self.mixer = "mixer" if last.shape[1] == 2 * width else None
+        self.last = self.mixer or self.neural
+        self.top = {}
+        for i, stage in enumerate(filter(None, (self.neural, self.mixer))):
+            rows = last[:, i * width : (i + 1) * width]
+            self.bits[stage] = TOTAL_BITS - np.log2(rows[:, 0])
+            self.top[stage] = rows[:, 1 + TOP :], TOTAL_BITS - np.log2(rows[:, 1 : 1 + TOP])
+        self.texts = [self.text_of(piece, kind) for piece, kind in zip(self.pieces, self.kinds)]
+        self.counts = None
+        if self.mixer:
+            order, recent, hash_bits = (
+                int(settings[n]) for n in ("ngram_order", "ngram_recent", "ngram_hash_bits")
+            )
+            self.counts = count_occurrences(
+                self.tokens[:-1], self.word_begins, order, recent, hash_bits
+            )
+
+    @staticmethod
+    def text_of(piece, kind):
+        """Return the bytes that a piece prints, its leading space included; b"" for a boundary."""
+        if kind == "B":
+            return bytes.fromhex(piece[3:5])  # <0x0A>
+        return piece.replace(SPACE, " ").encode("utf-8", "replace") if kind == "N" else b""
+
+    @functools.cached_property
+    def word_begins(self):
+        """Whether each token of the vocabulary has a leading space or is a boundary, bool (V,)."""
+        return np.array([text[:1] in (b"", b" ") for text in self.texts]) & (
+            np.array(list(self.kinds)) != "B"
+        )
+
+    @functools.cached_property
+    def sizes(self):
+        """Bytes that each token adds to the text, int64 (n,); no space after a boundary."""
+        lengths = np.array([len(text) for text in self.texts])
+        leading = self.word_begins & (lengths > 0)
+        own, before = self.tokens[1:], self.tokens[:-1]
+        return lengths[own] - (leading[own] & (lengths[before] == 0))
+
+    def label(self, token):
+        """Return how a token is shown in running text."""
+        piece, kind = self.pieces[token], self.kinds[token]
+        if kind == "B":
+            byte = self.texts[token]
+            return visible(byte.decode()) if byte < b"\x80" else f"\u27e8{byte.hex().upper()}\u27e9"
+        if kind != "N":
+            return f"\u27e8{visible(piece)}\u27e9"
+        return visible(piece.replace(SPACE, " "))
+
+
+def labels_of(trace):
+    """Return how each of a trace's n tokens is shown in the text.
+
+    Byte tokens that make up one character show it at the last of them, a dot at the others.
+    """
+    tokens = trace.tokens[1:].tolist()
+    labels = [trace.label(token) for token in tokens]
+    for i, token in enumerate(tokens):
+        first = trace.texts[token][:1]
+        size = 2 + (first >= b"\xe0") + (first >= b"\xf0")  # of a character that begins so
+        group = tokens[i : i + size]
+        if first < b"\xc0" or len(group) < size or any(trace.kinds[t] != "B" for t in group):
+            continue
+        try:
+            char = b"".join(trace.texts[t] for t in group).decode()
+        except UnicodeDecodeError:
+            continue
+        labels[i : i + size] = ["\u00b7"] * (size - 1) + [visible(char)]
+    return labels
+
+
+def count_occurrences(tokens, begins, order, recent, hash_bits):
+    """Return how many occurrences each context that ends at each of n tokens had, (n, 6).
+
+    What NgramHistory of train_gpt.py finds, hash collisions included: of the last `recent` links of
+    a chain, those that hold the same context. tokens int64 (n,); begins bool (V,).
+    """
+    n = len(tokens)
+    ends = np.arange(n)
+    positions = ends[:, None] - np.arange(8)
+    known = tokens[positions.clip(min=0)]
+    counts = np.zeros((n, len(CONTEXT_LENGTHS)), dtype=np.uint8)
+    for kind, length in enumerate(CONTEXT_LENGTHS):
+        inside = (np.arange(8) < min(length, order - 1)) & (positions >= 0)
+        if kind == len(CONTEXT_LENGTHS) - 1:
+            begin = begins[known]
+            inside &= begin.cumsum(1) == begin  # none that is newer
+        context = np.where(inside, known, -1)
+        slot = np.zeros(n, dtype=np.int64)
+        for column in context.T:
+            slot = (slot ^ column) * np.int64(-7046029254386353131)
+            slot ^= (slot >> 29) & 0x7FFFFFFFF
+        slot &= (1 << hash_bits) - 1
+        by_slot = slot.argsort(kind="stable")
+        is_next = slot[by_slot][1:] == slot[by_slot][:-1]
+        before = np.full(n, -1)
+        before[by_slot[1:]] = np.where(is_next, by_slot[:-1], -1)
+        link = ends
+        for _ in range(recent):
+            link = np.where(link >= 0, before[link], -1)
+            counts[:, kind] += (link >= 0) & (context[link] == context).all(1)
+    return counts
+
+
+def part_of(name):
+    """Return the part of the model that a parameter belongs to, in words."""
+    if name == "mixer":
+        return "mixer"
+    if name.startswith("blocks."):
+        parts = {"mlp_in": "MLP", "mlp_out": "MLP", "q": "attention", "k": "attention"}
+        parts |= {"v": "attention", "attn_out": "attention"}
+        return parts.get(name.split(".")[-1], "vectors and small matrices")
+    tables = {"embed.tokens": "token table", "embed.bigrams": "bigram table"}
+    return tables.get(name, "value table" if name == "ve_table" else "vectors and small matrices")
+
+
+def artifact_parts(path):
+    """Return {part: bytes} of an artifact's file, or {} if train_gpt.py cannot read it.
+
+    A part's share is what it takes when it is compressed alone, all scaled to the file's size. The
+    words of levels do not compress: a matrix has as many bits of them as its levels cost.
+    """
+    data = path.read_bytes()
+    try:
+        weights = train_gpt.read_artifact(path, data).weights  # or UserError
+    except train_gpt.UserError:
+        return {}
+    body = data[train_gpt.ARTIFACT_HEAD.size :]
+    raw = lzma.LZMADecompressor(**train_gpt.LZMA).decompress(body)
+    begin = 4 + int.from_bytes(raw[:4], "little")
+    parts = {"settings and tokenizer": raw[:begin]}
+    header = json.loads(raw[4:begin])
+    words = {}
+    for name, kind, shape in header["tensors"]:
+        count = math.prod(shape)
+        sizes = {"fp16": 2 * count, "levels": 2 * sum(shape)}
+        size = sizes.get(kind, count + 2 * (*shape, 1)[0])  # int6, int8: scales of rows
+        stored = raw[begin : begin + size]
+        begin += size
+        part = part_of(name)
+        if kind == "levels":
+            bits = level_bits(weights[name], stored, header["coarseness"])
+            words[part] = words.get(part, 0) + bits / 8
+            part = "steps and means of matrices"
+        parts[part] = parts.get(part, b"") + stored
+    alone = {part: len(lzma.compress(rows, preset=3)) for part, rows in parts.items()}
+    alone |= {part: length + alone.get(part, 0) for part, length in words.items()}
+    scale = len(data) / sum(alone.values())
+    return {part: round(length * scale) for part, length in alone.items()}
+
+
+def level_bits(w, stored, coarseness):
+    """Return the bits that the levels of a parameter w (R, C) cost; `stored`: its exponents."""
+    R, C = w.shape
+    numbers = torch.frombuffer(bytearray(stored), dtype=torch.int8)
+    row_steps, row_means, column_steps, column_means = numbers.split([R, R, C, C])
+    rows, columns = train_gpt.step_sizes(row_steps, column_steps, coarseness)
+    most = train_gpt.LEVEL_MAX
+    levels = (w / (rows * columns)).round().long().clamp(-most, most).flatten().numpy()
+    classes = train_gpt.level_classes(row_means, column_means)
+    freqs, _ = train_gpt.level_frequencies()
+    freqs = freqs.reshape(-1, 2 * most + 1)[classes, levels + most]
+    return (TOTAL_BITS - np.log2(freqs)).sum()
+
+
+# ---- Making a trace ------------------------------------------------------------------------------
+
+
+def identity(run):
+    """Return a digest of what decides a run's frequencies: artifact, text and settings."""
+    shaping = {name: value for name, value in run.settings.items() if name not in HARMLESS}
+    decisive = run.part("artifact").get("sha256"), run.part("validation"), shaping
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def make_trace(run, most):
+    """Score the first `most` tokens that a run has scored again; write its trace.npz.
+
+    ReportError or train_gpt.UserError, and nothing is written, where artifact or text are not those
+    of the run, or the frequencies would not give its bits.
+    """
+    artifact = open_artifact(run)
+    cfg = config_of(run, artifact)
+    rt = train_gpt.start_runtime(cfg, {})
+    tokens = train_gpt.load_validation(cfg)
+    total_bytes, digest = train_gpt.audit_bytes(artifact.table, tokens)
+    found = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=digest)
+    if found != run.part("validation"):
+        raise ReportError(
+            f"DATA_PATH: {cfg.data_path} has another validation text than {run.folder} was scored "
+            "on; set DATA_PATH to that one's folder"
+        )
+    tokens = tokens[: most + 1]
+    stages = {}
+    for plan in train_gpt.evaluation_plans(cfg):
+        name = visible(run.name)
+        print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
+        predictor = train_gpt.new_predictor(artifact, cfg, rt, plan)
+        walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
+        stages |= dict(zip(plan.stages, walked))
+    notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})
+    arrays = {name: rows[:, 0] for name, rows in stages.items() if name != "mixer"}
+    arrays |= dataclasses.asdict(artifact.table)
+    arrays |= dict(tokens=tokens, last=np.concatenate(walked, 1))
+    file = io.BytesIO()
+    np.savez_compressed(file, scored=identity(run), notes=np.array(notes, str), **arrays)
+    write(run.folder / "trace.npz", file.getvalue())
+
+
+def open_artifact(run):
+    """Return the Artifact that a run was scored with; ReportError if it is not there."""
+    wanted = run.part("artifact").get("sha256")
+    if not (wanted and run.stages and run.part("validation")):
+        raise ReportError(f"{run.folder}: --trace: no stage is scored yet in its results.json")
+    if not run.artifact:
+        raise ReportError(
+            f"{run.folder}: --trace: there is no artifact, model.int6.lzma; copy the run's there"
+        )
+    artifact = train_gpt.read_artifact(run.artifact)
+    if artifact.digest.hex() != wanted:
+        raise ReportError(
+            f"{run.artifact}: --trace: not the artifact of {run.folder}/results.json, which has "
+            f"another SHA-256, {wanted}"
+        )
+    return artifact
+
+
+def config_of(run, artifact):
+    """Return the Config under which a run scored; DATA_PATH and DEVICE of the environment count."""
+    environ = {name: os.environ[name] for name in ("DATA_PATH", "DEVICE") if name in os.environ}
+    names = {*artifact.settings, "data_path", "device", "val_tokens"} & run.settings.keys()
+    own = {name: run.settings[name] for name in names}
+    cfg = train_gpt.config_from_env(environ, artifact.settings | own)
+    if cfg.vocab_size < TOP:
+        raise ReportError(f"{run.folder}: --trace: a vocabulary of less than {TOP} tokens")
+    return cfg
+
+
+def walk_rows(predictor, stream):
+    """Return what `last` has of each stage of a walk over a stream, int64 (n, 17) each."""
+    rows = {stage: [] for stage in predictor.plan.stages}
+    log = functools.partial(print, flush=True)
+    for commitment, targets, _ in train_gpt.walk(predictor, stream, log):
+        for stage, found in rows.items():
+            freqs = commitment.table(stage)
+            found.append(torch.cat([freqs.gather(1, targets[:, None]), *freqs.topk(TOP)], 1).cpu())
+    return [torch.cat(found).numpy() for found in rows.values()]
+
+
+def check_bits(run, freqs):
+    """Return notes on {stage: the first tokens' frequencies, (n,)}; ReportError if they are wrong.
+
+    They must give the bits that the run has reported, of as many tokens as are there: of a whole
+    stage, or of the proof.
+    """
+    reported = [(s["name"], s["tokens"], s["val_bpb"] * s["bytes"]) for s in run.stages]
+    if proof := run.part("proof"):
+        reported.append((run.stages[-1]["name"], proof["tokens"], proof["predicted_bits"]))
+    checked = 0
+    for stage, count, expected in reported:
+        if count > len(freqs.get(stage, ())):
+            continue
+        checked = max(checked, count)
+        bits = (TOTAL_BITS - np.log2(freqs[stage][:count])).sum()
+        if not math.isclose(bits, expected, rel_tol=1e-9, abs_tol=1e-6):
+            raise ReportError(
+                f"{run.folder}: --trace: {stage} gives {count:,} tokens {bits:.3f} bits here, and "
+                f"{expected:.3f} in results.json: use the train_gpt.py that made the run and, "
+                "where EVAL_DTYPE is not float64, its machine"
+            )
+    source = hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
+    is_same = source == run.part("environment").get("source_sha256")
+    if checked or (is_same and run.settings.get("eval_dtype") == "float64"):
+        return []
+    return [
+        "The text was scored again by another version of train_gpt.py than the run's, or not in "
+        "float64, and it is too short to compare its bits with the reported ones."
+    ]
+
+
+# ---- Charts --------------------------------------------------------------------------------------
+# matplotlib draws with stand-in colours, which are then replaced: by CSS variables in the page, so
+# that charts follow its light or dark colours, and by fixed ones of middle lightness in the figures
+# of the README, which stand on either ground. Runs differ in dashes and marks as well as in colour.
+
+# {role: (stand-in, colour of the README's figures)}
+INKS = {
+    "ink": ("#010203", "#6f7883"),
+    "grid": ("#040506", "#9aa4b0"),
+    "s0": ("#070809", "#2f81c7"),
+    "s1": ("#0a0b0c", "#c8761a"),
+    "s2": ("#0d0e0f", "#2a9d76"),
+    "s3": ("#101112", "#b9589e"),
+    "up": ("#131415", "#c8761a"),
+    "down": ("#161718", "#2f81c7"),
+    "base": ("#191a1b", "#8a94a0"),
+}
+SERIES = ("s0", "s1", "s2", "s3")
+DASHES = ("-", "--", ":", "-.")
+MARKS = ("o", "s", "^", "D")
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "text.parse_math": False,
+    "font.size": 11,
+    "font.family": ["DejaVu Sans"],  # matplotlib brings it: text is measured alike everywhere
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INKS["grid"][0],
+    "axes.labelcolor": INKS["ink"][0],
+    "axes.titlesize": 11,
+    "text.color": INKS["ink"][0],
+    "xtick.color": INKS["ink"][0],
+    "ytick.color": INKS["ink"][0],
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": INKS["grid"][0],
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+    "lines.linewidth": 1.8,
+    "axes.formatter.useoffset": False,
+}
+
+
+def ink(role):
+    """Return the stand-in colour of a role."""
+    return INKS[role][0]
+
+
+def svg_of(figure, name, title, description, colours):
+    """Return a figure as SVG that begins with <svg; equal figures give equal bytes.
+
+    name: prefix of all ids, so that several fit into one page; colours {role: CSS colour}.
+    """
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph ")  # the reader's fonts may have it
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>\s*|<style.*?</style>\s*", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (?:xmlns(?::\w+)?|version)="[^"]*"', "", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'href="#|url\(#', lambda found: f"{found[0]}{name}-", svg)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, 'DejaVu Sans', sans-serif", svg)
+    for role, (stand_in, _) in INKS.items():
+        svg = svg.replace(stand_in, colours[role])
+    named = tag("title", escaped(title), id=f"{name}-title")
+    named += tag("desc", escaped(description), id=f"{name}-desc")
+    head, rest = svg.split(">", 1)
+    described = f'role="img" aria-labelledby="{name}-title" aria-describedby="{name}-desc"'
+    described += ' stroke-linejoin="round" stroke-linecap="butt"'
+    return f"{head} {described}>{named}{rest.strip()}"
+
+
+class Chart:
+    """One chart: its figure while it is drawn, then a <figure> of the page or an SVG file."""
+
+    def __init__(self, name, title, width=4.6, height=3.1):
+        self.name = name
+        self.title = title
+        self.figure = Figure(figsize=(width, height), layout="constrained")
+        self.axes = self.figure.add_subplot()
+        self.description = ""
+        self.numbers = ""  # HTML of a table with the same figures
+
+    def legend(self, runs, **how):
+        """Name the runs, unless there is one alone; above the axes, where no data are."""
+        if len(runs) > 1:
+            how = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2) | how
+            self.axes.legend(**how)
+
+    def element(self):
+        """Return the chart as a <figure> with its heading and its numbers."""
+        colours = {role: f"var(--{role})" for role in INKS}
+        svg = svg_of(self.figure, self.name, self.title, self.description, colours)
+        svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)  # those of <svg> itself
+        caption = tag(
+            "figcaption", tag("strong", escaped(self.title)), " ", escaped(self.description)
+        )
+        numbers = ""
+        if self.numbers:
+            numbers = tag("details", tag("summary", "Numbers"), self.numbers)
+        return tag("figure", svg, caption, numbers)
+
+    def file(self):
+        """Return the chart as the bytes of an SVG file, for light and dark grounds."""
+        colours = {role: colour for role, (_, colour) in INKS.items()}
+        svg = svg_of(self.figure, self.name, self.title, self.description, colours)
+        return svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).encode() + b"\n"
+
+
+def styled(draw):
+    """Return the function `draw` under this module's style of charts."""
+
+    @functools.wraps(draw)
+    def drawn(*args):
+        with matplotlib.rc_context(STYLE):
+            return draw(*args)
+
+    return drawn
+
+
+def line(chart, number, x, y, label, **how):
+    """Draw the line of run `number` in its colour, with its dashes and marks."""
+    style = dict(color=ink(SERIES[number % 4]), linestyle=DASHES[number % 4], label=visible(label))
+    if len(x) <= 40:
+        style |= dict(marker=MARKS[number % 4], markersize=3.5)
+    chart.axes.plot(x, y, **style | how)
+
+
+def training_charts(runs):
+    """Return the charts of training: loss by steps and by seconds, and the rate."""
+    runs = [run for run in runs if run.log]
+    return [
+        chart for draw in (loss_chart, clock_chart, rate_chart) if runs for chart in [draw(runs)]
+    ]
+
+
+@styled
+def loss_chart(runs):
+    """Return the training loss, plain and weighted, against steps."""
+    chart = Chart("loss", "Training loss by step")
+    for i, run in enumerate(runs):
+        steps = [row["step"] for row in run.log]
+        line(chart, i, steps, [row["loss"] for row in run.log], run.name)
+        weighted = [row["weighted"] for row in run.log]
+        line(chart, i, steps, weighted, "_", linewidth=0.9, alpha=0.7, marker="")
+    chart.axes.set(xlabel="step", ylabel="nats a token")
+    chart.legend(runs)
+    last = "; ".join(f"{run.name}: {run.log[-1]['loss']:.4f} at the last line" for run in runs)
+    chart.description = (
+        "Plain cross-entropy (thick) and what the complementary loss minimizes (thin), of one "
+        f"batch each. {last}."
+    )
+    rows = [
+        (
+            f"{run.name}, step {row['step']:.0f}",
+            row["loss"],
+            row["weighted"],
+            f"{row['seconds']:.0f}",
+        )
+        for run in runs
+        for row in run.log
+    ]
+    chart.numbers = table(("", "loss", "weighted", "seconds"), rows, "Training loss")
+    return chart
+
+
+@styled
+def clock_chart(runs):
+    """Return the plain training loss against seconds."""
+    chart = Chart("clock", "Training loss by time")
+    for i, run in enumerate(runs):
+        seconds = [row["seconds"] for row in run.log]
+        line(chart, i, seconds, [row["loss"] for row in run.log], run.name)
+    chart.axes.set(xlabel="seconds of training", ylabel="nats a token")
+    chart.legend(runs)
+    ends = "; ".join(f"{run.name}: {run.log[-1]['seconds']:.0f} s" for run in runs)
+    chart.description = f"The plain loss against the clock. {ends}."
+    return chart
+
+
+@styled
+def rate_chart(runs):
+    """Return the rate of training since its start."""
+    chart = Chart("rate", "Rate of training")
+    for i, run in enumerate(runs):
+        rows = run.log[1:] or run.log  # the first step warms up
+        line(chart, i, [row["step"] for row in rows], [row["rate"] for row in rows], run.name)
+    chart.axes.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    chart.legend(runs)
+    rates = "; ".join(f"{run.name}: {run.log[-1]['rate']:,.0f}" for run in runs)
+    chart.description = (
+        f"Tokens a second since the first step, as the log has it. {rates} in the end."
+    )
+    return chart
+
+
+@styled
+def waterfall_chart(run, number, limits):
+    """Return the waterfall of a run's stages: where its bits a byte come from."""
+    chart = Chart(f"stages{number}", f"Stages of {visible(run.name)}")
+    names = [stage["name"] for stage in run.stages]
+    values = [stage["val_bpb"] for stage in run.stages]
+    axes = chart.axes
+    low, high = limits
+    before = [low, *values[:-1]]
+    for i, (value, start) in enumerate(zip(values, before)):
+        rises = value > start
+        role = "base" if i == 0 else "up" if rises else "down"
+        hatch = "" if i == 0 or not rises else "///"
+        axes.bar(i, value - start, 0.62, start, color=ink(role), hatch=hatch, edgecolor=ink("grid"))
+        change = "" if i == 0 else f"\n{value - start:+.4f}"
+        above = max(value, start)
+        axes.text(i, above, f"{value:.4f}{change}", ha="center", va="bottom", fontsize=10)
+        if i:
+            axes.plot([i - 1 + 0.31, i - 0.31], [start, start], color=ink("ink"), linewidth=0.7)
+    axes.set(ylabel="bits a byte", ylim=(low, high + (high - low) * 0.18))
+    axes.set_xticks(range(len(names)), [visible(name).replace("_", "_\n") for name in names])
+    axes.grid(axis="x", visible=False)
+    chart.description = "Each bar begins where the one before ended; lower is better. " + ", ".join(
+        f"{name} {value:.6f}" for name, value in zip(names, values)
+    )
+    rows = [
+        (
+            stage["name"],
+            f"{stage['val_bpb']:.6f}",
+            f"{stage['val_loss']:.6f}",
+            f"{stage['tokens']:,}",
+            f"{stage['seconds']:.1f}",
+        )
+        for stage in run.stages
+    ]
+    head = ("stage", "bits a byte", "nats a token", "tokens", "seconds")
+    chart.numbers = table(head, rows, f"Stages of {run.name}")
+    return chart
+
+
+def stage_charts(runs):
+    """Return a waterfall for each run with stages, all on one scale."""
+    runs = [run for run in runs if run.stages]
+    values = [stage["val_bpb"] for run in runs for stage in run.stages]
+    if not values:
+        return []
+    margin = (max(values) - min(values)) * 0.15 or 0.01
+    limits = min(values) - margin, max(values) + margin
+    return [waterfall_chart(run, i, limits) for i, run in enumerate(runs)]
+
+
+def seconds_of(run):
+    """Return {what: seconds} of a run, in the order of time."""
+    train = run.part("train")
+    names = {"seconds": "training", "calibration_seconds": "calibration"}
+    names["quantize_seconds"] = "quantization"
+    spent = {words: train[name] for name, words in names.items() if train.get(name)}
+    spent |= {stage["name"]: stage["seconds"] for stage in run.stages}
+    proof = run.part("proof")
+    if proof:
+        spent |= {"proof: code": proof["encode_seconds"], "proof: decode": proof["decode_seconds"]}
+    return spent
+
+
+@styled
+def seconds_chart(runs):
+    """Return the seconds of each part of the runs, or None where none are known."""
+    spent = [(run, seconds_of(run)) for run in runs]
+    spent = [(run, parts) for run, parts in spent if parts]
+    if not spent:
+        return None
+    names = list(dict.fromkeys(name for _, parts in spent for name in parts))
+    chart = Chart("seconds", "Where the seconds went", height=1.2 + 0.3 * len(names))
+    thick = 0.8 / len(spent)
+    for i, (run, parts) in enumerate(spent):
+        at = [names.index(name) + (i - (len(spent) - 1) / 2) * thick for name in parts]
+        chart.axes.barh(
+            at,
+            list(parts.values()),
+            thick * 0.9,
+            color=ink(SERIES[i % 4]),
+            hatch=("", "//", "..", "xx")[i % 4],
+            edgecolor=ink("grid"),
+            label=visible(run.name),
+        )
+    chart.axes.set_yticks(range(len(names)), [visible(name) for name in names])
+    chart.axes.invert_yaxis()
+    chart.axes.grid(axis="y", visible=False)
+    chart.axes.set(xlabel="seconds")
+    chart.legend(spent)
+    sums = []
+    for run, _ in spent:
+        train = run.part("train")
+        trained = (train.get("seconds") or 0) + (train.get("calibration_seconds") or 0)
+        scored = sum(s["seconds"] for s in run.stages if s["name"] != "pre_quant")
+        sums.append(f"{run.name}: {trained:.0f} s and {scored:.0f} s")
+    chart.description = (
+        "The competition allows 600 s of training, calibration included, and 600 s of evaluation, "
+        f"without pre_quant, on 8xH100. Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
+    )
+    rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]
+    chart.numbers = table(("part", *(run.name for run, _ in spent)), rows, "Seconds")
+    return chart
+
+
+@styled
+def bytes_chart(runs):
+    """Return the bytes of code and weights against the cap, or None where none are known."""
+    runs = [run for run in runs if run.part("artifact")]
+    if not runs:
+        return None
+    chart = Chart("bytes", "Bytes against the cap", height=1.4 + 0.45 * len(runs))
+    for i, run in enumerate(runs):
+        sizes = run.part("artifact")
+        chart.axes.barh(i, sizes["weights_bytes"], 0.5, color=ink("s0"), edgecolor=ink("grid"))
+        chart.axes.barh(
+            i,
+            sizes["code_bytes"],
+            0.5,
+            sizes["weights_bytes"],
+            color=ink("s1"),
+            hatch="//",
+            edgecolor=ink("grid"),
+        )
+        chart.axes.plot([sizes["limit_bytes"]] * 2, [i - 0.38, i + 0.38], color=ink("ink"))
+    chart.axes.set_yticks(range(len(runs)), [visible(run.name) for run in runs])
+    chart.axes.set_ylim(len(runs) - 0.4, -0.6)
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} MB")
+    chart.axes.grid(axis="y", visible=False)
+    chart.description = (
+        "Weights (plain), then code (hatched); the upright line is the cap. "
+        + "; ".join(
+            "{0}: {weights_bytes:,} and {code_bytes:,} of {limit_bytes:,}".format(
+                run.name, **run.part("artifact")
+            )
+            for run in runs
+        )
+    )
+    return chart
+
+
+@styled
+def parts_chart(run, number):
+    """Return where the bytes of a run's artifact are, or None without its file."""
+    parts = artifact_parts(run.artifact) if run.artifact else {}
+    if not parts:
+        return None
+    parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
+    name = visible(run.name)
+    chart = Chart(f"parts{number}", f"Inside the artifact of {name}", height=1 + 0.3 * len(parts))
+    chart.axes.barh(range(len(parts)), list(parts.values()), 0.6, color=ink("s0"))
+    for i, length in enumerate(parts.values()):
+        chart.axes.text(length, i, f" {length:,}", va="center", fontsize=10)
+    chart.axes.set_yticks(range(len(parts)), list(parts))
+    chart.axes.set(xlim=(0, 1.25 * max(parts.values())))
+    chart.axes.invert_yaxis()
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
+    chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} MB")
+    chart.axes.grid(axis="y", visible=False)
+    chart.description = (
+        "Bytes of each part when it is compressed alone, scaled to the size of the file: "
+        + ", ".join(f"{part} {length:,}" for part, length in parts.items())
+    )
+    return chart
+
+
+def windows(values, count):
+    """Return the sums of `count` stretches of an array, as equal as can be."""
+    return np.array([part.sum() for part in np.array_split(values, count)])
+
+
+@styled
+def stream_chart(run, number):
+    """Return a run's bits a byte along the text, with and without the mixer; None without trace."""
+    trace = run.trace
+    if not trace or trace.sizes.sum() == 0:
+        return None
+    chart = Chart(f"stream{number}", f"Along the text: {visible(run.name)}")
+    n = len(trace.sizes)
+    count = max(1, min(40, n // 50))
+    sizes = windows(trace.sizes, count).clip(min=1)
+    ends = windows(np.ones(n), count).cumsum()
+    curves = {stage: windows(trace.bits[stage], count) / sizes for stage in trace.top}
+    for i, (stage, curve) in enumerate(curves.items()):
+        line(chart, i, ends, curve, stage)
+    chart.axes.set(xlabel="token", ylabel="bits a byte", ylim=(0, None))
+    chart.legend(curves)
+    chart.description = f"Bits a byte in {count} stretches of the first {n:,} tokens."
+    if trace.mixer:
+        neural, mixture = (trace.bits[stage] for stage in curves)
+        chart.axes.fill_between(ends, *curves.values(), color=ink("s1"), alpha=0.15, linewidth=0)
+        gains = windows(neural - mixture, 4) / windows(trace.sizes, 4).clip(min=1)
+        quarters = ", ".join(f"{gain:.4f}" for gain in gains)
+        chart.description += f" The mixer gains, quarter by quarter: {quarters}."
+    return chart
+
+
+def predictions(runs):
+    """Return [(run, proof)] of the runs that were proved."""
+    return [(run, run.results["proof"]) for run in runs if run.part("proof")]
+
+
+@styled
+def proof_chart(runs, name="proof"):
+    """Return bytes predicted and bytes decoded, a pair of bars a run; None without any proof."""
+    proofs = predictions(runs)
+    if not proofs:
+        return None
+    chart = Chart(name, "Proof: predicted and decoded", height=1.3 + 0.75 * len(proofs))
+    longest = max(proof["bytes_on_disk"] for _, proof in proofs)
+    for i, (_, proof) in enumerate(proofs):
+        predicted = proof["predicted_bits"] / 8
+        pairs = (("s0", "", predicted, f"{predicted:,.1f}"),)
+        pairs += (("s1", "//", proof["bytes_on_disk"], f"{proof['bytes_on_disk']:,}"),)
+        for k, (role, hatch, length, words) in enumerate(pairs):
+            at = i + 0.36 * k - 0.18
+            chart.axes.barh(at, length, 0.33, color=ink(role), hatch=hatch, edgecolor=ink("grid"))
+            words += " predicted" if k == 0 else " decoded"
+            chart.axes.text(length + longest * 0.01, at, words, va="center", fontsize=10)
+    labels = [f"{visible(run.name)}\n{proof['tokens']:,} tokens" for run, proof in proofs]
+    chart.axes.set_yticks(range(len(proofs)), labels)
+    chart.axes.set_ylim(len(proofs) - 0.4, -0.6)
+    chart.axes.set_xlim(0, longest * 1.6)
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    chart.axes.set(xlabel="bytes")
+    chart.axes.grid(axis="y", visible=False)
+    words = "; ".join(
+        f"{run.name}: another process decoded {proof['tokens']:,} tokens from "
+        f"{proof['bytes_on_disk']:,} bytes, predicted {proof['predicted_bits'] / 8:,.1f}"
+        for run, proof in proofs
+    )
+    chart.description = (
+        "The code length that was scored, and the bytes on disk that a decoder with nothing but "
+        f"the artifact turned into the text. {words}."
+    )
+    return chart
+
+
+@styled
+def seeds_chart(runs, rule=None):
+    """Return bits a byte by stage, a line a run, on a broken scale; None without any stages.
+
+    rule: (name, bits a byte) of another mixer, drawn as a level line.
+    """
+    runs = [run for run in runs if run.stages]
+    if not runs:
+        return None
+    chart = Chart("stages", "Bits a byte by stage", 6.4, 3.2)
+    names = list(dict.fromkeys(stage["name"] for run in runs for stage in run.stages))
+    for i, run in enumerate(runs):
+        at = [names.index(stage["name"]) for stage in run.stages]
+        values = [stage["val_bpb"] for stage in run.stages]
+        label = f"{visible(run.name)}: {values[-1]:.4f}"
+        line(chart, i, at, values, label, markersize=6)
+    if rule:
+        chart.axes.axhline(rule[1], color=ink("base"), linestyle=(0, (6, 2, 1, 2)))
+        chart.axes.annotate(
+            f"{rule[0]}: {rule[1]:.4f}",
+            (0, rule[1]),
+            (0, -9),
+            textcoords="offset points",
+            va="center",
+        )
+    chart.axes.set_xticks(range(len(names)), [visible(name) for name in names])
+    chart.axes.margins(0.08, 0.12)
+    chart.axes.set(ylabel="bits a byte, lower is better")
+    chart.legend([*runs, ""])
+    words = "; ".join(
+        f"{run.name}: " + ", ".join(f"{s['name']} {s['val_bpb']:.4f}" for s in run.stages)
+        for run in runs
+    )
+    chart.description = f"{words}." + (f" {rule[0]}: {rule[1]:.4f}." if rule else "")
+    return chart
+
+
+# ---- The text itself -----------------------------------------------------------------------------
+
+EDGES = (1, 2, 4, 8, 12)  # bits: where one shade ends and the next begins
+MOST_BITS_STEPS = 2500  # steps of the page's numbers in a bit: 24 bits fit into 16 bits
+
+
+def shades(bits):
+    """Return the shade, 0..5, of each of an array of bits."""
+    return np.searchsorted(EDGES, bits, side="right")
+
+
+def packed(values, dtype):
+    """Return an array as base64 of little-endian numbers."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype=dtype).tobytes()).decode()
+
+
+def text_data(run):
+    """Return what the page's script shows of each token, as an object for JSON."""
+    trace = run.trace
+    tops = [tokens for tokens, _ in trace.top.values()]
+    used, index = np.unique(
+        np.concatenate([trace.tokens, *map(np.ravel, tops)]), return_inverse=True
+    )
+    parts = np.split(index, np.cumsum([len(trace.tokens), *(top.size for top in tops)]))
+    data = {
+        "pieces": [trace.label(int(token)).replace(" ", "\u2423") for token in used],
+        "begins": "".join("01"[int(trace.word_begins[token])] for token in used),
+        "tokens": packed(parts[0], "<u2"),
+        "stages": list(trace.bits),
+        "bits": [packed((b * MOST_BITS_STEPS).round(), "<u2") for b in trace.bits.values()],
+        "tops": [
+            {
+                "stage": stage,
+                "tokens": packed(ids, "<u2"),
+                "bits": packed((bits * MOST_BITS_STEPS).round(), "<u2"),
+            }
+            for ids, (stage, (_, bits)) in zip(parts[1:], trace.top.items())
+        ],
+        "edges": EDGES,
+    }
+    if trace.counts is not None:
+        order = int(run.settings["ngram_order"])
+        data["counts"] = packed(trace.counts, "u1")
+        data["contexts"] = CONTEXTS
+        data["lengths"] = [min(length, order - 1) for length in CONTEXT_LENGTHS]
+    return data
+
+
+def text_spans(trace):
+    """Return the text as HTML: a paragraph a document, a focusable span a token."""
+    classes = shades(trace.bits[trace.last])
+    paragraphs = [[]]
+    for i, (token, label) in enumerate(zip(trace.tokens[1:].tolist(), labels_of(trace))):
+        if token == trace.bos_id and paragraphs[-1]:
+            paragraphs.append([])
+        label = html.escape(label)
+        stop = 0 if i == 0 else -1  # one stop of the tab key; the arrows do the rest
+        span = f'<span class="b{classes[i]}" tabindex="{stop}">{label}</span>'
+        # The span ends before the line does, so that its colour does not fill the margin.
+        paragraphs[-1].append(span + ("\n" if label.endswith(LINE) else ""))
+    return "".join(tag("p", *spans) for spans in paragraphs)
+
+
+def text_section(run):
+    """Return the section with a run's text, and the data for it."""
+    trace = run.trace
+    n = len(trace.tokens) - 1
+    bits = trace.bits[trace.last]
+    total = max(1, trace.sizes.sum())
+    bounds = (0, *EDGES)
+    words = [f"{low} to {high}" for low, high in zip(bounds, EDGES)] + [f"{EDGES[-1]} and more"]
+    legend = "".join(tag("li", tag("span", text, class_=f"b{i}")) for i, text in enumerate(words))
+    modes = [("last", f"Bits under {trace.last}")]
+    if trace.mixer:
+        modes += [("neural", f"Bits under {trace.neural}"), ("change", "What the mixer changed")]
+    radios = "".join(
+        tag(
+            "label",
+            f'<input type="radio" name="mode" value="{value}"{" checked" * (i == 0)}> ',
+            escaped(text),
+        )
+        for i, (value, text) in enumerate(modes)
+    )
+    data = json.dumps(text_data(run), ensure_ascii=True, separators=(",", ":"))
+    for char in "<>&":
+        data = data.replace(char, f"\\u{ord(char):04x}")
+    change = (
+        tag("li", tag("span", "the mixer saves bits", class_="g2"))
+        + tag("li", tag("span", "the mixer costs bits", class_="l2"))
+        if trace.mixer
+        else ""
+    )
+    return (
+        tag(
+            "section",
+            tag("h2", "The text, token by token", id="text-title"),
+            tag(
+                "p",
+                f"The first {n:,} tokens ({trace.sizes.sum():,} bytes) of the text that ",
+                tag("b", escaped(run.name)),
+                f" scored, {bits.sum() / total:.4f} bits a byte here. The deeper a token's colour "
+                "and the thicker the line below it, the more bits it took. Point at a token, tap "
+                "it, or reach it with Tab and move with the arrow keys, Home and End; Escape lets "
+                "go of it.",
+            ),
+            tag("fieldset", tag("legend", "Colour shows"), radios, class_="modes"),
+            tag("ul", legend, class_="legend", id="legend-bits", aria_label="Bits a token"),
+            tag("ul", change, class_="legend", id="legend-change", aria_label="Change", hidden="")
+            if change
+            else "",
+            tag(
+                "div",
+                tag(
+                    "div",
+                    text_spans(trace),
+                    id="text",
+                    role="group",
+                    aria_labelledby="text-title",
+                    lang="en",
+                    dir="ltr",
+                ),
+                tag(
+                    "aside", tag("p", "No token is chosen."), id="detail", aria_label="Chosen token"
+                ),
+                class_="reader",
+            ),
+            aria_labelledby="text-title",
+        )
+        + f'<script type="application/json" id="data">{data}</script>'
+        + tag("script", SCRIPT)
+    )
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def device_of(run):
+    """Return the device of a run, in words."""
+    return run.part("environment").get("device", "an unknown device")
+
+
+def overview(runs):
+    """Return the table of all runs, and their mean if they are several."""
+    columns = []
+    for run in runs:
+        last = run.stages[-1] if run.stages else {}
+        sizes = run.part("artifact")
+        proof = run.part("proof")
+        columns.append(
+            {
+                "bits a byte": f"{last['val_bpb']:.6f}" if last else "none",
+                "of stage": last.get("name", ""),
+                "code + artifact": f"{sizes['total_bytes']:,} bytes" if sizes else "unknown",
+                "decoded": "{tokens:,} tokens from {bytes_on_disk:,} bytes".format(**proof)
+                if proof
+                else "nothing",
+                "command": run.results.get("command", "unknown"),
+                "preset": run.settings.get("preset", "unknown"),
+                "seed": run.settings.get("seed", "unknown"),
+                "device": device_of(run),
+            }
+        )
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    shown = table(("", *(run.name for run in runs)), rows, "Runs")
+    scored = [run for run in runs if run.stages]
+    if len(scored) < 2:
+        return shown
+    odd = {name for run in scored for name in run.settings if len(values_of(scored, name)) > 1}
+    odd -= HARMLESS
+    if odd or len({run.stages[-1]["name"] for run in scored}) > 1:
+        words = (
+            f"No mean: the runs differ in {', '.join(sorted(odd)).upper() or 'their last stage'}."
+        )
+        return shown + tag("p", escaped(words))
+    values = [run.stages[-1]["val_bpb"] for run in scored]
+    mean, deviation = np.mean(values), np.std(values, ddof=1)
+    words = f"Mean of {len(values)} runs: {mean:.6f} \u00b1 {deviation:.6f} bits a byte."
+    return shown + tag("p", words)
+
+
+# Settings in which the runs of a mean may differ.
+HARMLESS = {"seed", "run_id", "log_dir", "artifact_path", "data_path", "tokenizer_path", "device"}
+HARMLESS |= {"log_every", "replace", "verify_enabled", "verify_tokens"}
+
+
+def values_of(runs, name):
+    """Return the set of a setting's values, as text, in some runs."""
+    return {str(run.settings.get(name, "")) for run in runs}
+
+
+def settings_section(runs):
+    """Return all settings; those in which the runs differ come first and are marked."""
+    names = sorted({name for run in runs for name in run.settings})
+    if not names:
+        return ""
+    values = {name: [str(run.settings.get(name, "")) for run in runs] for name in names}
+    names.sort(key=lambda name: len(values_of(runs, name)) == 1)
+    rows = [
+        (name.upper() + " (differs)" * (len(set(values[name])) > 1), *values[name])
+        for name in names
+    ]
+    shown = table(("setting", *(run.name for run in runs)), rows, "Settings")
+    return tag("section", tag("h2", "Settings"), tag("details", tag("summary", "All"), shown))
+
+
+def page(runs):
+    """Return the whole page of some runs."""
+    numbered = list(enumerate(runs))
+    chapters = {
+        "Result": [
+            *stage_charts(runs),
+            *(stream_chart(run, i) for i, run in numbered),
+            proof_chart(runs),
+        ],
+        "Training": training_charts(runs),
+        "Budget": [
+            seconds_chart(runs),
+            bytes_chart(runs),
+            *(parts_chart(run, i) for i, run in numbered),
+        ],
+    }
+    body = [tag("section", tag("h2", "Runs"), overview(runs))]
+    named = {note: [] for run in runs for note in run.notes}
+    for note, names in named.items():
+        names += [run.name for run in runs if note in run.notes]
+    notes = [f"{', '.join(names)}: {note}" for note, names in named.items()]
+    if notes:
+        body.append(tag("ul", *(tag("li", escaped(note)) for note in notes), class_="notes"))
+    for title, charts in chapters.items():
+        figures = [chart.element() for chart in charts if chart]
+        if figures:
+            body.append(tag("section", tag("h2", title), tag("div", *figures, class_="charts")))
+    traced = [run for run in runs if run.trace]
+    if traced:
+        body.append(text_section(traced[0]))
+    else:
+        sorry = f"None of these runs has a trace of its text, trace.npz: {MAKE_TRACE}."
+        body.append(tag("section", tag("h2", "The text, token by token"), tag("p", sorry)))
+    body.append(settings_section(runs))
+    title = escaped("Report of " + ", ".join(run.name for run in runs))
+    policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
+        f"<header><h1>{title}</h1></header>\n<main>{''.join(body)}</main>\n</body>\n</html>\n"
+    )
+
+
+CSS = """
+:root {
+  color-scheme: light dark;
+  --ground: #ffffff; --ink: #1b1f24; --soft: #57606a; --grid: #8c959f; --panel: #f6f8fa;
+  --s0: #1f6fb2; --s1: #b35c00; --s2: #11765a; --s3: #9c3d82;
+  --up: #b35c00; --down: #1f6fb2; --base: #7d8590; --focus: #0550ae;
+  --b0: #ffffff; --b1: #e3eef9; --b2: #c6ddf3; --b3: #a3c9ec; --b4: #80b4e4; --b5: #5f9fdb;
+  --line: #1f5f9e; --loss: #f3c79a; --gain: #b5d4f1; --edge: #8a4500;
+}
+@media screen and (prefers-color-scheme: dark) {
+  :root {
+    --ground: #14171b; --ink: #eceff2; --soft: #a9b2bc; --grid: #6b747e; --panel: #1d2126;
+    --s0: #63aef0; --s1: #eda24a; --s2: #4fc79d; --s3: #e08cc6;
+    --up: #eda24a; --down: #63aef0; --base: #808a95; --focus: #8cc4ff;
+    --b0: #14171b; --b1: #16263a; --b2: #18365a; --b3: #1a477a; --b4: #1b579a; --b5: #1c66b6;
+    --line: #8cc4ff; --loss: #6e3f0c; --gain: #1a4a7c; --edge: #ffc184;
+  }
+}
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--ground); color: var(--ink);
+  font: 1rem/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+header, main { max-width: 84rem; margin: 0 auto; padding: 0 1rem; }
+h1 { font-size: 1.4rem; line-height: 1.25; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+caption { text-align: left; color: var(--soft); }
+.unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
+th, td { text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px solid var(--grid);
+  vertical-align: top; }
+td { min-width: 5rem; }
+thead th { color: var(--soft); font-weight: 600; }
+tbody th { font-weight: 600; white-space: nowrap; }
+.notes { padding: .6rem .6rem .6rem 1.8rem; background: var(--panel);
+  border-left: .3rem solid var(--s1); }
+.charts { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+figure { margin: 0; min-width: 0; }
+figure svg { width: 100%; height: auto; display: block; }
+figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
+figcaption strong { color: var(--ink); }
+summary { cursor: pointer; font-size: .9rem; }
+details .scroll { max-height: 20rem; overflow: auto; }
+:focus-visible { outline: 3px solid var(--focus); outline-offset: 1px; }
+.modes { border: 0; padding: 0; margin: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+.modes legend { font-weight: 600; padding: 0; }
+.legend { list-style: none; margin: .5rem 0; padding: 0; display: flex; flex-wrap: wrap;
+  gap: .3rem .8rem; }
+.legend[hidden] { display: none; }
+.legend span { padding: 0 .3rem; }
+.reader { display: grid; gap: 1rem; }
+#text { background: var(--ground); line-height: 1.9; overflow-wrap: anywhere; min-width: 0;
+  max-width: 46rem; }
+#text p { white-space: pre-wrap; margin: 0 0 1rem; padding: .4rem 0;
+  border-top: 1px solid var(--grid); }
+#text span { unicode-bidi: isolate; cursor: pointer; }
+.b0 { background: var(--b0); border-bottom: 1px dotted var(--line); }
+.b1 { background: var(--b1); border-bottom: 1px solid var(--line); }
+.b2 { background: var(--b2); border-bottom: 2px solid var(--line); }
+.b3 { background: var(--b3); border-bottom: 3px solid var(--line); }
+.b4 { background: var(--b4); border-bottom: 4px solid var(--line); }
+.b5 { background: var(--b5); border-bottom: 5px solid var(--line); }
+.g1 { border-bottom: 1px solid var(--line); }
+.g2 { background: var(--gain); border-bottom: 3px solid var(--line); }
+.g3 { background: var(--gain); border-bottom: 5px solid var(--line); }
+.l1 { border-bottom: 1px dashed var(--edge); }
+.l2 { background: var(--loss); border-bottom: 3px dashed var(--edge); }
+.l3 { background: var(--loss); border-bottom: 5px dashed var(--edge); }
+#text .here { outline: 3px solid var(--focus); outline-offset: 0; }
+#detail { background: var(--panel); border: 1px solid var(--grid); border-radius: .4rem;
+  padding: .6rem .8rem; font-size: .9rem; position: sticky; bottom: 0; max-height: 45vh;
+  overflow: auto; align-self: end; }
+#detail h3 { margin: 0 0 .3rem; font-size: 1rem; overflow-wrap: anywhere; }
+#detail h4 { margin: .6rem 0 .2rem; font-size: .9rem; }
+#detail ul { margin: 0; padding-left: 1.1rem; }
+#detail .scores { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; }
+#detail code { background: var(--ground); padding: 0 .2rem; unicode-bidi: isolate; }
+#detail .came { font-weight: 700; }
+@media (min-width: 62rem) {
+  .reader { grid-template-columns: minmax(0, 1fr) 24rem; }
+  #detail { top: 1rem; bottom: auto; max-height: calc(100vh - 2rem); align-self: start; }
+}
+@media print {
+  :root { color-scheme: light; }
+  body { font-size: 10pt; }
+  header, main { max-width: none; padding: 0; }
+  .charts { grid-template-columns: 1fr 1fr; }
+  figure, tr { break-inside: avoid; }
+  h2 { break-after: avoid; }
+  .scroll { overflow: visible; }
+  table { font-size: 8pt; }
+  #detail, .modes, details { display: none; }
+  #text { font-size: 8pt; line-height: 1.6; max-width: none; columns: 2; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+"""
+
+SCRIPT = r"""
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const text = document.getElementById("text");
+  const detail = document.getElementById("detail");
+  const numbers = (coded, Kind) =>
+    new Kind(Uint8Array.from(atob(coded), (c) => c.charCodeAt(0)).buffer);
+  const tokens = numbers(data.tokens, Uint16Array);
+  const bits = data.bits.map((coded) => numbers(coded, Uint16Array));
+  const tops = data.tops.map((top) => ({
+    stage: top.stage,
+    tokens: numbers(top.tokens, Uint16Array),
+    bits: numbers(top.bits, Uint16Array),
+  }));
+  const counts = data.counts ? numbers(data.counts, Uint8Array) : null;
+  const spans = Array.from(text.querySelectorAll("span"));
+  const place = new Map(spans.map((span, i) => [span, i]));
+  const STEPS = 2500;
+  const neural = bits[data.stages.indexOf(tops[0].stage)];
+  const last = bits[data.stages.indexOf(tops[tops.length - 1].stage)];
+
+  const make = (name, content, kind) => {
+    const element = document.createElement(name);
+    if (kind) element.className = kind;
+    for (const part of [content].flat()) element.append(part);
+    return element;
+  };
+  const percent = (steps) => {
+    const p = 100 * 2 ** (-steps / STEPS);
+    return p >= 10 ? p.toFixed(1) + " %" : p >= 0.01 ? p.toPrecision(2) + " %" : "< 0.01 %";
+  };
+  const inBits = (steps) => (steps / STEPS).toFixed(2) + " bits";
+  const piece = (token) => make("code", data.pieces[token]);
+  const row = (kind, ...cells) =>
+    make("tr", cells.map((cell, i) => {
+      const element = make(i || kind === "head" ? (kind === "head" ? "th" : "td") : "th", cell);
+      if (kind === "head") element.scope = "col";
+      else if (!i) element.scope = "row";
+      return element;
+    }), kind === "came" ? "came" : "");
+
+  // The likeliest tokens of both stages, and what each stage gave them: [token, bits, bits].
+  // Where a stage does not list a token, its bits are more than those of the stage's last one.
+  const candidates = (i) => {
+    const found = new Map();
+    tops.forEach((top, k) => {
+      for (let j = 8 * i; j < 8 * i + 8; j++) {
+        const entry = found.get(top.tokens[j]) || tops.map(() => null);
+        entry[k] = top.bits[j];
+        found.set(top.tokens[j], entry);
+      }
+    });
+    const came = tokens[i + 1];
+    found.set(came, tops.length > 1 ? [neural[i], last[i]] : [last[i]]);
+    const order = tops.length - 1;
+    return [...found].sort((a, b) => (a[1][order] ?? 99e3) - (b[1][order] ?? 99e3));
+  };
+
+  // The context of a kind that ends at token `end`, newest first; the word ends where it began.
+  const context = (kind, end) => {
+    const found = [];
+    for (let back = 0; back < data.lengths[kind] && end - back >= 0; back++) {
+      found.push(tokens[end - back]);
+      if (kind === data.lengths.length - 1 && data.begins[tokens[end - back]] === "1") break;
+    }
+    return found;
+  };
+  // What followed the last occurrences of that context: {token: times}.
+  const followers = (kind, end, count) => {
+    const wanted = context(kind, end).join();
+    const found = new Map();
+    for (let at = end - 1; at >= 0 && count > 0; at--) {
+      if (tokens[at] !== tokens[end] || context(kind, at).join() !== wanted) continue;
+      found.set(tokens[at + 1], (found.get(tokens[at + 1]) || 0) + 1);
+      count--;
+    }
+    return found;
+  };
+
+  const show = (i) => {
+    const came = tokens[i + 1];
+    const parts = [make("h3", ["Token ", String(i + 1), ": ", piece(came)])];
+    const scores = data.stages.map((stage, k) => make("li",
+      [stage, " ", make("b", inBits(bits[k][i])), " ", percent(bits[k][i])]));
+    parts.push(make("ul", scores, "scores"));
+    const list = make("table", [make("caption", "Likeliest tokens, and the one that came (bold)")]);
+    list.append(make("thead", row("head", "token", ...tops.map((top, k) =>
+      top.stage + (tops.length > 1 ? (k ? " (after)" : " (before)") : "")))));
+    const share = (b, k) => b === null ? "under " + percent(tops[k].bits[8 * i + 7]) : percent(b);
+    list.append(make("tbody", candidates(i).map(([token, given]) =>
+      row(token === came ? "came" : "", [piece(token), token === came ? " came" : ""],
+        ...given.map(share)))));
+    parts.push(list);
+    if (counts) {
+      parts.push(make("h4", "Contexts that occurred before"));
+      const spoken = data.contexts.map((words, kind) => {
+        const count = counts[6 * i + kind];
+        if (!count) return null;
+        const item = [words, " "];
+        for (const token of context(kind, i).reverse()) item.push(piece(token));
+        item.push(`: ${count} time${count > 1 ? "s" : ""}, then `);
+        let first = true;
+        for (const [token, times] of followers(kind, i, count)) {
+          item.push(first ? "" : ", ", piece(token), times > 1 ? ` \u00d7${times}` : "");
+          first = false;
+        }
+        return make("li", item);
+      }).filter(Boolean);
+      parts.push(spoken.length ? make("ul", spoken) : make("p", "None."));
+    }
+    detail.replaceChildren(...parts);
+  };
+
+  let current = spans[0];
+  const choose = (span) => {
+    current.classList.remove("here");
+    current.removeAttribute("aria-describedby");
+    current.tabIndex = -1;
+    current = span;
+    current.tabIndex = 0;
+    current.classList.add("here");
+    show(place.get(span));
+  };
+  text.addEventListener("mouseover", (event) => {
+    if (place.has(event.target) && !text.contains(document.activeElement)) choose(event.target);
+  });
+  text.addEventListener("focusin", (event) => {
+    if (!place.has(event.target)) return;
+    choose(event.target);
+    event.target.setAttribute("aria-describedby", "detail");
+  });
+  text.addEventListener("click", (event) => {
+    if (place.has(event.target)) event.target.focus();
+  });
+  // The token of the line above or below that is nearest to this one.
+  const beside = (way) => {
+    const from = current.getBoundingClientRect();
+    let best = current;
+    let i = place.get(current);
+    let top = null;
+    for (i += way; i >= 0 && i < spans.length; i += way) {
+      const box = spans[i].getBoundingClientRect();
+      if (Math.abs(box.bottom - from.bottom) < 5) continue;
+      if (top !== null && Math.abs(box.bottom - top) > 5) break;
+      const nearer = Math.abs(box.left - from.left) <
+        Math.abs(best.getBoundingClientRect().left - from.left);
+      if (top === null || nearer) best = spans[i];
+      top = box.bottom;
+    }
+    return best;
+  };
+  text.addEventListener("keydown", (event) => {
+    const i = place.get(current);
+    const moves = {
+      ArrowRight: () => spans[Math.min(i + 1, spans.length - 1)],
+      ArrowLeft: () => spans[Math.max(i - 1, 0)],
+      ArrowDown: () => beside(1),
+      ArrowUp: () => beside(-1),
+      Home: () => spans[0],
+      End: () => spans[spans.length - 1],
+      Escape: () => { current.blur(); return null; },
+    };
+    if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
+    event.preventDefault();
+    const next = moves[event.key]();
+    if (next) next.focus();
+  });
+
+  const shade = (steps) => data.edges.filter((edge) => steps / STEPS >= edge).length;
+  const change = (saved) => {
+    const size = Math.abs(saved) / STEPS;
+    const level = size < 0.1 ? 0 : size < 1 ? 1 : size < 4 ? 2 : 3;
+    return level ? (saved > 0 ? "g" : "l") + level : "";
+  };
+  for (const radio of document.querySelectorAll("input[name=mode]")) {
+    radio.addEventListener("change", () => {
+      const mode = radio.value;
+      spans.forEach((span, i) => {
+        const own = mode === "change" ? change(neural[i] - last[i])
+          : "b" + shade(mode === "last" ? last[i] : neural[i]);
+        span.className = own + (span === current && span.classList.contains("here") ? " here" : "");
+      });
+      document.getElementById("legend-bits").hidden = mode === "change";
+      const legend = document.getElementById("legend-change");
+      if (legend) legend.hidden = mode !== "change";
+    });
+  }
+})();
+"""
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def write(path, data):
+    """Write bytes to a file and say so; ReportError if that cannot be."""
+    try:
+        path.write_bytes(data)
+    except OSError as error:
+        raise ReportError(f"cannot write {path} ({error.strerror})") from error
+    print(f"{path}: {len(data):,} bytes")
+
+
+def read_rule(path):
+    """Return (name, bits a byte) of another mixer from its results.json, or a folder with one."""
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_bytes())
+        return f"MIXER={results['settings']['mixer']}", float(results["val_bpb"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ReportError(f"--rule {path}: no finished run's results.json ({error})") from error
+
+
+def write_figures(runs, folder, rule):
+    """Write the figures that the README shows: stages.svg and proof.svg, as far as there are."""
+    charts = {"stages.svg": seeds_chart(runs, rule), "proof.svg": proof_chart(runs)}
+    if not any(charts.values()):
+        raise ReportError("these runs have neither stages nor proofs to draw")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ReportError(f"--figures {folder}: no folder ({error.strerror})") from error
+    for name, chart in charts.items():
+        if chart:
+            write(folder / name, chart.file())
+
+
+def positive(text):
+    """Return a number of tokens from the command line; ValueError if it is none."""
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
+def trace_runs(folders, most):
+    """Make the traces of all runs in these folders but those of `verify`, which scores no stage."""
+    runs = [run for run in map(read_run, folders) if run.results.get("command") != "verify"]
+    if not runs:
+        raise ReportError("--trace: these folders have proofs alone; name that of a run or of eval")
+    for run in runs:
+        make_trace(run, most)
+
+
+def main(args=None):
+    """Run the command line; return its exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_DIR", help="folder of a run, eval or verify"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="the page (default: report.html in the first RUN_DIR)"
+    )
+    parser.add_argument(
+        "--figures", type=Path, metavar="DIR", help="write stages.svg and proof.svg"
+    )
+    parser.add_argument(
+        "--rule",
+        metavar="RESULTS",
+        help="--figures: results.json of another mixer, drawn as a line",
+    )
+    parser.add_argument(
+        "--trace",
+        nargs="?",
+        type=positive,
+        const=10_000,
+        metavar="N",
+        help="score the first N tokens again, for the view of the text (default: 10000)",
+    )
+    given = parser.parse_args(args)
+    try:
+        if given.trace:
+            trace_runs(given.runs, given.trace)
+        runs = [read_run(folder) for folder in given.runs]
+        if given.figures:
+            write_figures(runs, given.figures, given.rule and read_rule(given.rule))
+        if given.out or not given.figures:
+            out = given.out or runs[0].folder / "report.html"
+            write(out, page(runs).encode("utf-8", "replace"))
+    except (ReportError, train_gpt.UserError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

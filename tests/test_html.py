@@ -1,0 +1,924 @@
+"""logs/report.py: the page and the figures of runs."""
+
+import collections
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import unicodedata
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    CODED_STREAM,
+    FINEST,
+    ROOT,
+    VOCAB,
+    few_words,
+    tiny_config,
+    tiny_table,
+    warm_model,
+    warm_weights,
+)
+
+import train_gpt
+
+sys.path.insert(0, str(ROOT / "logs"))
+import report
+from report import ReportError, Trace, labels_of, page, read_log, read_run, visible
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+# ---- Folders of runs -----------------------------------------------------------------------------
+
+SETTINGS = dict(preset="demo", seed=1, ngram_order=5, ngram_recent=3, ngram_hash_bits=12)
+HEADER = "{} {}, 2026-01-02 03:04:05 UTC"
+STEP = "step {}/40  loss {} (weighted {})  lr x1.000  1,234 tokens/s  {} s  ETA 9 s"
+HOSTILE = '</script><script>alert("&")</script>\u202e\x07'
+PIECES = ["<unk>", "<s>", "<b>&amp;", "\u2581\u202etext", "\u2581a", "b", "\x1b[0m\u0301"]
+PIECES += ["<0x0A>", "<0xC3>", "<0xA9>", "\u2581\u05e9\u05dc", "</span>", "'\"", "\u200b"]
+KINDS = "UCNNNNNBBBNNNN"
+
+
+def log_text(*steps, name="run", command="train"):
+    """Return a log whose training has a line for each (step, loss) of `steps`."""
+    lines = [HEADER.format(command, name), "cpu tiny", "  PRESET=demo", "  SEED=7"]
+    lines += [STEP.format(n, loss, loss - 0.25, 2 * n) for n, loss in steps]
+    return "\n".join(lines) + "\n"
+
+
+def stage(name, val_bpb):
+    """Return a stage as results.json has it."""
+    return dict(name=name, val_bpb=val_bpb, val_loss=2 * val_bpb, tokens=60, bytes=99, seconds=1.5)
+
+
+def results(name="run", last=1.25, **changes):
+    """Return the results.json of a finished run."""
+    values = dict(pre_quant=1.5, round_trip=1.51, sliding=1.505, ttt=1.5, mixer=last)
+    return (
+        dict(
+            run_id=name,
+            seed=1,
+            command="train",
+            settings=SETTINGS,
+            environment=dict(device="cpu tiny"),
+            train=dict(seconds=70.0, calibration_seconds=5.0, quantize_seconds=1.0),
+            artifact=dict(
+                path="nowhere",
+                weights_bytes=700_000,
+                code_bytes=160_000,
+                total_bytes=860_000,
+                limit_bytes=1_000_000,
+            ),
+            stages=[stage(*item) for item in values.items()],
+            val_bpb=last,
+            proof=dict(
+                tokens=60,
+                predicted_bits=800.5,
+                bytes_on_disk=111,
+                encode_seconds=1.0,
+                decode_seconds=2.0,
+            ),
+        )
+        | changes
+    )
+
+
+def new_trace(path, n=60, pieces=PIECES, kinds=KINDS, mixer=True, seed=0):
+    """Write a trace of n tokens of an invented text, and return it as a dict.
+
+    It belongs to the results in its folder, if there are any.
+    """
+    has_results = (path.parent / "results.json").exists()
+    scored = report.identity(read_run(path.parent)) if has_results else ""
+    random = np.random.default_rng(seed)
+    tokens = np.append(1, random.integers(2, len(pieces), n))
+    tokens[n // 2] = 1
+    rows = []
+    for _ in range(1 + mixer):
+        freqs = np.sort(random.integers(1, 1 << 20, (n, 9)))[:, ::-1]
+        ids = np.array([random.permutation(len(pieces))[:8] for _ in range(n)])
+        rows += [freqs[:, -1:], freqs[:, :8], ids]
+    last = np.concatenate(rows, 1)
+    stages = dict(round_trip=random.integers(1, 1 << 24, n), ttt=last[:, 0])
+    arrays = dict(scored=scored, notes=np.array([], str), tokens=tokens, last=last, **stages)
+    arrays |= dict(pieces=pieces, kinds=kinds, bos_id=1)
+    np.savez_compressed(path, **arrays)
+    return arrays
+
+
+@pytest.fixture
+def new_run(tmp_path):
+    """new_run(name, trace=True, **changes) -> the folder of an invented run that is finished."""
+
+    def made(name="run", trace=True, **changes):
+        folder = tmp_path / f"folder{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(results(name, **changes)))
+        (folder / "train.log").write_text(log_text((1, 6.5), (10, 5.0), (40, 4.0), name=name))
+        if trace:
+            new_trace(folder / "trace.npz")
+        return folder
+
+    return made
+
+
+def built(*folders):
+    """Return the page of the runs in these folders."""
+    return page([read_run(folder) for folder in folders])
+
+
+# ---- What a page is ------------------------------------------------------------------------------
+
+VOID = {"meta", "input", "br"}
+
+
+class Element:
+    """An element of a page: its name, attributes, children and text."""
+
+    def __init__(self, name, attributes):
+        self.name = name
+        self.attributes = dict(attributes)
+        self.children = []
+        self.text = ""
+
+    def all(self, name=None):
+        """Yield it and all elements in it, in order, that have this name."""
+        if name in (None, self.name):
+            yield self
+        for child in self.children:
+            yield from child.all(name)
+
+    def words(self):
+        """Return all text in it."""
+        return self.text + "".join(child.words() for child in self.children)
+
+
+class Tree(html.parser.HTMLParser):
+    """Parse a page into Elements; AssertionError where tags are not balanced or repeat a name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open = [Element("page", [])]
+        self.feed(text)
+        self.close()
+        assert len(self.open) == 1
+        self.root = self.open[0]
+
+    def handle_starttag(self, name, attributes):
+        """Begin an element."""
+        names = [n for n, _ in attributes]
+        assert len(set(names)) == len(names)
+        element = Element(name, attributes)
+        self.open[-1].children.append(element)
+        if name not in VOID:
+            self.open.append(element)
+
+    def handle_startendtag(self, name, attributes):
+        """Take an element that is empty, as in SVG."""
+        self.open[-1].children.append(Element(name, attributes))
+
+    def handle_endtag(self, name):
+        """End the innermost element, which must have this name."""
+        assert self.open.pop().name == name
+
+    def handle_data(self, data):
+        """Keep text."""
+        self.open[-1].text += data
+
+
+def tree(text):
+    """Return a page's root Element."""
+    return Tree(text).root
+
+
+@pytest.fixture
+def whole(new_run):
+    """The page of two seeds with everything, as (text, root)."""
+    text = built(new_run("one"), new_run("two", last=1.35))
+    return text, tree(text)
+
+
+def test_page_is_valid(whole):
+    """Balanced, with a language and a title; ids are unique, and what refers to one finds it."""
+    text, root = whole
+    assert text.startswith("<!DOCTYPE html>\n<html lang=")
+    assert len(list(root.all("title"))) > 1
+    ids = [e.attributes["id"] for e in root.all() if "id" in e.attributes]
+    assert len(set(ids)) == len(ids)
+    for element in root.all():
+        for name in ("aria-labelledby", "aria-describedby"):
+            assert {*element.attributes.get(name, "").split()} <= {*ids}
+    links = re.findall(r'(?:href="|url\()([^")]*)', text)
+    assert links
+    assert {link[0] for link in links} == {"#"}
+    assert {link[1:] for link in links} <= {*ids}
+
+
+def test_page_needs_nothing_from_elsewhere(whole):
+    """No address, no file, and a policy that forbids to load any."""
+    text, root = whole
+    assert "://" not in text
+    assert "@import" not in text
+    assert not [e for e in root.all() if {"src", "srcset", "data"} & e.attributes.keys()]
+    assert not list(root.all("link"))
+    (policy,) = [e for e in root.all("meta") if "http-equiv" in e.attributes]
+    assert policy.attributes["content"].startswith("default-src 'none';")
+
+
+def test_every_chart_has_a_text_alternative(whole):
+    """An image with a title and a description, which has its figures."""
+    _, root = whole
+    charts = list(root.all("svg"))
+    assert len(charts) >= 8
+    for chart in charts:
+        assert chart.attributes["role"] == "img"
+        title, description = chart.children[:2]
+        assert (title.name, description.name) == ("title", "desc")
+        assert title.attributes["id"] == chart.attributes["aria-labelledby"]
+        assert description.attributes["id"] == chart.attributes["aria-describedby"]
+        assert title.text
+        assert re.search(r"\d", description.text)
+
+
+def test_tables_have_headers(whole):
+    """Of columns and of rows."""
+    _, root = whole
+    tables = list(root.all("table"))
+    assert tables
+    for found in tables:
+        scopes = collections.Counter(e.attributes["scope"] for e in found.all("th"))
+        assert scopes["row"] == len(list(found.all("tr"))) - 1
+        assert scopes["col"] >= 2
+        assert [e.words() for e in found.all("caption")] != [""]
+
+
+def spans_of(root):
+    """Return the spans of the text's tokens."""
+    (text,) = [e for e in root.all("div") if e.attributes.get("id") == "text"]
+    return list(text.all("span"))
+
+
+def test_every_token_can_be_reached(whole):
+    """A focusable span each; the tab key stops at one of them, the arrow keys reach the others."""
+    _, root = whole
+    stops = [span.attributes["tabindex"] for span in spans_of(root)]
+    assert stops == ["0"] + ["-1"] * 59
+
+
+def test_shade_says_how_many_bits(new_run):
+    """The class of a token is that of its bits under the last stage."""
+    folder = new_run()
+    last = read_run(folder).trace.bits["mixer"]
+    edges = [sum(bits >= edge for edge in (1, 2, 4, 8, 12)) for bits in last]
+    assert len(set(edges)) > 2
+    classes = [span.attributes["class"] for span in spans_of(tree(built(folder)))]
+    assert classes == [f"b{edge}" for edge in edges]
+
+
+def test_page_of_several_seeds_has_all_of_them(whole):
+    """Each one's figures, and their mean with the sample's deviation."""
+    text, root = whole
+    (first, *_) = root.all("table")
+    assert {"one", "two", "1.250000", "1.350000"} <= {e.words() for e in first.all()}
+    assert "Mean of 2 runs: 1.300000 ± 0.070711 bits a byte." in text
+
+
+def test_page_has_no_mean_of_unlike_runs(new_run):
+    """It says what differs; seeds and places may."""
+    alike = SETTINGS | dict(seed=2, run_id="two", verify_tokens=9)
+    assert "Mean of 2 runs" in built(new_run("one"), new_run("two", settings=alike))
+    other = SETTINGS | dict(ngram_order=4)
+    text = built(new_run("one"), new_run("two", settings=other))
+    assert "No mean: the runs differ in NGRAM_ORDER." in text
+    stages = [stage("pre_quant", 1.5)]
+    text = built(new_run("one"), new_run("two", trace=False, stages=stages))
+    assert "No mean: the runs differ in their last stage." in text
+    assert "Mean of" not in text
+
+
+def test_page_has_the_proof(new_run):
+    """What was predicted, and what was decoded."""
+    assert "another process decoded 60 tokens from 111 bytes, predicted 100.1" in built(new_run())
+
+
+# ---- Text that would do harm ---------------------------------------------------------------------
+
+
+def unseen(text):
+    """Return the characters of a text that show nothing or reorder others; line feeds are fine."""
+    hidden = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+    return {c for c in text if unicodedata.category(c) in hidden and c != "\n"}
+
+
+def test_text_of_a_run_is_shown_and_not_obeyed(new_run):
+    """Name, device, settings and stage: no element or control character comes from them."""
+    folder = new_run(
+        HOSTILE,
+        environment=dict(device=HOSTILE),
+        settings={**SETTINGS, HOSTILE: HOSTILE},
+        stages=[stage(HOSTILE, 1.5)],
+    )
+    text = built(folder)
+    assert unseen(text) == set()
+    root = tree(text)
+    assert len(list(root.all("script"))) == 2
+    assert not [e for e in root.all("script") if "alert" in e.text]
+    assert '</script><script>alert("&")</script>\u27e8202E\u27e9\u2407' in root.words()
+
+
+def test_tokens_are_shown_and_not_obeyed(new_run):
+    """Markup, terminal codes, marks without a letter, bidirectional controls, line feeds."""
+    root = tree(built(new_run()))
+    shown = {span.text for span in spans_of(root)}
+    assert {"<b>&amp;", "</span>", "'\"", " a", "b", " \u05e9\u05dc"} <= shown
+    assert {" \u27e8202E\u27e9text", "\u241b[0m\u0301", "\u27e8200B\u27e9"} <= shown
+    assert {"\u21b5\n", "\u27e8<s>\u27e9"} & shown
+    (data,) = [e for e in root.all("script") if e.attributes.get("id") == "data"]
+    assert "<" not in data.text
+    assert "</span>" in json.loads(data.text)["pieces"]
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("plain \u00e9\u4f60", "plain \u00e9\u4f60"),
+        ("a\tb\x00\x7f", "a\u2409b\u2400\u2421"),
+        (
+            "\x85\u2028\u2066\ufeff",
+            "\u27e80085\u27e9\u27e82028\u27e9\u27e82066\u27e9\u27e8FEFF\u27e9",
+        ),
+        ("\ud800\ue000", "\u27e8D800\u27e9\u27e8E000\u27e9"),
+        ("\u0301a", "\u25cc\u0301a"),
+        ("", ""),
+    ],
+)
+def test_what_cannot_be_seen_gets_a_symbol(text, shown):
+    """Control and format characters, surrogates, private ones, marks without a letter."""
+    assert visible(text) == shown
+
+
+# ---- Runs of all kinds ---------------------------------------------------------------------------
+
+
+def test_page_of_a_log_alone(tmp_path):
+    """A run at work: its training is shown, and it is said that it is not finished."""
+    (tmp_path / "train.log").write_text(log_text((1, 6.5), (10, 5.0)))
+    text = built(tmp_path)
+    assert "the run is not finished" in text
+    assert "Training loss by step" in text
+    assert "Stages of" not in text
+    tree(text)
+
+
+@pytest.mark.parametrize("steps", [[], [(1, 6.5)], [(1, 6.5), (2, float("nan"))]])
+def test_page_of_a_run_that_has_just_begun(tmp_path, steps):
+    """No step, one, or a loss that is no number."""
+    (tmp_path / "train.log").write_text(log_text(*steps))
+    tree(built(tmp_path))
+
+
+def test_page_of_results_without_stages(new_run):
+    """A run that ended after training."""
+    folder = new_run(trace=False, stages=[], val_bpb=None, proof=None, artifact=None)
+    text = built(folder)
+    assert "No stage is scored yet" in text
+    assert "there is no trace.npz: `logs/report.py RUN_DIR --trace` makes it" in text
+    tree(text)
+
+
+def test_page_without_log(new_run):
+    """What results.json has."""
+    folder = new_run()
+    (folder / "train.log").unlink()
+    text = built(folder)
+    assert "Stages of run" in text
+    assert "Training loss" not in text
+
+
+def test_page_of_a_proof(new_run):
+    """The folder of `verify` has a proof, no stages and no text."""
+    folder = new_run(trace=False, command="verify", stages=[], val_bpb=None, train=None)
+    (folder / "train.log").rename(folder / "verify.log")
+    text = built(folder)
+    assert "Proof: predicted and decoded" in text
+    assert "not finished" not in text
+
+
+def test_page_of_a_run_without_mixer(new_run):
+    """The text has the bits of the last stage, and no change to show."""
+    folder = new_run(trace=False)
+    new_trace(folder / "trace.npz", mixer=False)
+    root = tree(built(folder))
+    assert len(spans_of(root)) == 60
+    values = [e.attributes["value"] for e in root.all("input")]
+    assert values == ["last"]
+
+
+@pytest.mark.parametrize("contents", [b"", b"PK\3\4", b"no archive"])
+def test_damaged_trace_is_said(new_run, contents):
+    """The rest is shown."""
+    folder = new_run()
+    (folder / "trace.npz").write_bytes(contents)
+    text = built(folder)
+    assert "trace.npz cannot be read" in text
+    assert "Stages of run" in text
+
+
+def test_trace_of_another_format_is_said(new_run):
+    """Of a later version, say."""
+    folder = new_run()
+    arrays = new_trace(folder / "trace.npz")
+    np.savez(folder / "trace.npz", **{**arrays, "last": arrays["last"][:, :-1]})
+    assert "trace.npz cannot be read (another format)" in built(folder)
+
+
+def test_trace_of_other_results_is_not_shown(new_run):
+    """The run was replaced meanwhile, say."""
+    for changes in (
+        dict(settings=SETTINGS | dict(ngram_order=4)),
+        dict(validation=dict(sha256="another")),
+        dict(artifact={**results()["artifact"], "sha256": "another"}),
+    ):
+        folder = new_run()
+        assert read_run(folder).trace
+        (folder / "results.json").write_text(json.dumps(results() | changes))
+        assert not read_run(folder).trace
+    text = built(folder)
+    assert "trace.npz is of other results" in text
+    assert 'id="text"' not in text
+
+
+def test_trace_belongs_to_results_wherever_they_are(new_run):
+    """Places and the log's length decide no frequency."""
+    folder = new_run()
+    elsewhere = SETTINGS | dict(data_path="elsewhere", log_every=7)
+    (folder / "results.json").write_text(json.dumps(results(settings=elsewhere)))
+    assert read_run(folder).trace
+
+
+def test_notes_of_a_trace_are_shown(new_run):
+    """As text."""
+    folder = new_run()
+    arrays = new_trace(folder / "trace.npz")
+    np.savez(folder / "trace.npz", **{**arrays, "notes": np.array([HOSTILE])})
+    assert (
+        '</script><script>alert("&")</script>\u27e8202E\u27e9\u2407' in tree(built(folder)).words()
+    )
+
+
+def refusal(*args, **how):
+    """Return what read_run says as it refuses, in one line."""
+    with pytest.raises(ReportError) as caught:
+        read_run(*args, **how)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_folder_of_no_run_is_refused(tmp_path):
+    """It is named."""
+    assert str(tmp_path) in refusal(tmp_path)
+    assert "nowhere" in refusal(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        b"",
+        b"[1]",
+        b'"text"',
+        b'{"stages": [{}]}',
+        b'{"stages": [{"name": 1, "val_bpb": 1, "val_loss": 1, "tokens": 1, "seconds": 1}]}',
+        b'{"proof": {"tokens": 1}}',
+        b'{"artifact": {"weights_bytes": "a"}}',
+        b'{"settings": 3}',
+    ],
+)
+def test_damaged_results_are_refused(tmp_path, contents):
+    """The folder is named, and nothing is shown."""
+    (tmp_path / "results.json").write_bytes(contents)
+    assert f"{tmp_path}: results.json" in refusal(tmp_path)
+
+
+def steps_of(text, tmp_path):
+    """Return the steps that are read from a log."""
+    path = tmp_path / "train.log"
+    path.write_text(text)
+    return [(row["step"], row["loss"]) for row in read_log(path)[2]]
+
+
+def test_log_of_two_runs_is_read_as_the_last(tmp_path):
+    """A log grows; the run that was replaced is not this one."""
+    text = log_text((1, 6.5), (2, 6.0), name="old") + log_text((1, 7.5), name="new")
+    assert steps_of(text, tmp_path) == [(1, 7.5)]
+    assert read_log(tmp_path / "train.log")[0] == "new"
+    assert steps_of(text + log_text(), tmp_path) == []
+
+
+def test_log_of_finish_has_the_training_before_it(tmp_path):
+    """`finish` goes on in the same log, without steps."""
+    text = log_text((1, 6.5)) + log_text() + "calibration: 9 of 9 held-out tokens in 1.0 s\n"
+    assert steps_of(text, tmp_path) == [(1, 6.5)]
+
+
+def test_step_has_all_its_numbers(tmp_path):
+    """As the script logs them."""
+    (tmp_path / "train.log").write_text(log_text((10, 5.5)))
+    name, settings, steps = read_log(tmp_path / "train.log")
+    assert (name, settings) == ("run", dict(preset="demo", seed="7"))
+    assert steps == [dict(step=10, loss=5.5, weighted=5.25, rate=1234, seconds=20)]
+
+
+# ---- The same as the script ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order, recent, bits", [(10, 4, 20), (5, 3, 4), (2, 1, 2), (9, 2, 6)])
+def test_contexts_are_those_of_the_script(order, recent, bits):
+    """Also where hashes collide."""
+    begins = np.isin(np.arange(8), (0, 6))
+    tokens = few_words(500)
+    cfg = tiny_config(ngram_order=order, ngram_recent=recent, min_count=1, ngram_hash_bits=bits)
+    history = train_gpt.NgramHistory(cfg, begins, "cpu")
+    history.extend(torch.from_numpy(tokens))
+    expected = (history.occurrences(torch.arange(len(tokens))) >= 0).sum(2)
+    counts = report.count_occurrences(tokens, begins, order, recent, bits)
+    assert counts.tolist() == expected.tolist()
+    assert counts.sum() > 0
+
+
+@pytest.fixture
+def evaluated(artifacts, command_line, tmp_path):
+    """The folder of `eval` of a tiny artifact on a tiny shard, and its trace."""
+    shard = train_gpt.shard_bytes(CODED_STREAM.tolist())
+    (tmp_path / "fineweb_val_000000.bin").write_bytes(shard)
+    path = str(artifacts("learned, no ttt").artifact)
+    places = dict(DATA_PATH=str(tmp_path), TOKENIZER_PATH="none", RUN_ID="run")
+    assert command_line("eval", ARTIFACT_PATH=path, **places) == (0, "")
+    folder = tmp_path / "logs" / "run"
+    assert report.main([str(folder), "--trace", "--out", str(tmp_path / "page.html")]) == 0
+    return folder
+
+
+def test_page_of_what_the_script_leaves(evaluated):
+    """The bits of the text are the reported ones, its bytes and words are the script's."""
+    run = read_run(evaluated)
+    table = tiny_table()
+    assert run.notes == []
+    assert run.trace.sizes.tolist() == table.count_bytes(CODED_STREAM).tolist()
+    assert run.trace.word_begins.tolist() == table.word_begins.tolist()
+    assert run.trace.texts == list(table.texts)
+    for scored in run.stages:
+        bits = run.trace.bits[scored["name"]].sum()
+        assert bits / run.trace.sizes.sum() == pytest.approx(scored["val_bpb"], abs=1e-7)
+    text = page([run])
+    assert len(spans_of(tree(text))) == len(CODED_STREAM) - 1
+    assert unseen(text) == set()
+    assert "Inside the artifact of run" in text
+
+
+@pytest.fixture
+def new_artifact(tmp_path):
+    """new_artifact(quantizer, **changes) -> the path of a small artifact, with a random mixer."""
+
+    def made(quantizer, **changes):
+        cfg = tiny_config(quantizer=quantizer, mixer="learned", **changes)
+        steps = {}
+        coarseness = FINEST
+        if quantizer == "fisher":
+            steps = train_gpt.new_steps(warm_model(cfg), np.uint16([]))
+            coarseness = train_gpt.COARSENESS["fisher"][0]
+        weights = warm_weights(cfg)
+        path = tmp_path / quantizer
+        path.write_bytes(train_gpt.pack_artifact(weights, cfg, tiny_table(), coarseness, steps))
+        return path
+
+    return made
+
+
+PARTS = {"token table", "bigram table", "value table", "attention", "MLP", "mixer"}
+PARTS |= {"vectors and small matrices", "settings and tokenizer"}
+
+
+@pytest.mark.parametrize(
+    "quantizer, own", [("int6", set()), ("fisher", {"steps and means of matrices"})]
+)
+def test_parts_of_an_artifact_sum_to_its_bytes(new_artifact, tmp_path, quantizer, own):
+    """Each of its parts has some; other files have none."""
+    path = new_artifact(quantizer)
+    parts = report.artifact_parts(path)
+    assert parts.keys() == PARTS | own
+    assert min(parts.values()) > 0
+    assert sum(parts.values()) == pytest.approx(path.stat().st_size, abs=len(parts))
+    data = path.read_bytes()
+    for damaged in (b"", b"PGOLFART", data[:-40], b"X" + data, data[:60] + bytes(len(data) - 60)):
+        (tmp_path / "damaged").write_bytes(damaged)
+        assert report.artifact_parts(tmp_path / "damaged") == {}
+
+
+def test_parts_of_levels_are_those_of_their_words(new_artifact, monkeypatch):
+    """What the levels cost sums to the coder's words, whose last states take 8 bytes a lane."""
+    found = []
+    level_bits = report.level_bits
+
+    def kept(*args):
+        found.append(level_bits(*args))
+        return found[-1]
+
+    monkeypatch.setattr(report, "level_bits", kept)
+    words = []
+    decode = train_gpt.decode_levels
+    monkeypatch.setattr(
+        train_gpt, "decode_levels", lambda data, *how: words.append(data) or decode(data, *how)
+    )
+    report.artifact_parts(new_artifact("fisher", model_dim=64))
+    assert len(found) > 20
+    assert 0 <= len(words[0]) - sum(found) / 8 <= 8 * train_gpt.LANES
+
+
+def test_larger_parts_take_more_of_an_artifact(new_artifact):
+    """A wider MLP, a larger vocabulary of bigrams."""
+    for quantizer in ("int6", "fisher"):
+        plain = report.artifact_parts(new_artifact(quantizer))
+        wide = report.artifact_parts(new_artifact(quantizer, mlp_mult=6))
+        long = report.artifact_parts(new_artifact(quantizer, bigram_vocab_size=10 * VOCAB))
+        assert wide["MLP"] / wide["attention"] > 1.5 * plain["MLP"] / plain["attention"]
+        assert long["bigram table"] > 4 * plain["bigram table"]
+
+
+def test_characters_of_several_bytes_are_shown_whole(tmp_path):
+    """At the last of their byte tokens; a byte that belongs to none is shown as such."""
+    pieces = ["<unk>", "<s>", *(f"<0x{b:02X}>" for b in "é€[\0".encode()), "a", "b", "c"]
+    kinds = "UC" + "B" * 7 + "N" * 3
+    arrays = new_trace(tmp_path / "trace.npz", 8, pieces, kinds)
+    arrays["tokens"] = np.array([1, 2, 3, 7, 4, 5, 6, 2, 8])
+    np.savez(tmp_path / "trace.npz", **arrays)
+    labels = labels_of(Trace(tmp_path / "trace.npz", SETTINGS))
+    assert labels == ["·", "é", "[", "·", "·", "€", "⟨C3⟩", "\u2400"]
+
+
+# ---- Colours -------------------------------------------------------------------------------------
+
+
+def luminance(colour):
+    """Return the relative luminance of #rrggbb, as WCAG defines it."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(a, b):
+    """Return the contrast of two colours, as WCAG defines it."""
+    low, high = sorted(luminance(colour) + 0.05 for colour in (a, b))
+    return high / low
+
+
+def palettes():
+    """Return {name: colour} of the light and of the dark page."""
+    light, dark = re.findall(r":root \{(.*?)\}", report.CSS, flags=re.DOTALL)[:2]
+    found = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in (light, dark)]
+    assert found[0].keys() == found[1].keys()
+    return found
+
+
+def test_text_stands_out_on_every_ground():
+    """4.5 and more, in light and dark; marks and lines of charts 3 and more."""
+    for colours in palettes():
+        for ground in ("ground", "panel", "gain", "loss", *(f"b{i}" for i in range(6))):
+            assert contrast(colours["ink"], colours[ground]) >= 4.5, ground
+        for ground in ("ground", "panel"):
+            assert contrast(colours["soft"], colours[ground]) >= 4.5
+        for mark in ("s0", "s1", "s2", "s3", "up", "down", "base", "line", "edge", "focus"):
+            assert contrast(colours[mark], colours["ground"]) >= 3, mark
+
+
+def test_shades_are_ordered_without_their_hue():
+    """More bits are darker on white, lighter on black; the line below is thicker too."""
+    for colours, order in zip(palettes(), (-1, 1)):
+        steps = [order * luminance(colours[f"b{i}"]) for i in range(6)]
+        assert steps == sorted(steps)
+    rules = [re.search(rf"\.b{i} {{.*border-bottom: (\d)px (\w+)", report.CSS) for i in range(6)]
+    assert [(rule[1], rule[2]) for rule in rules] == [
+        ("1", "dotted"),
+        *((str(i), "solid") for i in range(1, 6)),
+    ]
+
+
+# ---- Figures -------------------------------------------------------------------------------------
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture
+def figures(new_run, tmp_path, capsys):
+    """figures(*args) -> {name: bytes} that --figures of two seeds writes, with more arguments."""
+    folders = [str(new_run("one")), str(new_run("two", last=1.35))]
+
+    def written(*args):
+        out = tmp_path / f"figures{len(list(tmp_path.iterdir()))}"
+        assert report.main([*folders, "--figures", str(out), *map(str, args)]) == 0
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    return written
+
+
+def test_figures_are_drawings_on_any_ground(figures):
+    """SVG with a title and a description, transparent, text that stands out on white and black."""
+    files = figures()
+    assert files.keys() == {"stages.svg", "proof.svg"}
+    for data in files.values():
+        root = ElementTree.fromstring(data)
+        assert root.tag == f"{SVG}svg"
+        assert [child.tag for child in root[:2]] == [f"{SVG}title", f"{SVG}desc"]
+        assert {"width", "height", "viewBox"} <= {*root.keys()}
+        assert data.count(b"://") == 1  # the name space
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", data.decode()))
+        assert colours <= {colour for _, colour in report.INKS.values()}
+        ink = report.INKS["ink"][1]
+        assert min(contrast(ink, "#ffffff"), contrast(ink, "#0d1117")) > 4
+        for colour in colours:
+            assert min(contrast(colour, "#ffffff"), contrast(colour, "#0d1117")) > 2
+
+
+def test_figures_have_the_same_bytes_every_time(figures):
+    """So that a commit shows only what has changed."""
+    assert figures() == figures()
+
+
+def test_figures_have_the_seeds_and_their_stages(figures):
+    """Names and figures can be read, in the drawing and in its description."""
+    words = [" ".join(ElementTree.fromstring(data).itertext()) for data in figures().values()]
+    assert all("one" in text and "two" in text for text in words)
+    files = figures()
+    stages = "".join(ElementTree.fromstring(files["stages.svg"]).itertext())
+    assert all(name in stages for name in ("pre_quant", "sliding", "mixer", "1.2500", "1.3500"))
+    proof = "".join(ElementTree.fromstring(files["proof.svg"]).itertext())
+    assert all(name in proof for name in ("100.1 predicted", "111 decoded", "60 tokens"))
+
+
+def test_figure_has_another_rule_if_it_is_given(figures, new_run):
+    """A line from that run's results; without it there is none."""
+    other = new_run("other", last=1.375, settings=SETTINGS | dict(mixer="entropy"))
+    assert b"MIXER=entropy: 1.3750" in figures("--rule", other)["stages.svg"]
+    assert b"MIXER=entropy: 1.3750" in figures("--rule", other / "results.json")["stages.svg"]
+    assert b"MIXER" not in figures()["stages.svg"]
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def test_page_lies_in_the_first_folder(new_run, capsys):
+    """It is named, and the same runs give the same bytes."""
+    first, second = new_run("one"), new_run("two")
+    assert report.main([str(first), str(second)]) == 0
+    data = (first / "report.html").read_bytes()
+    assert str(first / "report.html") in capsys.readouterr().out
+    assert report.main([str(first), str(second)]) == 0
+    assert (first / "report.html").read_bytes() == data
+    assert not (second / "report.html").exists()
+
+
+def test_page_goes_where_it_is_told(new_run, tmp_path):
+    """--out names the file."""
+    folder = new_run()
+    assert report.main([str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert tree((tmp_path / "page.html").read_text())
+    assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        (["nowhere"], "nowhere: no run's folder"),
+        (["{run}", "--out", "{run}/none/page.html"], "cannot write"),
+        (["{run}", "--figures", "{run}/train.log/x"], "--figures"),
+        (["{run}", "--figures", "{run}", "--rule", "nowhere"], "--rule nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(new_run, capsys, args, words):
+    """With exit status 1 and no traceback."""
+    run = str(new_run())
+    assert report.main([arg.format(run=run) for arg in args]) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert words in message
+
+
+def test_no_folder_is_a_mistake_of_the_command_line(capsys):
+    """argparse says how it is used."""
+    with pytest.raises(SystemExit) as caught:
+        report.main([])
+    assert caught.value.code == 2
+    assert "RUN_DIR" in capsys.readouterr().err
+
+
+# ---- In a browser --------------------------------------------------------------------------------
+
+PROBE = """<script>
+const seen = [];
+window.addEventListener("error", (event) => seen.push(event.message));
+const spans = document.querySelectorAll("#text span");
+spans[START].focus();
+for (const key of KEYS) {
+  document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+}
+if (MODE) document.querySelector(`input[value=${MODE}]`).click();
+document.title = JSON.stringify({
+  at: Array.from(spans).indexOf(document.activeElement),
+  stops: Array.from(spans).filter((span) => span.tabIndex === 0).length,
+  described: document.activeElement.getAttribute("aria-describedby"),
+  detail: document.getElementById("detail").innerText,
+  classes: Array.from(spans).map((span) => span.className),
+  wide: document.documentElement.scrollWidth > window.innerWidth,
+  errors: seen,
+});
+</script></body>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(page, start, keys, mode) -> what a browser has after focus, keys and a change of mode.
+
+    Its window is that of a phone.
+    """
+    if not BROWSER:
+        pytest.skip("no Chromium on this machine")
+    flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --dump-dom "
+    flags += "--disable-quic --no-first-run --window-size=500,900"
+
+    def looked(text, start=0, keys=(), mode=""):
+        values = dict(START=start, KEYS=list(keys), MODE=mode)
+        probe = PROBE
+        for name, value in values.items():
+            probe = re.sub(rf"\b{name}\b", json.dumps(value), probe)
+        path = tmp_path / "probe.html"
+        path.write_text(text.replace("</body>", probe))
+        command = [
+            BROWSER,
+            *flags.split(),
+            f"--user-data-dir={tmp_path / 'profile'}",
+            path.as_uri(),
+        ]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        title = next(e for e in tree(shown).all("title"))
+        return json.loads(title.text)
+
+    return looked
+
+
+@pytest.mark.slow
+def test_browser_shows_what_a_token_cost(evaluated, browse):
+    """Bits in each stage, candidates before and after, contexts and what followed them."""
+    run = read_run(evaluated)
+    trace = run.trace
+    i = int(trace.counts.sum(1).argmax())
+    found = browse(page([run]), start=i)
+    assert (found["at"], found["described"], found["errors"]) == (i, "detail", [])
+    assert not found["wide"]
+    detail = found["detail"]
+    assert f"Token {i + 1}:" in detail
+    for name, bits in trace.bits.items():
+        assert f"{name} {bits[i]:.2f} bits" in detail
+    best = trace.top["mixer"][1][i, 0]
+    share = 100 * 2**-best
+    assert (f"{share:.1f} %" if share >= 10 else f"{float(f'{share:.2g}'):.2g} %") in detail
+    times = [int(n) for n in re.findall(r": (\d+) times?, then", detail)]
+    assert times == [int(n) for n in trace.counts[i] if n]
+    assert "came" in detail
+
+
+@pytest.mark.slow
+def test_browser_moves_with_the_keys(new_run, browse):
+    """By tokens, to both ends, and not beyond; the one stop of the tab key goes along."""
+    text = built(new_run())
+    moves = {
+        ("ArrowRight", "ArrowRight"): 12,
+        ("ArrowLeft",): 9,
+        ("Home", "ArrowLeft"): 0,
+        ("End", "ArrowRight"): 59,
+        ("ArrowDown", "ArrowUp", "a"): None,
+    }
+    for keys, expected in moves.items():
+        found = browse(text, 10, keys)
+        assert expected is None or found["at"] == expected
+        assert (found["stops"], found["errors"]) == (1, [])
+
+
+@pytest.mark.slow
+def test_browser_shows_what_the_mixer_changed(new_run, browse):
+    """g where it saves bits, l where it costs some; as many levels as the legend has."""
+    folder = new_run()
+    trace = read_run(folder).trace
+    found = browse(built(folder), mode="change")
+    saved = trace.bits["ttt"] - trace.bits["mixer"]
+    assert len(found["classes"]) == len(saved)
+    for kind, bits in zip(found["classes"], saved):
+        kind = kind.replace("here", "").strip()
+        sign = "g" if bits > 0 else "l"
+        level = sum(abs(bits) >= edge for edge in (0.1, 1, 4))
+        assert kind == (f"{sign}{level}" if level else "") or math.isclose(abs(bits), 0.1)
