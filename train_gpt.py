@@ -1550,7 +1550,7 @@ class WeightAverage:
 # one step. Before it starts, kernels are compiled on random tokens and the weights are restored.
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
-CALIBRATION_SHARE = 0.02
+CALIBRATION_SHARE = 0.03
 WEIGHTS = "weights.pt"  # in the run's folder, from the last step until the run is finished
 
 
@@ -2810,10 +2810,10 @@ class CodeHead(NamedTuple):
         return head, checks, words
 
 
-def new_predictor(artifact, cfg, rt, plan):
-    """Return a Predictor of the artifact's weights."""
-    model = new_model(cfg, rt, artifact.weights, cfg.eval_dtype)
-    return Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
+def new_predictor(weights, table, cfg, rt, plan):
+    """Return a Predictor of these weights, the mixer's among them."""
+    model = new_model(cfg, rt, weights, cfg.eval_dtype)
+    return Predictor(model, weights["mixer"], cfg, table, rt, plan)
 
 
 def lane_order(n, lanes):
@@ -2850,7 +2850,8 @@ class Codec:
         stage = plan.stages[-1]
         order = np.append([0] * plan.lanes, 1 + lane_order(len(tokens) - 1, plan.lanes))
         stream = torch.from_numpy(tokens[order])
-        predictor = new_predictor(self.artifact, self.cfg, self.rt, plan)
+        own = self.artifact
+        predictor = new_predictor(own.weights, own.table, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
         crc = 0
         steps = walk(predictor, stream, self.log, decoder and plan.lanes)
@@ -3325,8 +3326,7 @@ def finish(run, model, result, held_out):
     artifact = read_artifact(path, data)
     run.check_size(artifact)
 
-    unquantized = replace(artifact, weights=weights)
-    exact = new_predictor(unquantized, cfg, run.rt, new_plan(cfg, "pre_quant"))
+    exact = new_predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
     scored = evaluate_artifact(run, artifact, exact)
     if cfg.eval_dtype != "float64":
         run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
@@ -3348,14 +3348,13 @@ def calibrate(run, weights, held_out, limit_s):
     if not len(held_out):
         return weights["mixer"], 0.0
     start_s = perf_counter()
-    model = new_model(cfg, rt, weights, cfg.eval_dtype)
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
     block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
     fast = replace(cfg, mixer_lr=3 * cfg.mixer_lr)
-    predictor = Predictor(model, weights["mixer"], fast, run.table, rt, plan)
+    predictor = new_predictor(weights, run.table, fast, rt, plan)
     for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break
@@ -3376,7 +3375,8 @@ def evaluate_artifact(run, artifact, *first):
     Return the first VERIFY_TOKENS frequencies of the last stage.
     """
     cfg = run.cfg
-    later = (new_predictor(artifact, cfg, run.rt, plan) for plan in evaluation_plans(cfg))
+    parts = artifact.weights, artifact.table, cfg, run.rt
+    later = (new_predictor(*parts, plan) for plan in evaluation_plans(cfg))
     keep = cfg.verify_tokens or len(run.tokens)
     for predictor in itertools.chain(first, later):
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)

@@ -467,9 +467,9 @@ def level_bits(w, stored, coarseness):
     R, C = w.shape
     numbers = torch.frombuffer(bytearray(stored), dtype=torch.int8)
     row_steps, row_means, column_steps, column_means = numbers.split([R, R, C, C])
-    rows, columns = train_gpt.step_sizes(row_steps, column_steps, coarseness)
+    steps = train_gpt.step_sizes(row_steps, column_steps, coarseness)
     most = train_gpt.LEVEL_MAX
-    levels = (w / (rows * columns)).round().long().clamp(-most, most).flatten().numpy()
+    levels = (w / steps).round().long().clamp(-most, most).flatten().numpy()
     classes = train_gpt.level_classes(row_means, column_means)
     freqs, _ = train_gpt.level_frequencies()
     freqs = freqs.reshape(-1, 2 * most + 1)[classes, levels + most]
@@ -508,7 +508,7 @@ def make_trace(run, most):
     for plan in train_gpt.evaluation_plans(cfg):
         name = visible(run.name)
         print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
-        predictor = train_gpt.new_predictor(artifact, cfg, rt, plan)
+        predictor = train_gpt.new_predictor(artifact.weights, artifact.table, cfg, rt, plan)
         walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
         stages |= dict(zip(plan.stages, walked))
     notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})

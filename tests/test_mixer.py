@@ -850,7 +850,9 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
     assert stored[:, -1].any()
     settings = train_gpt.Config(**artifact.settings)
     assert settings.mixer_calibration_tokens == 400
-    predictor = new_predictor(artifact, settings, HERE, new_plan(settings, "sliding", "mixer"))
+    predictor = new_predictor(
+        artifact.weights, artifact.table, settings, HERE, new_plan(settings, "sliding", "mixer")
+    )
     assert torch.equal(predictor.mixture.weights, stored.double())
     assert predictor.mixture.weights.data_ptr() != stored.data_ptr()
 
