@@ -1430,7 +1430,7 @@ class BigramCounts:
         self.counts += self.rt.sum_over_ranks(new)
 
 
-# ---- Optimizers, schedules, averaging ------------------------------------------------------------
+# ---- Optimizers, schedules -----------------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024); matrices of one shape go
 # through it together, since one at a time costs mostly overhead. torch's AdamW with fp32 state
 # takes tables and vectors. Schedules are pure functions of step and clock.
@@ -1514,34 +1514,6 @@ def muon_momentum(step, cfg):
     return start + (cfg.muon_momentum - start) * done
 
 
-class WeightAverage:
-    """What replaces the weights at the end: the mean of SWA's snapshots if it is on, else the EMA.
-
-    Protocol: after_step() after each optimizer step, install() once.
-    """
-
-    def __init__(self, model, cfg):
-        self.cfg = cfg
-        self.params = [p.detach() for p in model.parameters()]
-        self.mean = deepcopy(self.params)
-        self.snapshots = 0  # of SWA
-
-    def after_step(self, step, scale):
-        """Take in the weights after step `step` (from 1) at learning-rate factor `scale`."""
-        weight = 1 - min(self.cfg.ema_decay, step / (step + 10))
-        if self.cfg.swa_enabled:
-            if scale >= 0.2 or step % self.cfg.swa_every:
-                return
-            self.snapshots += 1
-            weight = 1 / self.snapshots
-        torch._foreach_lerp_(self.mean, self.params, weight)
-
-    def install(self):
-        """Replace the weights by their average, if there is one."""
-        if self.snapshots or not self.cfg.swa_enabled:  # with EMA_DECAY=0 it is the weights
-            torch._foreach_copy_(self.params, self.mean)
-
-
 # ---- Training loop -------------------------------------------------------------------------------
 # A step: micro-batches forward and backward, gradients averaged over ranks in one flat buffer, a
 # check that loss and gradient are finite *before* any weight moves, clip, two optimizers, average.
@@ -1588,7 +1560,9 @@ class Trainer:
         self.cfg = cfg
         self.rt = rt
         self.optimizers = new_optimizers(model, cfg, rt)
-        self.average = WeightAverage(model, cfg)
+        self.params = [p.detach() for p in model.parameters()]
+        self.mean = deepcopy(self.params)  # the EMA, or of SWA's snapshots
+        self.snapshots = 0
         self.bigrams = BigramCounts(cfg.vocab_size, rt)
 
     def gradients(self, batches):
@@ -1629,8 +1603,23 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad()
         self.bigrams.add(batches)
-        self.average.after_step(step + 1, scale)
+        self.average(step + 1, scale)
         return losses
+
+    def average(self, step, scale):
+        """Average the weights after step `step` (from 1) at learning-rate factor `scale`."""
+        weight = 1 - min(self.cfg.ema_decay, step / (step + 10))
+        if self.cfg.swa_enabled:
+            if scale >= 0.2 or step % self.cfg.swa_every:
+                return
+            self.snapshots += 1
+            weight = 1 / self.snapshots
+        torch._foreach_lerp_(self.mean, self.params, weight)
+
+    def install_average(self):
+        """Replace the weights by the mean of SWA's snapshots if it is on, else by the EMA."""
+        if self.snapshots or not self.cfg.swa_enabled:  # with EMA_DECAY=0 it is the weights
+            torch._foreach_copy_(self.params, self.mean)
 
 
 def warm_up(model, loss, cfg, rt):
@@ -1691,7 +1680,7 @@ def train(model, cfg, rt, log, held_out):
         if isinstance(error, RuntimeError):
             log(traceback.format_exc())
     on_signals(lambda *_: None)  # until the weights are on disk
-    trainer.average.install()
+    trainer.install_average()
     if epochs:
         log(f"note: the shards were read {epochs} time(s) over; more shards would help")
     return result
@@ -1907,20 +1896,19 @@ def decode_levels(data, classes):
 
 # ---- Artifact ------------------------------------------------------------------------------------
 #   8 bytes  magic "PGOLFART"        body, LZMA2 raw stream (lc=0, lp=0, pb=0, preset 9e) of
-#   4 bytes  format version            4 bytes  length of the header
+#   4 bytes  format version            3 bytes  length of the header, big-endian
 #   8 bytes  length of the body        JSON     settings, coarseness, tokenizer, [name, kind, shape]
 #  32 bytes  SHA-256 of the body       tensors  in that order, by kind
 #                                      words    uint32: the entropy coder's, if a kind is "levels"
 # Kinds: fp16; int6 and int8, levels int8, then fp16 scales of rows; "levels", int8 exponents: rows'
-# steps and means, columns' steps and means. Little-endian, row by row. Reading executes nothing.
-# Levels of int6 take a byte each: packed to 6 bits, LZMA would not find their entropy. What does
-# not compress, as the words, LZMA2 stores.
+# steps and means, columns' steps and means. All else is little-endian, row by row. Reading executes
+# nothing. Levels of int6 take a byte each: packed to 6 bits, LZMA would not find their entropy.
+# What does not compress, as the words, LZMA2 stores.
 
 ARTIFACT_MAGIC = b"PGOLFART"
 ARTIFACT_VERSION = 2
 ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
-WEIGHTS_MAX = 1 << 28  # of an artifact: hostile ones must not take all memory
-HEADER_MAX = 1 << 24  # bytes; what JSON describes may take 20 times its own
+WEIGHTS_MAX = 1 << 26  # of an artifact: hostile ones must not take all time and memory
 LZMA = dict(
     format=lzma.FORMAT_RAW,
     filters=[dict(id=lzma.FILTER_LZMA2, preset=9 | lzma.PRESET_EXTREME, lc=0, lp=0, pb=0)],
@@ -1988,7 +1976,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
         "tokenizer": {"sha256": table.digest.hex(), **asdict(table)},
     }
     header = json.dumps(contents, sort_keys=True).encode()
-    raw = struct.pack("<I", len(header)) + header + b"".join(payload)
+    raw = len(header).to_bytes(3) + header + b"".join(payload)
     body = lzma.compress(raw, **LZMA)
     return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
 
@@ -1999,7 +1987,7 @@ def unpack_artifact(body):
     What it claims never takes memory for more than WEIGHTS_MAX weights.
     """
     reader = BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
-    header = json.loads(reader.read(min(int.from_bytes(reader.read(4), "little"), HEADER_MAX)))
+    header = json.loads(reader.read(int.from_bytes(reader.read(3))))
     if not sum(abs(math.prod(map(float, shape))) for *_, shape in header["tensors"]) <= WEIGHTS_MAX:
         raise ValueError(f"more than {WEIGHTS_MAX} weights")
 

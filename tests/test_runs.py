@@ -376,9 +376,9 @@ def test_weights_that_were_not_written_are_not_promised(command, monkeypatch):
 def test_signal_right_after_the_last_step_loses_nothing(command, run_dir, monkeypatch):
     """It comes while the average is put in place."""
     before = contents(run_dir)["model.int6.lzma"]
-    install = train_gpt.WeightAverage.install
+    install = train_gpt.Trainer.install_average
 
-    monkeypatch.setattr(train_gpt.WeightAverage, "install", with_signals(install))
+    monkeypatch.setattr(train_gpt.Trainer, "install_average", with_signals(install))
     assert command() == (0, "")
     assert contents(run_dir)["model.int6.lzma"] == before
 
