@@ -539,8 +539,8 @@ PLANTED_WAITS = [
     (training_waits, "self.bigrams.add(batches)", "self.bigrams.add(batches); bool(totals[0])"),
     (
         scoring_waits,
-        "freqs = commit(shares(boosted))",
-        "freqs = commit(shares(boosted)).cpu().to(grid)",
+        "self.boost(features))))",
+        "self.boost(features)))).cpu().to(grid)",
     ),
     (scoring_waits, "logits = logits[: len(positions)]", "logits = logits[positions < stop]"),
     (scoring_waits, "self.blocks += 1\n", "self.blocks += int(total.isfinite().all())\n"),
