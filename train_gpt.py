@@ -1847,7 +1847,7 @@ def level_frequencies():
     """Return (frequencies, sums of those before), uint64 (classes * LEVELS,).
 
     A class has p(q) in proportion to exp(-theta q^2) and sums to 2^24. theta, whose limits are
-    1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 2 %.
+    1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 3.5 %.
     """
     q = torch.arange(-LEVEL_MAX, LEVEL_MAX + 1).double()
     v = 2 ** (-CLASSES.double() / 2)[:, None]  # 1 / m^2
