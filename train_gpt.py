@@ -3249,11 +3249,9 @@ def train_command(environ, kept=None):
             room = run.rt.by_main(check_writable, cfg.run_dir, 5 * count)
             result = train(model, cfg, run.rt, run.log, len(held_out))
             if room and result.steps:
-                parts = {
-                    "settings": asdict(cfg),
-                    "result": asdict(result),
-                    "weights": model.state_dict(),
-                }
+                parts = dict(
+                    settings=asdict(cfg), result=asdict(result), weights=model.state_dict()
+                )
                 data = BytesIO()
                 torch.save(parts, data)
                 room.close()  # not before: others would fill it meanwhile
@@ -3331,7 +3329,7 @@ def calibrate(run, weights, held_out, limit_s):
     it: a GPU computes so few rows faster than their kernels are launched. Larger blocks teach the
     mixer less.
     """
-    cfg = run.cfg
+    cfg = replace(run.cfg, mixer_lr=3 * run.cfg.mixer_lr)
     rt = run.rt
     if not len(held_out):
         return weights["mixer"], 0.0
@@ -3341,8 +3339,7 @@ def calibrate(run, weights, held_out, limit_s):
     plan = new_plan(cfg, "sliding", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
-    fast = replace(cfg, mixer_lr=3 * cfg.mixer_lr)
-    predictor = new_predictor(weights, run.table, fast, rt, plan)
+    predictor = new_predictor(weights, run.table, cfg, rt, plan)
     for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break

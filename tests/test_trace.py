@@ -5,7 +5,6 @@ import itertools
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -178,8 +177,7 @@ def test_text_may_lie_elsewhere(run_folder, trace, tmp_path, monkeypatch):
 def test_progress_is_shown(run_folder, capfd, monkeypatch):
     """The stages of each walk, and walk's own lines."""
     folder = run_folder("learned")
-    clock = SimpleNamespace(perf_counter=itertools.count(0, 16).__next__)
-    monkeypatch.setattr(train_gpt, "time", clock)
+    monkeypatch.setattr(train_gpt, "perf_counter", itertools.count(0, 16).__next__)
     assert report.main([str(folder), "--trace", "100"]) == 0
     shown = capfd.readouterr().out
     for stages in ("round_trip", "sliding", "ttt+mixer"):

@@ -32,7 +32,6 @@ from train_gpt import (
     Muon,
     Runtime,
     UserError,
-    WeightAverage,
     micro_batches,
     train_stream,
 )
@@ -314,15 +313,18 @@ def test_momentum_rises_linearly():
 
 
 def averaged(values, scales=None, **settings):
-    """The weight that is installed after one weight took each of `values`, from 0."""
-    model = nn.Linear(1, 1, bias=False)
-    model.weight.data.zero_()
-    average = WeightAverage(model, tiny_config(**settings))
+    """The weight that is installed after every weight took each of `values`, from 0."""
+    cfg = tiny_config(**settings)
+    model = warm_model(cfg)
+    params = [p.data.zero_() for p in model.parameters()]
+    trainer = new_trainer(model, cfg)
     for step, value in enumerate(values, 1):
-        model.weight.data.fill_(value)
-        average.after_step(step, scales[step - 1] if scales else 1.0)
-    average.install()
-    return model.weight.item()
+        torch._foreach_zero_(params)
+        torch._foreach_add_(params, value)
+        trainer.average(step, scales[step - 1] if scales else 1.0)
+    trainer.install_average()
+    (weight,) = {w for p in params for w in p.flatten().tolist()}
+    return weight
 
 
 def test_ema_matches_hand_calculation():
