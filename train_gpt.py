@@ -19,8 +19,8 @@ Settings are environment variables, the names of `Config`'s fields in capitals (
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
 model.int6.lzma.
 
-    shards -> train (Muon + AdamW, complementary loss) -> EMA -> int6 + LZMA -> artifact on disk
-                                                                                     |
+    shards -> train (Muon + AdamW, complementary loss) -> EMA -> quantize -> artifact on disk
+                                                                                  |
     val_bpb <- bits <- score <- integer frequencies <- predict <- model <- artifact read back
           '--> update: TTT and the mixer learn from what has been scored
 
@@ -385,8 +385,8 @@ GROUPS = {name: group for group in Config.__bases__ for name in group.__annotati
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
-# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
-# low enough to force coarser quantization.
+# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit at
+# which quantization begins to cost something.
 BENCH = dict(
     quantizer="fisher",
     warmup_steps=0,
@@ -401,7 +401,7 @@ BENCH = dict(
     polyak_decay=0.0,
     mixer_block=64,
     val_tokens=131_072,
-    size_limit_bytes=2_400_000,
+    size_limit_bytes=1_500_000,
     log_every=50,
     verify_tokens=20_000,
     iterations=600,
@@ -1084,8 +1084,8 @@ EMBED_CONTEXT = 2
 def role(name):
     """Return a parameter's role: optimizer, quantizer and TTT treat equal roles alike.
 
-    matrix: Muon, int6; projection: Muon, fp16; table: AdamW, int8; vector (all others, of any
-    shape, the mixer's weights too): AdamW, fp16.
+    matrix and projection: Muon; table and vector (all others, of any shape, the mixer's weights
+    too): AdamW. The quantizers give levels to all but vectors, int6 not to projections either.
     """
     if name in ("embed.tokens", "embed.bigrams", "ve_table"):
         return "table"
