@@ -385,8 +385,8 @@ GROUPS = {name: group for group in Config.__bases__ for name in group.__annotati
 # What may differ when a command is repeated and its results are replaced.
 PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
 DEMO_CACHE = ".cache/demo"
-# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit at
-# which quantization begins to cost something.
+# Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
+# at which quantization begins to cost something.
 BENCH = dict(
     quantizer="fisher",
     warmup_steps=0,
