@@ -440,9 +440,9 @@ def artifact_parts(path):
         return {}
     body = data[train_gpt.ARTIFACT_HEAD.size :]
     raw = lzma.LZMADecompressor(**train_gpt.LZMA).decompress(body)
-    begin = 4 + int.from_bytes(raw[:4], "little")
+    begin = 3 + int.from_bytes(raw[:3])
     parts = {"settings and tokenizer": raw[:begin]}
-    header = json.loads(raw[4:begin])
+    header = json.loads(raw[3:begin])
     words = {}
     for name, kind, shape in header["tensors"]:
         count = math.prod(shape)

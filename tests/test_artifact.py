@@ -219,8 +219,8 @@ def test_artifact_is_what_its_description_says():
     assert digest == hashlib.sha256(body).digest()
     filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 26, "lc": 0, "lp": 0, "pb": 0}]
     raw = lzma.decompress(body, format=lzma.FORMAT_RAW, filters=filters)
-    at = 4 + struct.unpack("<I", raw[:4])[0]
-    header = json.loads(raw[4:at])
+    at = 3 + int.from_bytes(raw[:3])
+    header = json.loads(raw[3:at])
     assert set(header["tokenizer"]["pieces"]) == set(tiny_table().pieces)
     assert header["coarseness"] == 6.0
     assert {name for name, _, _ in header["tensors"]} == weights.keys()

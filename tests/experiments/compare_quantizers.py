@@ -59,7 +59,8 @@ def main(path, count):
     for quantizer, coarseness, expected in tries:
         start_s = time.perf_counter()
         changed = replace(cfg, quantizer=quantizer)
-        data = train_gpt.pack_artifact(weights, changed, table, coarseness, steps)
+        own = steps if quantizer == "fisher" else {}
+        data = train_gpt.pack_artifact(weights, changed, table, coarseness, own)
         packed_s = time.perf_counter()
         found = train_gpt.read_artifact(path, data).weights
         read_s = time.perf_counter()
