@@ -1135,10 +1135,13 @@ def causal_bias(rows, known, reach, like):
 
 
 def unit(x):
-    """Return x / |x| over the last dimension, or 0; cast() has RMSNorm's sqrt(D) in weights."""
+    """Return x / (|x| + 1e-6) over the last dimension; cast() has RMSNorm's sqrt(D) in weights.
+
+    A head or a table's row that the quantizer has made all zeros stays 0.
+    """
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return (x / norm.where(norm > 0, math.inf)).to(x.dtype)  # of 0, the gradient is 0 too
+    return (x / (norm + 1e-6)).to(x.dtype)
 
 
 def exclude_self(y, v):

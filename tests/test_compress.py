@@ -496,7 +496,7 @@ def test_file_compressed_here_comes_back_without_vector_units(coders, command_li
 def test_long_run_of_one_letter_comes_back(coders, command_line, monkeypatch, tmp_path):
     """One word of 100 kB is tokenized, coded in 8 lanes and comes back, by a stand-in predictor."""
 
-    def uniform(artifact, cfg, rt, plan):
+    def uniform(weights, table, cfg, rt, plan):
         return Uniform(400, plan)
 
     monkeypatch.setattr(train_gpt, "new_predictor", uniform)

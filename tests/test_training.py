@@ -351,7 +351,7 @@ def test_first_step_of_training_is_averaged_as_step_one():
     start, trainer = weights_of(model), new_trainer(model, cfg)
     trainer.step(random_batches(cfg), 0, 1.0)
     weights = weights_of(model)
-    trainer.average.install()
+    trainer.install_average()
     for name, p in model.named_parameters():
         torch.testing.assert_close(p, start[name].lerp(weights[name], 10 / 11))
 
@@ -447,7 +447,7 @@ def completed_steps(data, steps):
     for step in range(steps):
         batches = micro_batches(next(stream)[0], cfg, HERE)
         trainer.step(batches, step, train_gpt.lr_scale(step, 1.0, math.inf, cfg))
-    trainer.average.install()
+    trainer.install_average()
     return weights_of(trainer.model)
 
 
