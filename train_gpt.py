@@ -1135,13 +1135,13 @@ def causal_bias(rows, known, reach, like):
 
 
 def unit(x):
-    """Return x / (|x| + 1e-6) over the last dimension; cast() has RMSNorm's sqrt(D) in weights.
+    """Return x / |x| over the last dimension; cast() folds RMSNorm's sqrt(D) into weights.
 
-    A head or a table's row that the quantizer has made all zeros stays 0.
+    Zeros, which a quantizer can make of a row or a head, stay zeros, and so is their gradient.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=dtype)
-    return (x / (norm + 1e-6)).to(x.dtype)
+    return (x / F.threshold(norm, 0.0, math.inf)).to(x.dtype)
 
 
 def exclude_self(y, v):
@@ -3138,7 +3138,7 @@ def read_result(path):
         cfg = Config(**run["settings"])
         wanted = last_plan(cfg).stages[-1]
         amiss = {
-            f"it ends at {last['name']}, not at {wanted}": last["name"] != wanted,
+            f"seed {run['seed']} ends at {last['name']}, not at {wanted}": last["name"] != wanted,
             "over the cap": artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000),
             f"{', '.join(artifact['overridden'])} overridden": artifact["overridden"],
             f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved": cfg.eval_dtype != "float64",
