@@ -3027,8 +3027,9 @@ class Run:
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
             f"{command} {cfg.run_dir.name}, {when}",
+            f"environment: {environment}",
             *rt.notes,
-            *(f"  {n.upper()}={v}" for n, v in (environment | settings).items()),
+            *(f"  {n.upper()}={v}" for n, v in settings.items()),
         ):
             self.log(line)
 
