@@ -410,7 +410,7 @@ def test_clock_ends_training(data):
 
 @pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 970.0)])
 def test_calibration_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
-    """Training with held-out text plans for 98 % of MAX_WALLCLOCK_SECONDS, without for all."""
+    """Training with held-out text plans for 97 % of MAX_WALLCLOCK_SECONDS, without for all."""
     limits = []
     monkeypatch.setattr(train_gpt, "lr_scale", lambda *a: limits.append(a[2]) or 1.0)
     trained(data, held_out, iterations=1, max_wallclock_seconds=1000.0)
