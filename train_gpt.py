@@ -202,7 +202,7 @@ class TrainSettings:
     complement_alpha: complementary loss; 0: plain cross-entropy
     quantizer: int6 (with LZMA) or fisher (with rANS)
     target_kl: most loss that fisher should cost, nats a token; 0: fill the cap
-    mixer_calibration_tokens: held-out text for mixer and quantizer; 0: cold start
+    mixer_calibration_tokens: held-out text for MIXER=learned and fisher; 0, or another mixer: none
     """
 
     seed: Natural = 1337
@@ -353,8 +353,9 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         most = 1 - self.alpha_base
         need(self.alpha_range <= most, "alpha_range", f"must be at most {most:.9g}, 1 - ALPHA_BASE")
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
-        usable = self.quantizer == "fisher" or not self.target_kl
-        need(usable, "target_kl", "takes QUANTIZER=fisher")
+        usable = self.quantizer == "fisher" and self.mixer == "learned"
+        usable &= self.mixer_calibration_tokens >= self.train_seq_len
+        need(usable or not self.target_kl, "target_kl", "takes QUANTIZER=fisher and held-out text")
         need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
     @property
@@ -528,7 +529,10 @@ class Runtime:
         return tensor
 
     def from_main(self, value):
-        """Return rank 0's value on every rank, by gloo: no host waits for its device."""
+        """Return rank 0's value on every rank, by gloo: no host waits for its device.
+
+        All ranks of the process group must call it, whatever `world` is.
+        """
         sent = [value]
         if dist.is_initialized():
             dist.broadcast_object_list(sent)
@@ -980,12 +984,11 @@ def check_shards(paths, table, sp):
     known = {}
     for path in paths:
         tokens = read_shard(path, len(table.pieces), SAMPLE_BYTES)
-        head = next(read_chunks(path))[:SHARD_HEADER_BYTES]
-        digest = sha256(head + tokens.tobytes()).hex()
+        digest = sha256(tokens.base).hex()
         if digest in known:
             raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
         known[digest] = path.name
-        maker = head[12:44]
+        maker = tokens.base[12:44]
         fits = maker == table.digest
         if not any(maker):
             fits = not sp or share_returned(sp, tokens) > 0.9
@@ -1082,7 +1085,7 @@ EMBED_CONTEXT = 2
 
 
 def role(name):
-    """Return a parameter's role: optimizer, quantizer and TTT treat equal roles alike.
+    """Return a parameter's role: optimizers and quantizers treat equal roles alike.
 
     matrix and projection: Muon; table and vector (all others, of any shape, the mixer's weights
     too): AdamW. The quantizers give levels to all but vectors, int6 not to projections either.
@@ -1691,7 +1694,7 @@ def train(model, cfg, rt, log, held_out):
 
 # ---- Quantization --------------------------------------------------------------------------------
 # Two quantizers, each governed by one number, its *coarseness*, which is chosen so that code and
-# artifact just fit the cap; doubling it saves about a bit a weight.
+# artifact just fit the cap, or what TARGET_KL allows; doubling it saves about a bit a weight.
 #
 # int6: block matrices become -31..31 with one fp16 scale a row, tables int8, the rest fp16. The top
 # level of a matrix's row stands at coarseness times the row's root mean square. LZMA finds the
@@ -1820,7 +1823,9 @@ def encode_symbols(starts, freqs):
 
 
 class SymbolDecoder:
-    """Gives the symbols that encode_symbols coded, a step after the other; ValueError at the end.
+    """Gives the symbols that encode_symbols coded, a step after the other.
+
+    Where words are missing, ValueError, or with several lanes wrong symbols and a wrong last state.
 
     After the last step all of `state` is STATE_MIN, and `words` has what follows the code.
     """
@@ -1874,7 +1879,7 @@ def level_classes(rows, columns):
 
 
 def encode_levels(levels, classes):
-    """Return the bytes from which decode_levels makes levels; both int64 (n,)."""
+    """Return the bytes from which decode_levels makes levels, below 2^32; both int64 (n,)."""
     freqs, starts = level_frequencies()
     coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
     symbols = np.pad(classes * LEVELS + coded, (0, -len(coded) % LANES)) + LEVEL_MAX
@@ -1987,7 +1992,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
 def unpack_artifact(body):
     """Return (header, {name: fp32 tensor}) from an artifact's body; any exception if it is wrong.
 
-    What it claims never takes memory for more than WEIGHTS_MAX weights.
+    What it claims never takes memory for more than WEIGHTS_MAX weights (some 50 bytes each).
     """
     reader = BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
     header = json.loads(reader.read(int.from_bytes(reader.read(3))))
@@ -2011,8 +2016,8 @@ def unpack_artifact(body):
         elif kind == "fp16":
             weights[name] = take("<f2", *shape).float()
         else:
-            levels = take("i1", *shape).float()
-            weights[name] = levels * take("<f2", shape[0], 1).float()
+            rows, columns = shape
+            weights[name] = take("i1", rows, columns).float() * take("<f2", rows, 1).float()
     if steps:
         levels = torch.from_numpy(decode_levels(reader.read(), np.concatenate(classes)))
         for name, part in zip(steps, levels.split([len(part) for part in classes])):
@@ -2032,13 +2037,16 @@ def read_artifact(path, data=None):
             "it, or train again"
         )
     if len(body) != length or sha256(body) != digest:
-        counts = f"{len(body):,} bytes of {length:,}"
-        raise UserError(f"artifact {path} is cut or altered, {counts}; copy it again")
+        raise UserError(
+            f"artifact {path} is cut or altered, {len(body):,} bytes of {length:,}; copy it again"
+        )
     with blaming(f"artifact {path} breaks its format; train again", Exception):  # of many kinds
         header, weights = unpack_artifact(body)
         tokenizer = header["tokenizer"]
         table = TokenTable(tuple(tokenizer["pieces"]), tokenizer["kinds"], tokenizer["bos_id"])
-    return Artifact(Path(path), len(data), sha256(data), header["settings"], table, weights)
+        return Artifact(
+            Path(path), len(data), sha256(data), dict(header["settings"]), table, weights
+        )
 
 
 def code_bytes():
@@ -2050,7 +2058,7 @@ def fit_artifact(weights, cfg, table, log, steps):
     """Return the bytes of the finest artifact found that fits the cap, else of the last one tried.
 
     steps: as pack_artifact takes them. At most six tries, a secant of bytes against
-    log2(coarseness); it is done within 0.2 % of the budget.
+    log2(coarseness), never finer than TARGET_KL asks for; it is done within 0.2 % of the budget.
     """
     budget = cfg.size_limit_bytes - code_bytes()
     finest, coarseness, coarsest = COARSENESS[cfg.quantizer]
@@ -2369,11 +2377,12 @@ class Mixture:
 
 # ---- Test-time training --------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
-# next. TTT moves vectors, the token table, and the matrices of all blocks but the first
-# TTT_FREEZE_BLOCKS; nothing else. Each micro-batch's summed gradient is rounded to int64, whose sum
-# is the same on any number of ranks, and weights are rounded to a grid after each step: it is
-# coarse enough that another machine, whose last bits differ, gets the same weights. The rate's
-# schedule has a fixed length, TTT_SCHEDULE_CHUNKS, so that no score depends on the text's length.
+# next. TTT moves vectors of one dimension, the token table, and the matrices of all blocks but the
+# first TTT_FREEZE_BLOCKS; nothing else. Each micro-batch's summed gradient is rounded to int64,
+# whose sum is the same on any number of ranks, and weights are rounded to a grid after each step:
+# it is coarse enough that another machine, whose last bits differ, gets the same weights. The
+# rate's schedule has a fixed length, TTT_SCHEDULE_CHUNKS, so that no score depends on the text's
+# length.
 
 TTT_MICRO_BATCH_SEQUENCES = 2  # fixed: each micro-batch is rounded
 TTT_GRADIENT_SCALE = TTT_WEIGHT_SCALE = 2.0**20
@@ -3064,7 +3073,7 @@ class Run:
             say(line, file)
 
     def record(self, name, value):
-        """Set one key of the results, on every rank; rank 0 writes them."""
+        """Set one key of the results, on the ranks that call it; rank 0 writes them."""
         self.results[name] = value
         if self.rt.rank == 0:
             write_object(self.cfg.run_dir / "results.json", self.results)

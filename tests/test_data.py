@@ -341,6 +341,19 @@ def test_digest_alone_refuses_another_tokenizer(tmp_path, texts, tokenizer, othe
     assert check(tmp_path, tokenizer, [shard_bytes(tokens)], sp=False)
 
 
+def test_compressed_shards_are_told_like_plain_ones(tmp_path, texts, tokenizer, other_tokenizer):
+    """By the digest in the header of a shard whose first compressed block is yet to end."""
+    tokens = np.tile(encoded(texts, other_tokenizer), 40)[:200_000]
+    data = shard_bytes(tokens, other_tokenizer[2].digest)
+    plain, packed = tmp_path / "0.bin", tmp_path / "0.bin.zst"
+    plain.write_bytes(data)
+    packed.write_bytes(zstandard.compress(data))
+    told = [train_gpt.check_shards([path], other_tokenizer[2], None) for path in (plain, packed)]
+    assert told[0].keys() == told[1].keys()
+    message = refusal(train_gpt.check_shards, [packed], tokenizer[2], None)
+    assert "another tokenizer" in message
+
+
 @pytest.mark.parametrize("compressed", [False, True])
 def test_copy_of_a_shard_is_refused(tmp_path, texts, tokenizer, compressed):
     """The same contents under another number, or in the other split, compressed or not."""

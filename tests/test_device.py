@@ -209,7 +209,7 @@ def test_gradients_wait_for_nothing(device):
 
 
 MOST_OF_THE_OPTIMIZERS = 169  # 15 + 25 for each shape of matrices, of which there are six
-MOST_OF_A_STEP = 1765  # four layers, two micro-batches, uncompiled
+MOST_OF_A_STEP = 1797  # four layers, two micro-batches, uncompiled
 RECORD = dict(num_layers=11, ve_layers="9,10", xsa_last_n=4)
 
 
@@ -451,7 +451,7 @@ def test_ttt_update_waits_twice(device):
     _, (operators, waits) = scored_block(device, COUNTED_CFG, plan, blocks=2)
     print(f"{operators} operators")
     assert waits == 2
-    assert operators <= 1530
+    assert operators <= 1562
 
 
 # ---- Planted faults ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import lzma
 import math
 import struct
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from fractions import Fraction
 from types import SimpleNamespace
 from unittest import mock
@@ -764,6 +764,8 @@ def test_divergence_is_predicted(trained, octave):
 def fitted(trained, lines=None, budget=800_000, **changes):
     """fit_artifact's bytes of the trained model for an artifact of at most `budget` bytes."""
     limit = budget + train_gpt.code_bytes()
+    if "target_kl" in changes:
+        changes["mixer_calibration_tokens"] = trained.cfg.train_seq_len
     cfg = replace(trained.cfg, size_limit_bytes=limit, **changes)
     log = [].append if lines is None else lines.append
     steps = trained.steps if cfg.quantizer == "fisher" else {}
@@ -803,7 +805,22 @@ def test_target_beyond_all_sense_takes_the_finest(trained, target):
 def test_target_without_fisher_is_refused():
     """QUANTIZER=int6 has no KL to aim at: one line with the setting and the way out."""
     message = refusal(Config, quantizer="int6", target_kl=0.001, kind=UsageError)
-    assert message == "TARGET_KL=0.001: takes QUANTIZER=fisher"
+    assert message == "TARGET_KL=0.001: takes QUANTIZER=fisher and held-out text"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(mixer="entropy"),
+        dict(mixer="none"),
+        dict(mixer_calibration_tokens=0),
+        dict(mixer_calibration_tokens=SMALL_CFG.train_seq_len - 1),
+    ],
+)
+def test_target_without_text_is_refused(change):
+    """Steps by RMS know nothing of the loss: a target would make zeros of all levels."""
+    own = asdict(SMALL_CFG) | dict(target_kl=0.001, mixer_calibration_tokens=1000) | change
+    assert "held-out text" in refusal(Config, **own, kind=UsageError)
 
 
 @pytest.mark.parametrize("budget", [14_000, 18_000, 24_000, 32_000])
@@ -1174,6 +1191,21 @@ def test_header_is_parsed_to_its_limit_only():
     assert len(text) > 1 << 24
     message = refusal(read_artifact, "hostile.lzma", remade(text, b"", (1 << 24) - 1))
     assert "breaks its format" in message
+
+
+@pytest.mark.parametrize("kind", ["int6", "int8"])
+@pytest.mark.parametrize("shape", [[4000], [100, 1, 100]])
+def test_levels_with_scales_are_matrices(small, kind, shape):
+    """Other shapes would grow when levels meet their rows' scales."""
+    header, _ = raw_of(small.data["fisher"])
+    data = remade(header | {"tensors": [["a", kind, shape]]}, bytes(100_000))
+    assert "breaks its format" in refusal(read_artifact, "hostile.lzma", data)
+
+
+def test_settings_are_a_dictionary(small):
+    """A list would end in a traceback later."""
+    header, payload = raw_of(small.data["fisher"])
+    refusal(read_artifact, "hostile.lzma", remade(header | {"settings": [1]}, payload))
 
 
 @pytest.mark.parametrize("quantizer", ["int6", "fisher"])
