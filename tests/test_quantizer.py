@@ -765,7 +765,7 @@ def fitted(trained, lines=None, budget=800_000, **changes):
     """fit_artifact's bytes of the trained model for an artifact of at most `budget` bytes."""
     limit = budget + train_gpt.code_bytes()
     if "target_kl" in changes:
-        changes["mixer_calibration_tokens"] = trained.cfg.train_seq_len
+        changes |= dict(mixer="learned", mixer_calibration_tokens=trained.cfg.train_seq_len)
     cfg = replace(trained.cfg, size_limit_bytes=limit, **changes)
     log = [].append if lines is None else lines.append
     steps = trained.steps if cfg.quantizer == "fisher" else {}
