@@ -210,7 +210,7 @@ def test_results_have_the_bytes_of_artifact_and_code(demo, name):
     assert artifact["code_bytes"] == len(Path(SCRIPT).read_bytes())
     assert artifact["total_bytes"] == artifact["weights_bytes"] + artifact["code_bytes"]
     assert artifact["total_bytes"] <= artifact["limit_bytes"]
-    assert artifact["limit_bytes"] == 400_000
+    assert artifact["limit_bytes"] == 500_000
 
 
 @pytest.mark.slow
