@@ -3129,7 +3129,7 @@ class Run:
         if train:
             self.log(
                 f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
-                f"calibration included; quantize {train['quantize_seconds']:.1f} s"
+                f"calibration included; quantize {train['quantize_seconds']:.1f} s (fisher's count)"
             )
         seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
         self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
@@ -3306,6 +3306,7 @@ def finish(run, model, result, held_out):
     start_s = perf_counter()
 
     def write():
+        """Return the bytes of the artifact that was fitted to the cap, written and read back."""
         steps = {}
         if cfg.quantizer == "fisher":
             steps = new_steps(model, held_out)
