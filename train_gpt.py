@@ -12,6 +12,8 @@
     train_gpt.py tokenize OUT FILE...  .txt, .jsonl, .jsonl.zst to token shards in the folder OUT
     train_gpt.py summarize JSON...     results of several seeds to submission.json; `--mixed` before
                                        them: of several scripts, devices or training texts
+    train_gpt.py submit OUT JSON...    the challenge's record of them, complete, in a new folder OUT
+    train_gpt.py pack OUT              this program as a small script that runs in its place
 
 IN and OUT may be "-", standard input and output. An OUT that exists stays, unless REPLACE=1.
 
@@ -37,6 +39,8 @@ positions, C contexts, M occurrences a context, J = C M candidates, F features. 
 input and output at one position; the Engine's banner says how rows, positions and lanes meet.
 """
 
+import ast
+import base64
 import bisect
 import codecs
 import ctypes
@@ -70,7 +74,7 @@ from functools import cache, cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from time import perf_counter
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 from zlib import crc32
 
 # torch's threads must not spin where ranks share cores; it reads this when it is imported.
@@ -102,8 +106,6 @@ class UserError(Exception):
 class UsageError(UserError):
     """Report a bad command line or setting."""
 
-    exit_status = 2
-
 
 # What may end work that was done right, and then must not lose it.
 FORESEEN = (UserError, KeyboardInterrupt, MemoryError, OSError, RuntimeError)
@@ -129,7 +131,10 @@ def blaming(culprit, *causes, error=UserError):
 
 frozen = dataclass(frozen=True)
 BELOW_ONE = 0.999_999_999  # `maximum` of a setting that must stay below 1
-Natural = Annotated[int, "0 or more"]  # where a setting that is an int must be at least 1
+
+
+class Natural(int):
+    """Type of a setting that may be 0, where an int must be at least 1."""
 
 
 def option(default, **limits):
@@ -147,7 +152,7 @@ def option(default, **limits):
 class RunSettings:
     """Places, what is scored, logged and proved, the cap; the artifact stores only `preset`.
 
-    preset: record, bench or demo
+    preset: settings for a purpose: record, bench or demo
     device: auto, cuda or cpu
     data_path: folder of the shards
     tokenizer_path: SentencePiece model
@@ -162,7 +167,7 @@ class RunSettings:
     verify_tokens: tokens that are proved, from the stream's start; 0: all
     """
 
-    preset: str = "record"
+    preset: str = option("record", choices="record, bench, demo")
     device: str = option("auto", choices="auto, cuda, cpu")
     data_path: str = "data/datasets/fineweb10B_sp1024"
     tokenizer_path: str = "data/tokenizers/fineweb_1024_bpe.model"
@@ -186,7 +191,7 @@ class TrainSettings:
     max_wallclock_seconds: training time; 0: no limit, ITERATIONS decides
     train_batch_tokens: tokens in an optimizer step, over all ranks
     micro_batch_tokens: most tokens a rank takes through the model at once
-    warmup_steps: untimed steps on random tokens, to compile kernels
+    warmup_steps: untimed steps on made-up tokens, to compile kernels
     warmdown_iters: steps over which the learning rates fall to 0 at the end
     matrix_lr: Muon, matrices
     scalar_lr: AdamW, vectors and scalars
@@ -347,9 +352,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             if isinstance(most, str):
                 most = getattr(self, most)  # a field checked before, or a property of such
             need(value <= most, name, f"must be at most {most:.9g}")
-        layers = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
-        with blaming(f"VE_LAYERS={self.ve_layers!r}: {layers}", ValueError, error=UsageError):
-            self.value_layers  # noqa: B018 (it raises)
+        self.value_layers  # noqa: B018 (it raises)
         most = 1 - self.alpha_base
         need(self.alpha_range <= most, "alpha_range", f"must be at most {most:.9g}, 1 - ALPHA_BASE")
         need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
@@ -361,7 +364,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     @property
     def run_dir(self):
         """Folder of this run's log, results and artifact."""
-        return Path(self.log_dir) / (self.run_id or f"{self.preset}_seed{self.seed}")
+        return Path(self.log_dir, self.run_id or f"{self.preset}_seed{self.seed}")
 
     @property
     def artifact(self):
@@ -375,9 +378,11 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 
     @property
     def value_layers(self):
-        """Layers with value embeddings, sorted; ValueError if VE_LAYERS does not list layers."""
+        """Layers with value embeddings, sorted; UsageError if VE_LAYERS does not list layers."""
         layers = range(self.num_layers)
-        return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
+        allowed = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
+        with blaming(f"VE_LAYERS={self.ve_layers!r}: {allowed}", ValueError, error=UsageError):
+            return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
 
 
 FIELDS = Config.__dataclass_fields__  # {setting: its field, as option() has made it}
@@ -408,12 +413,10 @@ BENCH = dict(
     iterations=600,
     max_wallclock_seconds=0.0,
     train_batch_tokens=4096,
-    micro_batch_tokens=4096,
     train_seq_len=512,
     warmdown_iters=300,
     muon_momentum_warmup_steps=300,
     ema_decay=0.0,
-    swa_every=20,
     num_layers=6,
     model_dim=256,
     xsa_last_n=3,
@@ -425,8 +428,7 @@ BENCH = dict(
     ngram_hash_bits=20,
     mixer_calibration_tokens=262_144,
 )
-PRESETS = {
-    "record": {},
+PRESETS = {  # but for `record`, which has the defaults
     "bench": BENCH,
     # No data, no GPU: a toy model on the docstrings of this machine, three minutes from start to
     # end.
@@ -441,22 +443,16 @@ PRESETS = {
         iterations=160,
         max_wallclock_seconds=60.0,
         train_batch_tokens=8192,
-        micro_batch_tokens=8192,
         train_seq_len=256,
         warmdown_iters=80,
-        muon_momentum_warmup_steps=100,
         ema_decay=0.9,
-        swa_every=10,
         num_layers=4,
         model_dim=128,
-        xsa_last_n=2,
-        bigram_vocab_size=1024,
         bigram_dim=32,
         ve_layers="3",
         eval_seq_len=256,
         ttt_chunk_tokens=512,
         ttt_freeze_blocks=4,
-        ngram_hash_bits=18,
         mixer_calibration_tokens=32_768,
     ),
 }
@@ -479,28 +475,24 @@ def config_from_env(environ, stored=None):
     setting of group model or train that differs from the artifact's; UserError, a stored setting
     that this version does not have.
     """
-    stored = stored or {}
+    settings = dict(stored or {})
     names = {name.upper(): name for name in FIELDS}
-    given = {}
     for variable, text in environ.items():
         for meant in difflib.get_close_matches(variable, names, 1, 0.9):
             if variable != meant:
                 raise UsageError(
                     f"{variable} is not a setting: did you mean {meant}? Otherwise unset it"
                 )
-            given[names[meant]] = parse_setting(names[meant], text)
-    settings = stored | given
-    preset = settings.get("preset", "record")
-    if preset not in PRESETS:
-        raise UsageError(f"PRESET={preset!r}: there are {', '.join(PRESETS)}")
-    for name, value in stored.items():
-        if settings[name] != value and GROUPS[name] in (ModelSettings, TrainSettings):
-            raise UsageError(
-                f"{name.upper()}={settings[name]}: the weights have {value}; unset it, or set "
-                "RUN_ID to begin another run"
-            )
+            name = names[meant]
+            value = parse_setting(name, text)
+            fixed = settings.get(name)
+            if fixed not in (None, value) and GROUPS[name] in (ModelSettings, TrainSettings):
+                raise UsageError(
+                    f"{meant}={value}: the weights have {fixed}; unset it or set another RUN_ID"
+                )
+            settings[name] = value
     with blaming("the artifact is of another version of this script", TypeError):
-        return Config(**PRESETS[preset] | settings)
+        return Config(**PRESETS.get(settings.get("preset"), {}) | settings)
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
@@ -545,16 +537,12 @@ class Runtime:
         return tensor.to(self.device, non_blocking=True)
 
     def by_main(self, action, *args):
-        """Return action(*args) of rank 0, None elsewhere; its UserError is raised on every rank."""
-        result = None
-        failure = []
-        if self.rank == 0:
-            try:
-                result = action(*args)
-            except UserError as error:
-                failure = [error]
-        if failure := self.from_main(failure):
-            raise failure.pop()  # popped, or a cycle of error and frame would keep files open
+        """Return action(*args) of rank 0, None elsewhere, when rank 0 is done.
+
+        What it raises ends rank 0, and with it the wait of the others: gloo raises RuntimeError.
+        """
+        result = action(*args) if self.rank == 0 else None
+        self.from_main(None)
         return result
 
     def compiled(self, function):
@@ -620,7 +608,12 @@ def start_runtime(cfg, environ):
             device_id=rt.device if cuda else None,
         )
     torch.set_num_threads(rt.from_main(count_threads()))
-    keep_freed_memory()
+    # glibc keeps what torch frees; returning it takes a third of a small step's time.
+    with suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 0x4000_0000)  # M_MMAP_THRESHOLD, 1 GiB
+        mallopt(-1, 0x7FFF_FFFF)  # M_TRIM_THRESHOLD, the most
+        mallopt(-2, 0x1000_0000)  # M_TOP_PAD, 256 MiB
     check_arithmetic(rt)
     rt.notes = (
         f"{rt.device.type} {name}, {world} rank(s), {torch.get_num_threads()} CPU threads each",
@@ -628,15 +621,6 @@ def start_runtime(cfg, environ):
         f"attention: {kernel}",
     )
     return rt
-
-
-def keep_freed_memory():
-    """Let glibc keep what torch frees; returning it takes a third of a small step's time."""
-    with suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 0x4000_0000)  # M_MMAP_THRESHOLD, 1 GiB
-        mallopt(-1, 0x7FFF_FFFF)  # M_TRIM_THRESHOLD, the most
-        mallopt(-2, 0x1000_0000)  # M_TOP_PAD, 256 MiB
 
 
 def say(line, file=None):
@@ -730,15 +714,6 @@ def check_target(cfg, target, *sources):
     return say
 
 
-def lock_folder(folder):
-    """Return an open file that locks `folder`; UserError if another process has locked it."""
-    file = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-    rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
-    with suppress(OSError), blaming(rival, BlockingIOError):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
-    return file
-
-
 # ---- Tokenizer and byte accounting ---------------------------------------------------------------
 # BPB divides by bytes, so a byte counted twice is a better score for nothing. A leading space
 # counts only where a decoder prints one: not after a boundary (BOS, control, unknown, unused).
@@ -774,7 +749,7 @@ class TokenTable:
     @cached_property
     def byte_tables(self):
         """Bytes, int64; has a leading space among them, is a boundary, bool; each (V,)."""
-        lengths = np.array([*map(len, self.texts)])
+        lengths = np.fromiter(map(len, self.texts), int)
         boundary = lengths == 0
         leading = ~boundary & [piece.startswith(SPACE) for piece in self.pieces]
         return lengths, leading, boundary
@@ -805,7 +780,11 @@ def load_tokenizer(path, vocab_size, table=None):
     """
     import sentencepiece
 
-    with blaming(f"TOKENIZER_PATH: {path} is no SentencePiece model", RuntimeError, OSError):
+    with blaming(
+        f"TOKENIZER_PATH: {path} is no SentencePiece model; mend or remove its folder",
+        RuntimeError,
+        OSError,
+    ):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
     if sp.vocab_size() != vocab_size or sp.bos_id() < 0:
         raise UserError(f"VOCAB_SIZE={vocab_size}: {path} has {sp.vocab_size()} pieces, or no BOS")
@@ -823,12 +802,12 @@ def load_tokenizer(path, vocab_size, table=None):
     return found, sp
 
 
-def audit_bytes(table, tokens, decode=None):
-    """Return (bytes of tokens[1:], SHA-256 of their text, in hexadecimal).
+def audit_bytes(table, tokens, sp=None):
+    """Return what results.json says of a text: tokens[1:], their bytes, SHA-256 of these bytes.
 
-    Each document's count is compared with its text: SentencePiece's where `decode` is given, else
-    the table's own. UserError where they differ, where a text is not UTF-8 (a last document may be
-    cut inside a character), or where the stream does not begin with BOS.
+    Each document's count is compared with its text: that of the processor `sp` where it is given,
+    else the table's own. UserError where they differ, where a text is not UTF-8 (a last document
+    may be cut inside a character), or where the stream does not begin with BOS.
     """
     counts = table.count_bytes(tokens)
     digest = hashlib.sha256()
@@ -840,8 +819,8 @@ def audit_bytes(table, tokens, decode=None):
     for start, stop in itertools.pairwise([*starts, len(tokens)]):
         document = tokens[start:stop]
         is_last = stop == len(tokens)
-        if decode and not is_last:
-            text = decode(document[1:].tolist()).encode()
+        if sp and not is_last:
+            text = sp.decode(document[1:].tolist()).encode()
         else:
             text = table.decode(document)
         counted = counts[start:stop].sum()  # with the next BOS, which prints nothing
@@ -853,7 +832,7 @@ def audit_bytes(table, tokens, decode=None):
             if counted != len(text):
                 raise ValueError(f"{counted} bytes counted, {len(text)} decoded")
         digest.update(text)
-    return int(counts.sum()), digest.hexdigest()
+    return dict(tokens=len(counts), bytes=int(counts.sum()), sha256=digest.hexdigest())
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -913,23 +892,23 @@ def read_shard(path, vocab_size, most_bytes=sys.maxsize):
     if not data.startswith(SHARD_START):
         raise UserError(f"shard {path} is no token shard of version 1: make one by `tokenize`")
     count = int.from_bytes(data[8:12], "little")
-    size = SHARD_HEADER_BYTES + 2 * count
-    if not SHARD_HEADER_BYTES < len(data) == min(size, most_bytes):
+    if not SHARD_HEADER_BYTES < len(data) == min(SHARD_HEADER_BYTES + 2 * count, most_bytes):
         raise UserError(
             f"shard {path} is truncated or padded ({count:,} tokens); download it again"
         )
     tokens = np.frombuffer(data, "<u2", offset=SHARD_HEADER_BYTES)
-    if len(tokens) == count and any(data[12:1024]) and data != shard_bytes(tokens, data[12:44]):
+    if len(tokens) == count and data != shard_bytes(tokens, data[12:44]):
         raise UserError(f"shard {path} is corrupt: its checksum differs; copy or make it again")
     if tokens.max() >= vocab_size:
         raise UserError(f"shard {path} has token id {tokens.max()}, beyond VOCAB_SIZE={vocab_size}")
     return tokens
 
 
-def shard_bytes(tokens, tokenizer=bytes(32)):
+def shard_bytes(tokens, tokenizer=b""):
     """Return a shard of uint16 tokens (n,): the inverse of read_shard.
 
-    `tokenizer` is the digest of the TokenTable that made it; zeros: unknown, as in official shards.
+    `tokenizer` is the digest of the TokenTable that made it; empty or zeros: unknown, as in
+    official shards, which have no checksum.
     """
     body = np.asarray(tokens, "<u2").tobytes()
     crc = any(tokenizer) and crc32(tokenizer + body)
@@ -943,7 +922,9 @@ def list_shards(cfg, split):
     """
     folder = Path(cfg.data_path)
     # A .zst comes first, and its twin overwrites it.
-    found = {path.name.removesuffix(".zst"): path for path in sorted(folder.glob("*"))[::-1]}
+    found = {
+        path.name.removesuffix(".zst"): path for path in sorted(folder.glob("*"), reverse=True)
+    }
     candidate = rf"fineweb_{split}|(?!fineweb_(train|val)).*\.bin"
     names = sorted(name for name in found if re.match(candidate, name))
     if not names:
@@ -989,13 +970,11 @@ def check_shards(paths, table, sp):
             raise UserError(f"DATA_PATH: {path} is a copy of {known[digest]}: remove one of them")
         known[digest] = path.name
         maker = tokens.base[12:44]
-        fits = maker == table.digest
-        if not any(maker):
-            fits = not sp or share_returned(sp, tokens) > 0.9
-        if not fits:
+        # Another tokenizer is named, or none is and what comes back speaks against this one.
+        if maker != table.digest and (any(maker) or (sp and share_returned(sp, tokens) <= 0.9)):
             raise UserError(
-                f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or the "
-                "artifact has: set the one that belongs to it"
+                f"DATA_PATH: {path} was made with another tokenizer than TOKENIZER_PATH or "
+                "artifact; set the one that belongs to it"
             )
     return known
 
@@ -1051,22 +1030,12 @@ def train_stream(cfg, held_out, count):
     return steps(read(0))  # a bad first shard is found out at once
 
 
-def micro_batch_sequences(cfg, world):
-    """Return the number of sequences in a micro-batch; UsageError if ranks cannot share evenly."""
-    sequences = cfg.train_batch_tokens // cfg.train_seq_len
-    if sequences % world:
-        raise UsageError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split "
-            f"over {world} ranks; change it or --nproc_per_node"
-        )
-    share = sequences // world
-    most = cfg.micro_batch_tokens // cfg.train_seq_len
-    return max(size for size in range(1, most + 1) if share % size == 0)
-
-
 def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
-    shape = rt.world, -1, micro_batch_sequences(cfg, rt.world), cfg.train_seq_len
+    share = cfg.train_batch_tokens // cfg.train_seq_len // rt.world
+    most = cfg.micro_batch_tokens // cfg.train_seq_len
+    size = max(size for size in range(1, most + 1) if share % size == 0)
+    shape = rt.world, -1, size, cfg.train_seq_len
     mine = [rt.upload(torch.from_numpy(t).view(shape)[rt.rank]) for t in (tokens[:-1], tokens[1:])]
     return list(zip(*mine))
 
@@ -1189,21 +1158,21 @@ class Embedding(nn.Module):
         self.bigram_scale = parameter(fill=0.05)
         self.smear = parameter(cfg.model_dim)
 
-    def bigram_rows(self, tokens):
-        """Return each position's row of the bigram table; the last row at position 0."""
-        last = len(self.bigrams) - 1
-        hashed = (36313 * tokens[:, 1:] ^ 27191 * tokens[:, :-1]) % last
-        return F.pad(hashed, (1, 0), value=last)
-
     def cast(self, dtype):
         """Return (token table, projected bigram table, smear gate) in `dtype`."""
         bigrams = F.linear(self.bigrams.to(dtype), (self.bigram_scale * self.bigram_proj).to(dtype))
         return self.tokens.to(dtype), bigrams, torch.sigmoid(self.smear).to(dtype)
 
     def forward(self, tokens, weights):
-        """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros."""
+        """Embed tokens (B, T) as (B, T, D); the row before the first counts as zeros.
+
+        Pairs of tokens are hashed to rows of the bigram table, whose last row is position 0's.
+        """
         table, bigrams, gate = weights
-        x = F.embedding(tokens, table) + F.embedding(self.bigram_rows(tokens), bigrams)
+        last = len(bigrams) - 1
+        hashed = (36313 * tokens[:, 1:] ^ 27191 * tokens[:, :-1]) % last
+        x = F.embedding(tokens, table)
+        x = x + F.embedding(F.pad(hashed, (1, 0), value=last), bigrams)
         x = unit(x) * x.size(-1) ** 0.5
         return torch.lerp(x, F.pad(x[:, :-1], (0, 0, 1, 0)), gate)
 
@@ -1306,17 +1275,18 @@ class GPT(nn.Module):
 
         (embedding's, {layer: value embeddings (V, G, d)}, skip weights, VRL scales, blocks', head).
         """
+        cfg = self.cfg
         dtype = self.dtype
         embed = self.embed.cast(dtype)
         values = {}
-        if self.cfg.value_layers:
+        if cfg.value_layers:
             table = F.linear(self.ve_table.to(dtype), self.ve_proj.to(dtype))
-            table = table.unflatten(-1, (-1, self.cfg.head_dim))
+            table = table.unflatten(-1, (-1, cfg.head_dim))
             scales = (self.ve_scale * self.ve_layer_scales).to(dtype)
-            values = {i: table * scale for i, scale in zip(self.cfg.value_layers, scales)}
-        vrl = self.vrl_scales.to(dtype) if self.cfg.vrl_enabled else None
+            values = {i: table * scale for i, scale in zip(cfg.value_layers, scales)}
+        vrl = self.vrl_scales.to(dtype) if cfg.vrl_enabled else None
         blocks = [block.cast(dtype) for block in self.blocks]
-        head = embed[0] * self.cfg.model_dim**0.5
+        head = embed[0] * cfg.model_dim**0.5
         return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
 
     def forward(self, tokens, weights=None, cache=None, lead=0, unwanted=0):
@@ -1416,24 +1386,21 @@ def new_model(cfg, rt, weights=None, dtype=None):
 # counts before the step.
 
 
-class BigramCounts:
-    """Exact counts of (previous, next) over the training stream so far, alike on every rank."""
+def complementary_weights(counts, x, y, alpha):
+    """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)), fp32 (B, T) like x and y.
 
-    def __init__(self, vocab_size, rt):
-        self.rt = rt
-        self.counts = torch.zeros(vocab_size, vocab_size, dtype=torch.int32, device=rt.device)
+    counts int32 (V, V): of each (previous, next) over the training stream before this step.
+    """
+    p = counts[x, y].double() / (counts.sum(1)[x] + 1)
+    return (1 - alpha * p).clamp(min=0.1).float()
 
-    def weights(self, x, y, alpha):
-        """Return max(0.1, 1 - alpha * count(x, y) / (total(x) + 1)), fp32 (B, T) like x and y."""
-        p = self.counts[x, y].double() / (self.counts.sum(1)[x] + 1)
-        return (1 - alpha * p).clamp(min=0.1).float()
 
-    def add(self, batches):
-        """Count the pairs of a step's batches over all ranks, once the step has used weights()."""
-        new = torch.zeros_like(self.counts)
-        for pair in batches:
-            new.index_put_(pair, new.new_ones(()), accumulate=True)
-        self.counts += self.rt.sum_over_ranks(new)
+def count_pairs(counts, batches, rt):
+    """Add to `counts` the pairs of a step's batches over all ranks, once the step has used it."""
+    new = torch.zeros_like(counts)
+    for pair in batches:
+        new.index_put_(pair, new.new_ones(()), accumulate=True)
+    counts += rt.sum_over_ranks(new)
 
 
 # ---- Optimizers, schedules -----------------------------------------------------------------------
@@ -1486,38 +1453,33 @@ class Muon(torch.optim.Optimizer):
 
 
 def new_optimizers(model, cfg, rt):
-    """Return [Muon, AdamW]; a group's rate is its `peak_lr` times the schedule's factor."""
+    """Return (Muon, AdamW); a group's rate is its `peak_lr` times the schedule's factor."""
 
     def group(*roles, **settings):
         return dict(params=[p for n, p in model.named_parameters() if role(n) in roles], **settings)
 
     muon = group("matrix", "projection", peak_lr=cfg.matrix_lr, weight_decay=cfg.muon_wd, rt=rt)
-    adam = [group("table", peak_lr=cfg.tied_embed_lr), group("vector", peak_lr=cfg.scalar_lr)]
-    return [
-        Muon([muon], {}),
-        torch.optim.AdamW(
-            adam, betas=(0.9, 0.95), weight_decay=cfg.adam_wd, fused=model.skip_weights.is_cuda
-        ),
-    ]
+    adam = torch.optim.AdamW(
+        [group("table", peak_lr=cfg.tied_embed_lr), group("vector", peak_lr=cfg.scalar_lr)],
+        betas=(0.9, 0.95),
+        weight_decay=cfg.adam_wd,
+        fused=model.skip_weights.is_cuda,
+    )
+    return Muon([muon], {}), adam
 
 
-def lr_scale(step, elapsed_s, limit_s, cfg):
-    """Return the rates' factor: 1, then linear to 0 over the last WARMDOWN_ITERS steps.
+def steps_left(step, elapsed_s, limit_s, cfg):
+    """Return how many steps are left after `step` >= 1 steps: a number >= 0, maybe a fraction.
 
-    The steps left are those of ITERATIONS or, if fewer, those for which limit_s leaves time at the
-    mean pace so far.
+    Those of ITERATIONS or, if fewer, those for which limit_s leaves time at the mean pace so far.
     """
-    steps_left = cfg.iterations - step
-    if step:
-        steps_left = min(steps_left, (limit_s - elapsed_s) / (elapsed_s / step))
-    return min(1.0, max(0.0, steps_left / max(cfg.warmdown_iters, 1)))
+    return max(0.0, min(cfg.iterations - step, (limit_s - elapsed_s) / (elapsed_s / step)))
 
 
 def muon_momentum(step, cfg):
-    """Return Muon's momentum: linear from 0.92 (or MUON_MOMENTUM, if less) to MUON_MOMENTUM."""
-    start = min(0.92, cfg.muon_momentum)
+    """Return Muon's momentum: linear from 0.92 to MUON_MOMENTUM."""
     done = min(1.0, step / cfg.muon_momentum_warmup_steps)
-    return start + (cfg.muon_momentum - start) * done
+    return 0.92 + (cfg.muon_momentum - 0.92) * done
 
 
 # ---- Training loop -------------------------------------------------------------------------------
@@ -1525,7 +1487,7 @@ def muon_momentum(step, cfg):
 # check that loss and gradient are finite *before* any weight moves, clip, two optimizers, average.
 # The host waits for the device in that check alone: while the optimizers run, it sends the next
 # step's tokens, and a thread has read the shard that comes next. Rank 0's clock stops all ranks at
-# one step. Before it starts, kernels are compiled on random tokens and the weights are restored.
+# one step. Before it starts, kernels are compiled on made-up tokens and the weights are restored.
 
 # Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
 CALIBRATION_SHARE = 0.03
@@ -1569,7 +1531,8 @@ class Trainer:
         self.params = [p.detach() for p in model.parameters()]
         self.mean = deepcopy(self.params)  # the EMA, or of SWA's snapshots
         self.snapshots = 0
-        self.bigrams = BigramCounts(cfg.vocab_size, rt)
+        # Exact counts of (previous, next) over the stream so far, alike on every rank.
+        self.counts = torch.zeros(2 * [cfg.vocab_size], dtype=torch.int32, device=rt.device)
 
     def gradients(self, batches):
         """Fill .grad with the weighted loss's gradient over all ranks, without waiting for it.
@@ -1578,7 +1541,7 @@ class Trainer:
         """
         totals = torch.zeros(3, device=self.rt.device)
         for pair in batches:
-            weights = self.bigrams.weights(*pair, self.cfg.complement_alpha)
+            weights = complementary_weights(self.counts, *pair, self.cfg.complement_alpha)
             losses = torch.stack(self.loss(*pair, weights)) / len(batches) / self.rt.world
             losses[0].backward()
             totals[:2] += losses.detach()
@@ -1602,13 +1565,13 @@ class Trainer:
             )
         if limit := self.cfg.grad_clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, totals[2])
-        self.optimizers[0].param_groups[0]["momentum"] = muon_momentum(step, self.cfg)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
+                group["momentum"] = muon_momentum(step, self.cfg)  # AdamW has its betas
             optimizer.step()
             optimizer.zero_grad()
-        self.bigrams.add(batches)
+        count_pairs(self.counts, batches, self.rt)
         self.average(step + 1, scale)
         return losses
 
@@ -1628,17 +1591,6 @@ class Trainer:
             torch._foreach_copy_(self.params, self.mean)
 
 
-def warm_up(model, loss, cfg, rt):
-    """Compile every kernel of a step on random tokens; the weights are what they were before."""
-    weights = deepcopy(model.state_dict())
-    trainer = Trainer(model, loss, cfg, rt)
-    for step in range(cfg.warmup_steps):
-        size = cfg.train_batch_tokens + 1
-        tokens = np.random.default_rng(step).integers(cfg.vocab_size, size=size)
-        trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
-    model.load_state_dict(weights)
-
-
 def train(model, cfg, rt, log, held_out):
     """Train `model` in place on all shards but their last `held_out` tokens; return a TrainResult.
 
@@ -1653,34 +1605,36 @@ def train(model, cfg, rt, log, held_out):
     if held_out:
         limit_s *= 1 - CALIBRATION_SHARE
     loss = training_loss(model, rt)
-    if cfg.warmup_steps:
-        began_s = perf_counter()
-        warm_up(model, loss, cfg, rt)
-        result.warmup_seconds = perf_counter() - began_s
-        log(f"warm-up: {cfg.warmup_steps} steps, {result.warmup_seconds:.1f} s, not timed")
+    start_s = perf_counter()
+    untouched = deepcopy(model.state_dict())
     trainer = Trainer(model, loss, cfg, rt)
+    tokens = np.arange(cfg.train_batch_tokens + 1) % cfg.vocab_size
+    for step in range(cfg.warmup_steps):
+        log(f"warm-up, to compile every kernel: step {step + 1}/{cfg.warmup_steps}, not timed")
+        trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
+    model.load_state_dict(untouched)
+    result.warmup_seconds = perf_counter() - start_s
+    trainer = Trainer(model, loss, cfg, rt)
+    left = cfg.iterations
     start_s = perf_counter()
     try:
-        while result.steps < cfg.iterations:
-            scale = lr_scale(result.steps, result.seconds, limit_s, cfg)
+        while left >= 1:
+            scale = min(1.0, left / max(cfg.warmdown_iters, 1))  # 1, then linear to 0
             tokens, epochs = next(stream)
             batches = micro_batches(tokens, cfg, rt)
             losses = trainer.step(batches, result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(perf_counter() - start_s)
-            per_step_s = result.seconds / result.steps
+            left = steps_left(result.steps, result.seconds, limit_s, cfg)
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                steps_left = cfg.iterations - result.steps
-                eta_s = max(0.0, min(steps_left * per_step_s, limit_s - result.seconds))
+                eta_s = left * result.seconds / result.steps
                 log(
                     f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
                     f"{result.tokens / result.seconds:,.0f} tokens/s  "
                     f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
                 )
-            if result.seconds + per_step_s > limit_s:
-                break
     except FORESEEN as error:
         result.stopped = f"after step {result.steps}: {one_line(error)}"
         if isinstance(error, RuntimeError):
@@ -1724,7 +1678,7 @@ def quantize(w, kind, coarseness):
     top = w.abs().amax(1) if kind == "int8" else coarseness * w.square().mean(1).sqrt()
     limit = LEVEL_LIMITS[kind]
     scale = (top / limit).clamp(2.0**-24, 65_504.0).half()
-    levels = (w / scale.float()[:, None]).round().clamp(-limit, limit)
+    levels = (w / scale[:, None]).round().clamp(-limit, limit)
     return levels.to(torch.int8), scale
 
 
@@ -1878,12 +1832,16 @@ def level_classes(rows, columns):
     return (sums - CLASSES[0]).flatten().numpy()
 
 
+def in_lanes(values):
+    """Return values (n,) in rows of one for each lane, (steps, LANES), with zeros at the end."""
+    return np.pad(values, (0, -len(values) % LANES)).reshape(-1, LANES)
+
+
 def encode_levels(levels, classes):
     """Return the bytes from which decode_levels makes levels, below 2^32; both int64 (n,)."""
     freqs, starts = level_frequencies()
     coded = levels.clip(-LEVEL_MAX, LEVEL_MAX)
-    symbols = np.pad(classes * LEVELS + coded, (0, -len(coded) % LANES)) + LEVEL_MAX
-    symbols = symbols.reshape(-1, LANES)
+    symbols = in_lanes(classes * LEVELS + coded) + LEVEL_MAX
     beyond = abs(levels[abs(coded) == LEVEL_MAX]) - LEVEL_MAX
     return encode_symbols(starts[symbols] % TOTAL, freqs[symbols]) + beyond.astype("<u4").tobytes()
 
@@ -1891,9 +1849,9 @@ def encode_levels(levels, classes):
 def decode_levels(data, classes):
     """Return levels, int64 (n,), from the bytes of encode_levels; ValueError if they do not fit."""
     freqs, starts = level_frequencies()
-    bases = np.pad(classes, (0, -len(classes) % LANES)).astype(np.uint64) << TOTAL_BITS
+    bases = in_lanes(classes).astype(np.uint64) << TOTAL_BITS
     decoder = SymbolDecoder(data, LANES)
-    symbols = [decoder.decode(freqs, starts, base) for base in bases.reshape(-1, LANES)]
+    symbols = [decoder.decode(freqs, starts, base) for base in bases]
     levels = np.concatenate(symbols)[: len(classes)] % LEVELS - LEVEL_MAX
     beyond = abs(levels) == LEVEL_MAX
     if (decoder.state != STATE_MIN).any() or len(decoder.words) != beyond.sum():
@@ -1913,9 +1871,8 @@ def decode_levels(data, classes):
 # nothing. Levels of int6 take a byte each: packed to 6 bits, LZMA would not find their entropy.
 # What does not compress, as the words, LZMA2 stores.
 
-ARTIFACT_MAGIC = b"PGOLFART"
-ARTIFACT_VERSION = 2
-ARTIFACT_HEAD = struct.Struct("<8sIQ32s")
+ARTIFACT_START = b"PGOLFART\2\0\0\0"  # magic, format version
+ARTIFACT_HEAD_BYTES = 52
 WEIGHTS_MAX = 1 << 26  # of an artifact: hostile ones must not take all time and memory
 LZMA = dict(
     format=lzma.FORMAT_RAW,
@@ -1936,8 +1893,9 @@ class Artifact:
 
     def overridden(self, cfg):
         """Return the names, sorted, of the settings that differ from the artifact's."""
-        differing = {n for n, v in self.settings.items() if getattr(cfg, n) != v}
-        return sorted(n.upper() for n in differing - {"preset"})
+        return sorted(
+            n.upper() for n, v in self.settings.items() if n != "preset" and getattr(cfg, n) != v
+        )
 
 
 def sha256(data):
@@ -1950,6 +1908,11 @@ def stored_settings(cfg):
     return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
 
 
+def with_head(body):
+    """Return the bytes of the artifact that has this body."""
+    return ARTIFACT_START + len(body).to_bytes(8, "little") + sha256(body) + body
+
+
 def pack_artifact(weights, cfg, table, coarseness, steps=()):
     """Return an artifact's bytes; the same weights and settings give the same bytes.
 
@@ -1959,34 +1922,35 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
     index = []
     payload = []
     matrices = []  # [(levels, classes)]
-    kinds = {name: "levels" if name in steps else KINDS[role(name)] for name in weights}
-    for name in sorted(weights, key=lambda name: (kinds[name], name)):
+    kinds = [("levels" if name in steps else KINDS[role(name)], name) for name in weights]
+    for kind, name in sorted(kinds):
         w = weights[name].cpu()
-        if kinds[name] == "levels":
+        if kind == "levels":
             levels = round_levels(w, *steps[name], coarseness)
             means = mean_exponents(levels)
             matrices.append((levels.flatten().numpy(), level_classes(*means)))
             stored = [torch.stack(pair) for pair in zip(steps[name], means)]
-        elif kinds[name] == "fp16":
+        elif kind == "fp16":
             stored = [w.half()]
         else:
-            stored = quantize(w.float(), kinds[name], coarseness)
+            stored = quantize(w.float(), kind, coarseness)
         if not all(t.isfinite().all() for t in (w, *stored)):
             raise UserError(f"parameter {name} is not finite or beyond fp16; nothing was written")
-        index.append([name, kinds[name], list(w.shape)])
+        index.append([name, kind, list(w.shape)])
         payload += [t.numpy().tobytes() for t in stored]
     if matrices:
         payload.append(encode_levels(*map(np.concatenate, zip(*matrices))))
-    contents = {
-        "settings": stored_settings(cfg),
-        "coarseness": coarseness,
-        "tensors": index,
-        "tokenizer": {"sha256": table.digest.hex(), **asdict(table)},
-    }
-    header = json.dumps(contents, sort_keys=True).encode()
+    header = json.dumps(
+        {
+            "settings": stored_settings(cfg),
+            "coarseness": coarseness,
+            "tensors": index,
+            "tokenizer": {"sha256": table.digest.hex(), **asdict(table)},
+        },
+        sort_keys=True,
+    ).encode()
     raw = len(header).to_bytes(3) + header + b"".join(payload)
-    body = lzma.compress(raw, **LZMA)
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(body), sha256(body)) + body
+    return with_head(lzma.compress(raw, **LZMA))
 
 
 def unpack_artifact(body):
@@ -2017,10 +1981,10 @@ def unpack_artifact(body):
             weights[name] = take("<f2", *shape).float()
         else:
             rows, columns = shape
-            weights[name] = take("i1", rows, columns).float() * take("<f2", rows, 1).float()
+            weights[name] = take("i1", rows, columns) * take("<f2", rows, 1).float()
     if steps:
         levels = torch.from_numpy(decode_levels(reader.read(), np.concatenate(classes)))
-        for name, part in zip(steps, levels.split([len(part) for part in classes])):
+        for name, part in zip(steps, levels.split([*map(len, classes)])):
             weights[name] = (part.view_as(steps[name]) * steps[name]).float()
     return header, weights
 
@@ -2028,15 +1992,14 @@ def unpack_artifact(body):
 def read_artifact(path, data=None):
     """Return the Artifact in a file, or in its bytes `data`; UserError if it is none or damaged."""
     data = data or read_file(path, f"ARTIFACT_PATH: cannot read {path}; train first")
-    size = ARTIFACT_HEAD.size
-    magic, version, length, digest = ARTIFACT_HEAD.unpack_from(data.ljust(size, b"\0"))
-    body = data[size:]
-    if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
+    if not data.startswith(ARTIFACT_START):
         raise UserError(
-            f"{path} is no artifact of format version {ARTIFACT_VERSION}: use the script that made "
-            "it, or train again"
+            f"{path} is no artifact of format version {ARTIFACT_START[8]}: use the script that "
+            "made it, or train again"
         )
-    if len(body) != length or sha256(body) != digest:
+    body = data[ARTIFACT_HEAD_BYTES:]
+    if data != with_head(body):
+        length = int.from_bytes(data[12:20], "little")
         raise UserError(
             f"artifact {path} is cut or altered, {len(body):,} bytes of {length:,}; copy it again"
         )
@@ -2140,11 +2103,9 @@ class NgramHistory:
     def extend(self, prefix):
         """Link the tokens of `prefix`, the stream from its start, that are not linked yet.
 
-        prefix: int64 (n,), on the device.
+        prefix: int64 (n,), on the device, no shorter than the one before.
         """
         first = self.size
-        if len(prefix) <= first:
-            return
         self.size = len(prefix)
         self.tokens = prefix
         lacking = self.size - self.prev.size(1)
@@ -2246,7 +2207,7 @@ def mix_entropy(share, matches, following, cfg):
     counts = torch.zeros_like(share).scatter_add_(1, following[:, :-1].flatten(1), used)
     freqs = commit(share).long()
     p = freqs.double() / TOTAL
-    entropy = -(p * p.log()).sum(-1, keepdim=True)
+    entropy = torch.special.entr(p).sum(-1, keepdim=True)
     alpha = cfg.alpha_base + cfg.alpha_range * torch.sigmoid(2 * (entropy - cfg.alpha_center))
     alpha = (alpha * 4096).round().long() * enough.any(1, keepdim=True)
     empirical = counts * TOTAL // used.sum(1, keepdim=True).clamp(min=1)
@@ -2337,7 +2298,7 @@ class Mixture:
 
     def hidden(self, features):
         """Return the hidden layer's output for each candidate, float64 (R, hidden, J)."""
-        return (self.weights[:, :-1] @ features).clamp(min=0)
+        return (self.weights[:, :-1] @ features).relu()
 
     def boost(self, features):
         """Return what is added to the candidates' grid logits: int64 (R, J)."""
@@ -2367,7 +2328,7 @@ class Mixture:
         self.rt.sum_over_ranks(total)
         self.weights.grad = total.double() / (GRADIENT_SCALE * self.plan.block)
         blocks = self.plan.calibration_blocks
-        left = blocks and max(0.0, 1 - self.blocks / blocks)
+        left = blocks and 1 - self.blocks / blocks
         self.optimizer.param_groups[0]["lr"] = self.cfg.mixer_lr * (1 + 9 * left)
         self.optimizer.step()
         self.weights.mul_(MIXER_WEIGHT_SCALE).round_().div_(MIXER_WEIGHT_SCALE)
@@ -2399,30 +2360,25 @@ class TestTimeTrainer:
     chunks: int = 0  # adapted to so far
 
     def __post_init__(self):
-        self.model.requires_grad_(False)
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        blocks = self.model.blocks[self.cfg.ttt_freeze_blocks :]
-        for part in (*vectors, self.model.embed.tokens, blocks):
-            part.requires_grad_()
+        for p in self.model.parameters():
+            p.requires_grad_(p.ndim < 2)  # vectors
+        self.model.embed.tokens.requires_grad_()
+        self.model.blocks[self.cfg.ttt_freeze_blocks :].requires_grad_()
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         # All that moves, live and averaged, a row each; one of the rows is what `params` show.
         self.both = nn.utils.parameters_to_vector(self.params).detach().repeat(2, 1)
         self.live, self.average = self.both
         self.optimizer = torch.optim.Adam([self.live])
 
-    def rate(self):
-        """Return the chunk's rate: cosine to 0, times 1 rising to 3 over the first 30 %, then 3."""
-        done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
-        cosine = 0.5 * (1 + math.cos(math.pi * done))
-        return self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
-
     def adapt_chunk(self, tokens):
         """Train on a scored chunk and the token before it, int64 (TTT_CHUNK_TOKENS + 1,).
 
         An epoch is one Adam step on the byte-weighted mean loss over all ranks, its gradient
-        clipped to norm 1.
+        clipped to norm 1. The rate: cosine to 0, times 1 rising to 3 over the first 30 %, then 3.
         """
-        lr = self.rate()
+        done = min(1.0, self.chunks / self.cfg.ttt_schedule_chunks)
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        lr = self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
         self.chunks += 1
         if lr == 0:
             return
@@ -2465,14 +2421,16 @@ class TestTimeTrainer:
 # How the rows of a run are cut into passes of the model does not matter, since what a cut changes
 # is far below the grid to which logits are rounded.
 
-# Rows that Engine.compute puts through the model at once: whole runs, side by side.
+# Rows that Engine.logits puts through the model at once: whole runs, side by side.
 ROWS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 
 class Plan(NamedTuple):
     """One walk over a stream: the stages it reports, and its clocks (see the banner)."""
 
-    stages: tuple  # pre_quant, round_trip, sliding or ttt; then "mixer" if there is one
+    stages: (
+        tuple  # pre_quant, round_trip, sliding or ttt; then "unguarded", "mixer", if there is one
+    )
     reach: int  # rows of its lane that a row sees before it
     context: int  # rows of a lane that are computed anew before a run
     run: int  # rows of a lane; 0: until the weights change
@@ -2500,7 +2458,7 @@ def last_plan(cfg, lanes=0):
     lanes = 0: the text's own order, with TTT if it is enabled; from 1 on there is no TTT.
     """
     neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
-    mixer = () if cfg.mixer == "none" else ("mixer",)
+    mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
     return new_plan(cfg, neural, *mixer, lanes=lanes or 1)
 
 
@@ -2513,7 +2471,7 @@ def evaluation_plans(cfg):
 class Engine:
     """Computes the logits of a stream's rows, run by run; the banner defines rows and runs.
 
-    Protocol: logits() of ever later rows; forget() when the weights have changed.
+    Protocol: logits() of all rows in order; forget() when the weights have changed.
     """
 
     def __init__(self, model, cfg, rt, plan):
@@ -2521,7 +2479,7 @@ class Engine:
         self.rt = rt
         self.plan = plan
         self.pass_rows = cfg.eval_seq_len  # most rows of a run in one pass
-        self.batch = max(1, ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len)  # runs side by side
+        self.batch = ROWS_AT_ONCE[rt.device.type] // cfg.eval_seq_len or 1  # runs side by side
         self.forget(0)
 
     @torch.inference_mode()
@@ -2529,54 +2487,57 @@ class Engine:
         """Begin a run at `row`: the weights have changed, or nothing has been computed yet."""
         self.origin = row
         self.weights = self.model.cast()
-        self.run = None  # first row of the run whose keys and values `cache` has; None: none
 
     def logits(self, tokens, first, last):
         """Yield (positions (R,), logits (R, V)) of this rank's rows first..last-1 of each lane.
 
-        tokens (L, last), int64. The positions are those of the rows, not of what they predict, in
-        the order of the stream: all lanes of a row together.
+        tokens (L, last), int64. The positions, on the CPU, are those of the rows, not of what they
+        predict, in the order of the stream: all lanes of a row together.
         """
+        lanes = len(tokens)
         size = self.plan.run or sys.maxsize
         runs = range(self.origin, last, size)[self.rt.rank :: self.rt.world]  # this rank's
         runs = runs[bisect.bisect(runs, first - size) :]  # that end after `first`
+        # [(run's first row, piece's first row, row after its last)]
         pieces = [(run, max(run, first), min(run + size, last)) for run in runs]
 
         # Whole runs of one lane have the same shape: they are computed side by side.
         whole = all(e - b == size and run >= self.plan.context for run, b, e in pieces)
-        batch = self.batch if whole and len(tokens) == 1 else 1
+        batch = self.batch if whole and lanes == 1 else 1
         for i in range(0, len(pieces), batch):
-            yield self.compute(tokens, pieces[i : i + batch])
-
-    def compute(self, tokens, group):
-        """Return (positions (R,), on the CPU; logits (R, V)) of pieces of runs of one shape.
-
-        group: [(run's first row, piece's first row, row after its last)].
-        """
-        lanes = len(tokens)
-        run, begin, _ = group[-1]
-        known = min(run, self.plan.context)  # rows before the run, computed anew
-        if self.run != run:
-            self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
-            self.run = run
-        sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
-        length = sequences.size(1)
-        parts = []
-        while (done := self.cache.rows) < length:
-            lead = min(EMBED_CONTEXT, done)
-            unwanted = max(0, known + begin - run - done)
-            passed = sequences[:, done - lead : done + self.pass_rows]
-            parts.append(self.model(passed, self.weights, self.cache, lead, unwanted))
-        logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
-        return torch.cat([torch.arange(b * lanes, e * lanes) for _, b, e in group]), logits
+            group = pieces[i : i + batch]
+            run, begin, _ = group[-1]
+            known = min(run, self.plan.context)  # rows before the run, computed anew
+            if begin == run:
+                self.cache = Cache(self.model, len(group) * lanes, self.plan.reach, self.pass_rows)
+            sequences = torch.cat([tokens[:, r - known : e] for r, _, e in group])
+            parts = []
+            while (done := self.cache.rows) < sequences.size(1):
+                lead = min(EMBED_CONTEXT, done)
+                passed = sequences[:, done - lead : done + self.pass_rows]
+                unwanted = max(0, known - done)
+                parts.append(self.model(passed, self.weights, self.cache, lead, unwanted))
+            logits = torch.cat(parts, 1).unflatten(0, (-1, lanes)).transpose(1, 2).flatten(0, 2)
+            yield torch.cat([torch.arange(b * lanes, e * lanes) for _, b, e in group]), logits
 
 
 # ---- Predictor and scorer ------------------------------------------------------------------------
 # The one place where probabilities become commitments, and the one loop, `walk`, that scoring,
 # coding and decoding share. Bits are summed as integers, in units of 2^-30 bit, so that a sum does
 # not depend on how ranks and steps divide it.
+#
+# A guard stands between the mixer and text that first teaches and then betrays it. Committed is a
+# mixture w q + (1 - w) p of the mixer's q and the model's p, whose w follows by fixed share
+# (Herbster and Warmuth, 1998) what both gave to the tokens x of the lane so far:
+#     w' = s + (1 - 2 s) w q[x] / (w q[x] + (1 - w) p[x]),  at first 1/2.
+# Against any choice of p or q at each of n tokens, with k changes, it loses at most
+# 1 - k log2 s - (n - k) log2(1 - s) bits, but for rounding. Like the n-gram history, w follows the
+# prefix inside a block, where a decoder has the same tokens; only update() moves weights of the
+# model or the mixer.
 
 BITS_SCALE = 2.0**30
+TRUST_SCALE = 1 << 14  # w = 1; with frequencies, what commit can divide
+SWITCH = 8  # s, of TRUST_SCALE: the part of each side's weight that goes over after each token
 
 
 class OrderError(RuntimeError):
@@ -2594,12 +2555,16 @@ class Commitment(NamedTuple):
         """Return the frequencies (stop - start, V) of a lone rank."""
         return torch.cat([freqs[stage] for _, freqs in self.pieces])
 
-    def chosen(self, stage, targets):
-        """Return the targets' frequencies, int64 (stop - start,); 0 where another rank has them."""
-        found = torch.zeros_like(targets)
+    def chosen(self, targets, *stages):
+        """Return the frequencies of targets, int64 (stop - start,): int64 (stages, stop - start).
+
+        They are 0 where another rank has them.
+        """
+        found = targets.new_zeros(len(stages), len(targets))
         for positions, freqs in self.pieces:
             at = positions - self.start
-            found[at] = freqs[stage].gather(1, targets[at, None])[:, 0].long()
+            for row, stage in zip(found, stages):
+                row[at] = freqs[stage].gather(1, targets[at, None])[:, 0].long()
         return found
 
 
@@ -2616,6 +2581,8 @@ class Predictor:
         self.scored_to = plan.lanes  # the first position that is not scored yet
         self.block_end = plan.lanes + plan.block  # first position after the next update
         self.pending = None  # the commitment that waits for its score
+        # The guard's w at scored_to and later positions, as far as it is known.
+        self.trust = [TRUST_SCALE // 2] * plan.lanes
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
@@ -2655,13 +2622,36 @@ class Predictor:
                 f"logits are not finite between tokens {start} and {stop}: "
                 "TTT_LR is too high, or the artifact's weights are useless"
             )
+        commitment = Commitment(start, stop, pieces)
         if self.mixture:
             self.mix_seconds -= perf_counter()
             self.mixture.history.extend(known)
             for grid, (positions, freqs) in zip(grids, pieces):
-                freqs["mixer"] = self.mixture.mix(grid, positions - lanes)
-        self.pending = Commitment(start, stop, pieces)
-        return self.pending
+                freqs["unguarded"] = freqs["mixer"] = self.mixture.mix(grid, positions - lanes)
+            self.judge(commitment, known[start:])
+            trust = self.rt.upload(torch.tensor(self.trust))
+            for positions, freqs in pieces:
+                w = trust[positions - start, None]
+                model, mixer, _ = freqs.values()
+                freqs["mixer"] = commit(w * mixer + (TRUST_SCALE - w) * model)
+        self.pending = commitment
+        return commitment
+
+    def judge(self, commitment, targets):
+        """Let the guard's `trust` follow the first n targets, int64 (n,), of a commitment.
+
+        Return their frequencies, int64 (stages, n), on the CPU of every rank. Targets that it has
+        followed before change nothing.
+        """
+        unknown = commitment.stop - commitment.start - len(targets)
+        freqs = commitment.chosen(F.pad(targets, (0, unknown)), *self.plan.stages)
+        freqs = self.rt.sum_over_ranks(freqs)[:, : len(targets)].cpu()  # the host waits
+        if self.mixture:
+            for model, mixer, _ in freqs.T[len(self.trust) - self.plan.lanes :].tolist():
+                w = self.trust[-self.plan.lanes]  # with which this token was predicted
+                share = (TRUST_SCALE - 2 * SWITCH) * w * mixer
+                self.trust.append(SWITCH + share // (w * mixer + (TRUST_SCALE - w) * model))
+        return freqs
 
     def score(self, commitment, targets):
         """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
@@ -2669,11 +2659,10 @@ class Predictor:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
         self.scored_to = commitment.stop
-        targets = targets.to(self.rt.device)
-        freqs = torch.stack([commitment.chosen(stage, targets) for stage in self.plan.stages])
-        bits = torch.where(freqs > 0, TOTAL_BITS - freqs.double().log2(), 0)
-        lengths = self.rt.sum_over_ranks((bits * BITS_SCALE).round().long().sum(1)).tolist()
+        bits = TOTAL_BITS - self.judge(commitment, targets.to(self.rt.device)).double().log2()
+        lengths = (bits * BITS_SCALE).round().long().sum(1).tolist()
         if self.mixture:
+            del self.trust[: len(targets)]
             self.mix_seconds += perf_counter()
         return dict(zip(self.plan.stages, lengths))
 
@@ -2739,9 +2728,8 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
     stream = torch.from_numpy(tokens).to(predictor.rt.device)
     for commitment, targets, bits in walk(predictor, stream, log):  # noqa: B007
         if commitment.start <= keep:
-            kept.append(commitment.chosen(names[-1], targets))
-    mix_s = predictor.mix_seconds
-    added_s = {names[0]: perf_counter() - start_s - mix_s, "mixer": mix_s}
+            kept.append(commitment.chosen(targets, names[-1])[0])
+    added_s = perf_counter() - start_s - predictor.mix_seconds, predictor.mix_seconds
     stages = [
         {
             "name": stage,
@@ -2749,10 +2737,12 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
             "val_bpb": bits[stage] / total_bytes,
             "tokens": n,
             "bytes": total_bytes,
-            "seconds": added_s[stage],
+            "seconds": seconds,
         }
-        for stage in names
+        for stage, seconds in zip(names[::2], added_s)  # "unguarded" has no row of its own
     ]
+    if "mixer" in names:
+        stages[-1]["unguarded_bpb"] = bits["unguarded"] / total_bytes
     return stages, predictor.rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
 
 
@@ -2816,12 +2806,6 @@ def new_predictor(weights, table, cfg, rt, plan):
     return Predictor(model, weights["mixer"], cfg, table, rt, plan)
 
 
-def lane_order(n, lanes):
-    """Return the indices of a text's n tokens in the order of coding, int64 (n,): lanes in turn."""
-    row, lane = np.divmod(np.arange(n), lanes)
-    return lane * (n // lanes) + np.minimum(lane, n % lanes) + row
-
-
 @dataclass
 class Codec:
     """Codes token streams to code files and back, by the frequencies of the last stage."""
@@ -2848,7 +2832,10 @@ class Codec:
         gets (start, frequency) of each in the order of coding, uint64.
         """
         stage = plan.stages[-1]
-        order = np.append([0] * plan.lanes, 1 + lane_order(len(tokens) - 1, plan.lanes))
+        n = len(tokens) - 1
+        row, lane = np.divmod(np.arange(n), plan.lanes)
+        begins = lane * (n // plan.lanes) + np.minimum(lane, n % plan.lanes)  # of each lane's text
+        order = np.append([0] * plan.lanes, 1 + begins + row)
         stream = torch.from_numpy(tokens[order])
         own = self.artifact
         predictor = new_predictor(own.weights, own.table, self.cfg, self.rt, plan)
@@ -2924,17 +2911,17 @@ class Codec:
 
 
 def verify(run, artifact, scored=None):
-    """Code VERIFY_TOKENS, let another process without shards decode them; UserError if they differ.
+    """Code VERIFY_TOKENS and let another process decode them.
 
-    For rank 0 alone: no other rank takes part. scored, int64 (n,): the frequencies under which the
-    run has just scored these tokens, which must be the coder's.
+    It gets the artifact, no shards, no tokenizer and no settings; what it prints is logged.
+    UserError if it gives up, or finds other frequencies or another text. For rank 0 alone. scored,
+    int64 (n,): the frequencies that the run has just given these tokens, as the coder must too.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
     path = cfg.run_dir / "proof.code"
     start_s = perf_counter()
-    alone = replace(run.rt, world=1)
-    data, bits, freqs = Codec(artifact, cfg, alone, run.log).encode(tokens)
+    data, bits, freqs = Codec(artifact, cfg, replace(run.rt, world=1), run.log).encode(tokens)
     write_atomically(path, data)
     coded_s = perf_counter()
     for t in np.flatnonzero(scored is not None and freqs != scored):
@@ -2942,7 +2929,30 @@ def verify(run, artifact, scored=None):
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
         )
-    if decode_elsewhere(path, artifact, run) != artifact.table.decode(tokens):
+
+    env = {n: v for n, v in os.environ.items() if n.lower() not in GROUPS} | dict(
+        DEVICE=run.rt.device.type,
+        ARTIFACT_PATH=str(artifact.path),
+        DATA_PATH=os.devnull,
+        TOKENIZER_PATH=os.devnull,
+        REPLACE="1",
+    )
+    torch.cuda.empty_cache()  # leave the device's memory to the decoder
+    target = path.with_suffix(".txt")
+    line = ""
+    command = [sys.executable, __file__, "decompress", path, target]
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as decoder:
+        try:
+            for line in decoder.stdout:
+                run.log(line.strip())
+        finally:  # it has ended, unless this process is interrupted
+            decoder.kill()
+    if decoder.returncode:
+        why = line.strip() or f"exit status {decoder.returncode}"
+        raise UserError(f"verify: the decoder gave up: {why}")
+    if read_file(target) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
     n = len(freqs)
     proof = dict(
@@ -2961,44 +2971,11 @@ def verify(run, artifact, scored=None):
     )
 
 
-def decode_elsewhere(path, artifact, run):
-    """Return the text, in bytes, that a second process decodes from a code file.
-
-    It gets the artifact, no shards, no tokenizer and no settings; what it prints goes into the log.
-    UserError if it gives up, or finds other frequencies or another text than were coded.
-    """
-    env = {name: value for name, value in os.environ.items() if name.lower() not in GROUPS} | dict(
-        DEVICE=run.rt.device.type,
-        ARTIFACT_PATH=str(artifact.path),
-        DATA_PATH=os.devnull,
-        TOKENIZER_PATH=os.devnull,
-        REPLACE="1",
-    )
-    torch.cuda.empty_cache()  # leave the device's memory to the decoder
-    target = path.with_suffix(".txt")
-    line = ""
-    with subprocess.Popen(
-        [sys.executable, __file__, "decompress", path, target],
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as decoder:
-        try:
-            for line in decoder.stdout:
-                run.log(line.strip())
-        finally:  # it has ended, unless this process is interrupted
-            decoder.kill()
-    if decoder.returncode:
-        why = line.strip() or f"exit status {decoder.returncode}"
-        raise UserError(f"verify: the decoder gave up: {why}")
-    return read_file(target)
-
-
 # ---- Report --------------------------------------------------------------------------------------
 # train.log is for people, results.json for programs. Seconds and bytes stand beside the
 # competition's limits. A run's folder is its own: it is locked, and results of another command,
-# script or setting in it stay. `summarize` makes a submission of several results.
+# script or setting in it stay. `summarize` makes a submission of several results, `submit` a
+# record's folder around it: what a reader needs to check the figures and to measure them again.
 
 
 class Run:
@@ -3012,7 +2989,7 @@ class Run:
         self.cfg = cfg
         self.rt = rt
         self.files = []  # that show the log
-        settings = dict(sorted(asdict(cfg).items()))
+        settings = asdict(cfg)
         environment = {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -3045,14 +3022,16 @@ class Run:
     def take_folder(self):
         """Lock the run's folder and open the log in it; for rank 0 alone.
 
-        UserError without room, at another run's work, or at results of another command, source or
-        setting, which stay.
+        UserError without permission, at another run's work, or at results of another command,
+        source or setting, which stay.
         """
-
         folder = self.cfg.run_dir
         path = folder / "results.json"
-        check_writable(folder, 2 * self.cfg.size_limit_bytes).close()
-        self.lock = lock_folder(folder)
+        check_writable(folder)
+        self.lock = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
+        rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
+        with suppress(OSError), blaming(rival, BlockingIOError):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
         if path.exists() and not self.cfg.replace:
             with blaming(f"{path} is no run's; REPLACE=1 replaces it", LookupError, TypeError):
                 own, found = (
@@ -3061,8 +3040,7 @@ class Run:
                 )
             if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
                 raise UsageError(
-                    f"{path} is of a run with another {', '.join(odd)}: set another RUN_ID, or "
-                    "REPLACE=1 to replace it"
+                    f"{path} has another {', '.join(odd)}: set RUN_ID, or REPLACE=1 to replace it"
                 )
         log = folder / f"{self.results['command']}.log"
         self.files = [sys.stdout, log.open("a", encoding="utf-8", errors="backslashreplace")]
@@ -3099,8 +3077,7 @@ class Run:
         )
         if overridden:
             self.log(
-                f"note: {', '.join(overridden)} are not the artifact's: its decoder would not get "
-                "these bits"
+                f"note: no decoder gets these bits: the artifact has other {', '.join(overridden)}"
             )
         if total > limit:
             raise UserError(
@@ -3124,9 +3101,8 @@ class Run:
 
     def log_budget(self):
         """Log seconds against the competition's limits."""
-        train = self.results["train"]
         self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
-        if train:
+        if train := self.results["train"]:
             self.log(
                 f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
                 f"calibration included; quantize {train['quantize_seconds']:.1f} s (fisher's count)"
@@ -3140,73 +3116,182 @@ def read_result(path):
 
     Two keys are added: `same`, what must agree between seeds, and `row`, the seed's own numbers.
     """
-    culprit = f"summarize: {path} is not a finished run's results.json"
+    culprit = f"{path} is not a finished run's results.json, with its proof"
     with blaming(culprit, ValueError, LookupError, TypeError, UserError):
         run = read_object(path)
         artifact = run["artifact"]
         last = run["stages"][-1]
-        cfg = Config(**run["settings"])
-        wanted = last_plan(cfg).stages[-1]
-        amiss = {
-            f"seed {run['seed']} ends at {last['name']}, not at {wanted}": last["name"] != wanted,
-            "over the cap": artifact["total_bytes"] > min(artifact["limit_bytes"], 16_000_000),
-            f"{', '.join(artifact['overridden'])} overridden": artifact["overridden"],
-            f"EVAL_DTYPE={cfg.eval_dtype} cannot be proved": cfg.eval_dtype != "float64",
-        }
-        for why, is_so in amiss.items():
-            if is_so:
-                raise ValueError(why)
+        if artifact["total_bytes"] > 16_000_000:
+            raise ValueError("over the cap")
         run["same"] = {
-            **stored_settings(cfg),
-            "seed": 0,
+            **stored_settings(Config(**run["settings"])),
             "stage": last["name"],
             "val_tokens": last["tokens"],
             "validation": run["validation"],
             "shards": run["shards"],
             **run["environment"],
         }
+        run["seed"] = run["same"].pop("seed")
         run["row"] = {
             "val_loss": last["val_loss"],
             "val_bpb": last["val_bpb"],
             "bytes_total": artifact["total_bytes"],
             "bytes_code": artifact["code_bytes"],
+            "step_avg_ms": 1000 * run["train"]["seconds"] / run["train"]["steps"],
+            "eval_seconds": sum(stage["seconds"] for stage in run["stages"][1:]),  # no pre_quant
+            "proof_tokens": run["proof"]["tokens"],
+            "proof_bytes": run["proof"]["bytes_on_disk"],
         }
     return run
 
 
-def summarize(paths, out_path, mixed=False):
-    """Gather the results.json of several seeds into a submission.json; return its contents.
+def summarize(paths, mixed=False):
+    """Return the contents of submission.json, made of the results.json of several seeds.
 
-    `mixed`: their environments (script, device, versions) and training shards may differ.
+    It has means and deviations, the largest sizes, and all that is the same for every seed. The
+    author's words are those of submission.json in the current folder. `mixed`: environments
+    (script, device, versions) and training shards may differ.
     """
     runs = [read_result(path) for path in paths]
     first = runs[0]["same"]
     odd = {n for run in runs for n, v in run["same"].items() if v != first.get(n)}
+    kept = read_object("submission.json") if Path("submission.json").exists() else {}
+    summary = {
+        **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb", "track")},
+        "date": time.strftime("%Y-%m-%d"),
+        "warning": f"{len(runs)} seed(s); a submission needs 3" * (len(runs) < 3),
+        "hardware": " + ".join(sorted({run["environment"]["device"] for run in runs})),
+        "seeds": {str(run["seed"]): run["row"] for run in runs},
+    }
+    for name in runs[0]["row"]:
+        column = [run["row"][name] for run in runs]
+        summary[name] = (max if "bytes" in name else np.mean)(column)
+        summary[f"{name}_std"] = np.std(column, ddof=1) if len(runs) > 1 else None
+    summary |= {n: v for n, v in first.items() if n not in odd}
     if mixed:
         odd -= {"shards", *runs[0]["environment"]}
     if odd:
         raise UserError(
-            f"summarize: the runs differ in {', '.join(sorted(odd)).upper()}; `summarize --mixed` "
-            "allows it of shards and environment"
+            f"the runs differ in {', '.join(sorted(odd)).upper()}; `summarize --mixed` allows it "
+            "of shards and environment"
         )
-    seeds = {str(run["seed"]): run["row"] for run in runs}
-    if len(seeds) < len(runs):
-        raise UserError("summarize: two results have the same seed; give one result a seed")
-    kept = read_object(out_path) if Path(out_path).exists() else {}
-    columns = {n: [row[n] for row in seeds.values()] for n in runs[0]["row"]}
-    summary = {
-        **{name: kept.get(name, "") for name in ("author", "github_id", "name", "blurb")},
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **{n: (max if "bytes" in n else np.mean)(column) for n, column in columns.items()},
-        "val_bpb_std": np.std(columns["val_bpb"], ddof=1) if len(runs) > 1 else None,
-        **{n: first[n] for n in ("preset", "stage", "val_tokens")},
-        "device": " + ".join(sorted({run["environment"]["device"] for run in runs})),
-        "seeds": seeds,
-    }
-    if len(runs) < 3:
-        summary["warning"] = f"{len(runs)} seed(s); a submission needs 3"
-    write_object(out_path, summary)
+    if len(summary["seeds"]) < len(runs):
+        raise UserError("two results have the same seed; give one result a seed")
     return summary
+
+
+# A record's README.md, with the keys of its submission.json in braces.
+RECORD_ROW = """
+| {seed} | {val_loss:.6f} | {val_bpb:.6f} | {bytes_total:,} | {bytes_code:,} | {step_avg_ms:,.1f} \
+| {eval_seconds:,.1f} | {proof_tokens:,} | {proof_bytes:,} |"""
+RECORD_REQUIREMENTS = b"""\
+torch==%s
+numpy>=2.0
+sentencepiece>=0.2.0
+zstandard>=0.22
+"""
+RECORD_README = """\
+# {name} {val_bpb:.4f} bits per byte
+
+{blurb}
+
+Bits per byte of {val_tokens:,} tokens ({validation[bytes]:,} bytes) of validation text, mean of the
+seeds: **{val_bpb:.6f}**, standard deviation {val_bpb_std}. {warning}
+
+| seed | val_loss, nats | val_bpb | bytes_total | bytes_code | step_avg_ms | eval_seconds \
+| proof_tokens | proof_bytes |
+|---|---|---|---|---|---|---|---|---|{table}
+
+Hardware: {hardware}. Python {python}, torch {torch}. `submission.json` has all settings that
+shape the score and the SHA-256 of script, training shards and text; `train_seed*.log` is what each
+run has shown.
+
+## What was proved
+
+The score is the length of a code. Each run has coded the first `proof_tokens` tokens with the
+integer frequencies that it had scored them with, into `proof_seed*.code`: `proof_bytes` of code
+words and checks, and the SHA-256 of artifact and text. Another process, which had only that file,
+the artifact and this script, has decoded them: all frequencies and all bytes of the text were the
+same.
+
+## Techniques
+
+What `train_gpt.py` says of itself; each run has recorded its SHA-256, `source_sha256`.
+`python train_gpt.py --help` explains every setting as well.
+
+```
+{doc}
+```
+
+## To measure it again
+
+A log has all settings of its run (the last value counts; paths must have no spaces). Beside the
+challenge's folder `data`, for each log:
+
+```
+pip install -r requirements.txt
+env $(grep '^  [A-Z_]*=' train_seed$seed.log) \\
+  torchrun --standalone --nproc_per_node={world_size} train_gpt.py
+```
+"""
+
+
+def submit(out_dir, paths):
+    """Make the folder of a challenge's record from the results.json of several seeds.
+
+    UserError, before anything is written, if they cannot be summarized, if a log or a proof is not
+    beside them, if they were not made by this script, or if the folder is there already.
+    """
+    summary = summarize(paths)
+    files = {
+        "train_gpt.py": read_file(__file__),
+        # Without "+cu128" and the like, by which no index knows a version.
+        "requirements.txt": RECORD_REQUIREMENTS % summary["torch"].split("+")[0].encode(),
+    }
+    if sha256(files["train_gpt.py"]).hex() != summary["source_sha256"]:
+        raise UserError(f"{paths[0]} is of another script; submit by the script that made it")
+    table = ""
+    for path, (seed, row) in zip(paths, summary["seeds"].items()):
+        table += RECORD_ROW.format(seed=seed, **row)
+        for name in ("train.log", "proof.code"):
+            files[name.replace(".", f"_seed{seed}.")] = read_file(Path(path).with_name(name))
+    files["README.md"] = RECORD_README.format(doc=__doc__, table=table, **summary).encode()
+    with blaming(f"cannot make {out_dir}; name a new folder", OSError):
+        os.makedirs(out_dir)
+    for name, data in files.items():
+        write_atomically(f"{out_dir}/{name}", data)
+    write_object(f"{out_dir}/submission.json", summary)
+    say(f"{out_dir}: {', '.join(sorted(os.listdir(out_dir)))}")
+
+
+# Tracebacks and torch look for a line's text in `linecache`.
+PACKED = b"""\
+# train_gpt.py without its comments and most docstrings, made by its command `pack`
+import base64, linecache, lzma, sys, traceback
+
+source = lzma.decompress(base64.b85decode("%s")).decode()
+name = __file__ + " unpacked"
+linecache.cache[name] = len(source), None, source.splitlines(True), name
+sys.excepthook = traceback.print_exception
+exec(compile(source, name, "exec"))
+"""
+
+
+def pack(target, environ):
+    """Write this program as a script that unpacks itself, to be run, and counted, in its place.
+
+    It has no comments, and no docstrings but those that --help shows.
+    """
+    log = check_target(config_from_env(environ), target, __file__)
+    # Without an indented docstring that a statement follows, but for those of settings.
+    source = re.sub(
+        r'(?ms)(?<!Settings:\n)^( +)"""((?!""").)*"""\n+(?=\1\S)',
+        "",
+        ast.unparse(ast.parse(read_file(__file__))),
+    )
+    packed = PACKED % base64.b85encode(lzma.compress(source.encode()))
+    write_atomically(target, packed)
+    log(f"{target}: {len(packed):,} bytes instead of {code_bytes():,}")
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -3218,8 +3303,12 @@ def summarize(paths, out_path, mixed=False):
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if it exists."""
     rt = start_runtime(cfg, environ)
-    if not artifact:
-        micro_batch_sequences(cfg, rt.world)  # or UsageError
+    sequences = cfg.train_batch_tokens // cfg.train_seq_len
+    if not artifact and sequences % rt.world:
+        raise UsageError(
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split "
+            f"over {rt.world} ranks; change it or --nproc_per_node"
+        )
     run = Run(cfg, rt, command)
     rt.by_main(prepare_demo, cfg, run.log)
     tokens = load_validation(cfg)
@@ -3231,13 +3320,11 @@ def open_run(cfg, environ, command, artifact=None):
     if not artifact:
         shards += list_shards(cfg, "train")
     run.results["shards"] = check_shards(shards, table, sp)
-    total_bytes, digest = audit_bytes(table, tokens, sp and sp.decode)
-    n = len(tokens) - 1
-    run.results["validation"] = dict(tokens=n, bytes=total_bytes, sha256=digest)
-    run.log(f"validation: {n:,} tokens, {total_bytes:,} bytes, as the decoded text has")
+    run.results["validation"] = audit_bytes(table, tokens, sp)
     run.table = table
     run.tokens = tokens
-    run.total_bytes = total_bytes
+    run.total_bytes = run.results["validation"]["bytes"]
+    run.log(f"validation: {len(tokens) - 1:,} tokens, {run.total_bytes:,} bytes, as decoded")
     return run
 
 
@@ -3287,9 +3374,9 @@ def train_command(environ, kept=None):
 def finish_command(environ):
     """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
     path = find_run(environ).run_dir / WEIGHTS
-    data = read_file(path, f"RUN_ID: cannot read {path}; there is no training to finish")
-    with blaming(f"{path} is damaged; train again", Exception):  # torch raises many kinds
-        kept = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
+    # torch raises many kinds.
+    with blaming(f"RUN_ID: {path} has no training to finish; train again", Exception):
+        kept = torch.load(path, map_location="cpu", weights_only=True)
     train_command(environ | {"REPLACE": "1"}, kept)
 
 
@@ -3320,7 +3407,7 @@ def finish(run, model, result, held_out):
     data = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
     numbers = {
         "quantize_seconds": perf_counter() - start_s,
-        "tokens_per_second": result.tokens / max(result.seconds, 1e-9),
+        "tokens_per_second": result.tokens / result.seconds,
     }
     run.record("train", asdict(result) | numbers)
     artifact = read_artifact(path, data)
@@ -3350,7 +3437,7 @@ def calibrate(run, weights, held_out, limit_s):
     start_s = perf_counter()
     stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
     block = cfg.eval_seq_len
-    plan = new_plan(cfg, "sliding", "mixer")._replace(
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
     predictor = new_predictor(weights, run.table, cfg, rt, plan)
@@ -3392,9 +3479,8 @@ def find_run(environ):
 
 def open_artifact(environ):
     """Return (Artifact at ARTIFACT_PATH, its Config); settings of group eval may be overridden."""
-    path = find_run(environ).artifact
-    artifact = read_artifact(path)
-    return artifact, config_from_env(environ | {"ARTIFACT_PATH": str(path)}, artifact.settings)
+    artifact = read_artifact(find_run(environ).artifact)
+    return artifact, config_from_env(environ, artifact.settings)
 
 
 def eval_command(environ, command):
@@ -3465,17 +3551,16 @@ def code_command(command, source, target, environ):
 
     data = read_file(source)
     start_s = perf_counter()
-    _, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
-    tokens = text_tokens(data, artifact.table, sp.encode)
+    table, sp = load_tokenizer(cfg.tokenizer_path, cfg.vocab_size, artifact.table)
+    tokens = text_tokens(data, table, sp.encode)
     lanes = math.gcd(cfg.mixer_block, MOST_LANES)  # a power of two
     while lanes > 1 and 2 * cfg.eval_seq_len * lanes > len(tokens):  # two windows a lane
         lanes //= 2
     coded, bits, _ = codec.encode(tokens, lanes)
     write_atomically(target, coded, source)
     log(
-        f"{len(data):,} B -> {len(coded):,} B: a header of {CODE_HEAD_BYTES} B, "
-        f"the rest predicted as {bits / 8:,.1f} B; "
-        f"{len(tokens) / (perf_counter() - start_s):,.0f} tokens/s"
+        f"{len(data):,} B -> {len(coded):,} B: a header of {CODE_HEAD_BYTES} B, the rest "
+        f"predicted as {bits / 8:,.1f} B; {len(tokens) / (perf_counter() - start_s):,.0f} tokens/s"
     )
 
 
@@ -3502,9 +3587,14 @@ def dispatch(args, environ):
             code_command(command, source, target, environ)
         case ["tokenize", out_dir, *paths] if paths:
             tokenize_command(out_dir, paths, environ)
-        case ["summarize", "--mixed", first, *more] | ["summarize", first, *more]:
-            mixed = args[1] != first
-            say(json.dumps(summarize([first, *more], "submission.json", mixed), indent=1))
+        case ["summarize", "--mixed", *paths] | ["summarize", *paths] if paths:
+            summary = summarize(paths, "--mixed" in args)
+            write_object("submission.json", summary)
+            say(json.dumps(summary, indent=1))
+        case ["submit", out_dir, *paths] if paths:
+            submit(out_dir, paths)
+        case ["pack", target]:
+            pack(target, environ)
         case ["-h" | "--help" | "help"]:
             show_help()
         case _:
@@ -3534,7 +3624,7 @@ def main():
     """
     rank = 0
     # print(file=None) would write to stdout.
-    sys.stderr = sys.stderr or open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     if sys.stdout:
         sys.stdout.reconfigure(errors="backslashreplace")  # as Python's stderr has it
     on_signals(interrupt)
@@ -3545,7 +3635,7 @@ def main():
     except FORESEEN as error:
         if rank == 0:
             say(f"error: {one_line(error)}", sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
+        return {KeyboardInterrupt: 130, UsageError: 2}.get(type(error), 1)
     if dist.is_initialized():
         dist.barrier()
     return 0
@@ -3560,19 +3650,6 @@ SHARD_TOKENS = 20_000_000
 DOCUMENT_CHARS = 4096  # a .txt document ends at the first blank line after so many
 MOST_DOCUMENT_CHARS = 16_384  # and at the next line, or part of a long one, after so many
 BATCH_DOCUMENTS = 100  # encoded at once
-DEMO_TEXT_CHARS = 6_000_000
-
-
-def read_lines(path):
-    """Yield the lines of a file as bytes; a line of .txt that spans read chunks, in parts."""
-    line = bytearray()
-    for chunk in read_chunks(path):
-        for part in BytesIO(chunk):
-            line += part
-            if part.endswith(b"\n") or path.endswith(".txt"):
-                yield line
-                line = bytearray()
-    yield line
 
 
 def read_documents(path):
@@ -3580,24 +3657,27 @@ def read_documents(path):
 
     See DOCUMENT_CHARS and MOST_DOCUMENT_CHARS for the cuts. UserError names the file and the line.
     """
+    is_plain = path.endswith(".txt")
+    # Lines, or parts of lines that span read chunks; the last one is empty.
+    parts = (part for chunk in read_chunks(path) for part in BytesIO(chunk))
     number = 1
     document = ""
     try:
-        for line in codecs.iterdecode(read_lines(path), "utf-8"):
-            if path.endswith(".txt"):
-                document += line
-                if len(document) > (DOCUMENT_CHARS if line.isspace() else MOST_DOCUMENT_CHARS):
-                    yield document
-                    document = ""
-            elif line.strip():
-                match json.loads(line.lstrip("\ufeff")):  # a byte order mark
-                    case {"text": str(text)}:
-                        text.encode()  # it has no half of a surrogate pair
-                        yield text
-                    case _:
-                        raise ValueError('no string under the key "text"')
-            number += line.endswith("\n")
-        yield document
+        for part in itertools.chain(codecs.iterdecode(parts, "utf-8"), [""]):
+            document += part
+            ends = part.endswith("\n")
+            if is_plain:
+                ends = len(document) > (DOCUMENT_CHARS if part.isspace() else MOST_DOCUMENT_CHARS)
+            if (ends or not part) and document.strip():
+                if not is_plain:
+                    match json.loads(document.lstrip("\ufeff")):  # a byte order mark
+                        case {"text": str(document)}:
+                            document.encode()  # it has no half of a surrogate pair
+                        case _:
+                            raise ValueError('no string under the key "text"')
+                yield document
+                document = ""
+            number += part.endswith("\n")
     except (ValueError, RecursionError) as error:  # what is decoded or parsed
         raise UserError(
             f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
@@ -3614,7 +3694,7 @@ def demo_documents():
     for module in (os, np, torch):
         root = Path(module.__file__).parent
         for path in sorted(root.rglob("*.py")):
-            full = sum(map(len, documents)) >= DEMO_TEXT_CHARS
+            full = sum(map(len, documents)) >= 6_000_000
             if full or re.search(skipped, str(path.relative_to(root))):
                 continue
             found = re.findall('(?s)"""(.*?)"""', path.read_text("utf-8", errors="ignore"))
@@ -3624,10 +3704,9 @@ def demo_documents():
 
 
 def prepare_demo(cfg, log):
-    """Make the demo's shards and tokenizer in its cache where one of them is missing."""
-    parts = ("fineweb_train_000000.bin", "fineweb_val_000000.bin", "tokenizer.model")
-    whole = all(Path(DEMO_CACHE, part).exists() for part in parts)
-    if cfg.data_path == DEMO_CACHE and not whole:
+    """Make the demo's shards and tokenizer in its cache, unless that is done."""
+    last = Path(DEMO_CACHE, "fineweb_val_000000.bin")  # the last file that is made
+    if cfg.data_path == DEMO_CACHE and not last.exists():
         log("demo: gathering English from the documentation on this machine")
         write_shards(cache(demo_documents), DEMO_CACHE, cfg, log)
 
@@ -3689,9 +3768,8 @@ def write_shards(documents, out_dir, cfg, log):
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"
         )
-    if held.all() == held.any():  # all or none
-        held[:] = False
-        held[-1] = True
+    if held.all() == held.any():  # all or none: the last one changes sides
+        held[-1] ^= True
     if not path.exists():
         log(f"training a tokenizer of {cfg.vocab_size} pieces: {path}")
         train_tokenizer(itertools.compress(documents(), ~held), cfg.vocab_size, path)

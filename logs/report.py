@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
-"""Show what runs of train_gpt.py did: one HTML page, or the figures of the README.
+"""Show what runs of train_gpt.py did: one HTML page, or the figures of README and notebook.
 
     python logs/report.py RUN_DIR...                   RUN_DIR/report.html, of the first folder
     python logs/report.py RUN_DIR... --out PAGE        another file
     python logs/report.py RUN_DIR... --figures DIR     stages.svg and proof.svg in DIR, no page
+    python logs/report.py --figures DIR --quantizers JSON
+                                                       quantizers.svg in DIR, of what
+                                                       tests/experiments/compare_quantizers.py has
+                                                       measured (logs/quantizers.json)
     python logs/report.py RUN_DIR... --trace N         first score the first N tokens again, for the
                                                        page's view of the text (default: 10000)
 
@@ -46,6 +50,7 @@ import numpy as np
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 except ImportError as missing:
     sys.exit(f"error: {missing}; pip install -r tests/requirements.txt")
 
@@ -282,7 +287,7 @@ TOTAL_BITS = 24  # frequencies sum to 2^24
 #   notes                     what a reader should know, in words
 #   pieces, kinds, bos_id     the tokenizer's
 #   tokens  (n + 1,)          BOS, and the tokens
-#   round_trip, ... (n,)      of each walk its first stage's frequencies of them, of 2^24
+#   round_trip, ... (n,)      of each stage but the mixer its frequencies of them, of 2^24
 #   last    (n, 17 or 34)     of the last neural stage, then of the mixer if there is one: the
 #                             token's frequency, the 8 highest ones, and the tokens that have them
 NO_STAGES = {"scored", "notes", "pieces", "kinds", "bos_id", "tokens", "last"}
@@ -310,7 +315,7 @@ class Trace:
         width = 1 + 2 * TOP
         if last.shape[0] != len(self.tokens) - 1 or last.shape[1] not in (width, 2 * width):
             raise ValueError("another format")
-        self.neural = stages[-1]  # the last walk's own stage
+        self.neural = [name for name in stages if name != "unguarded"][-1]  # of the last walk
         self.mixer = "mixer" if last.shape[1] == 2 * width else None
         self.last = self.mixer or self.neural
         self.top = {}
@@ -438,7 +443,7 @@ def artifact_parts(path):
         weights = train_gpt.read_artifact(path, data).weights  # or UserError
     except train_gpt.UserError:
         return {}
-    body = data[train_gpt.ARTIFACT_HEAD.size :]
+    body = data[train_gpt.ARTIFACT_HEAD_BYTES :]
     raw = lzma.LZMADecompressor(**train_gpt.LZMA).decompress(body)
     begin = 3 + int.from_bytes(raw[:3])
     parts = {"settings and tokenizer": raw[:begin]}
@@ -496,9 +501,7 @@ def make_trace(run, most):
     cfg = config_of(run, artifact)
     rt = train_gpt.start_runtime(cfg, {})
     tokens = train_gpt.load_validation(cfg)
-    total_bytes, digest = train_gpt.audit_bytes(artifact.table, tokens)
-    found = dict(tokens=len(tokens) - 1, bytes=total_bytes, sha256=digest)
-    if found != run.part("validation"):
+    if train_gpt.audit_bytes(artifact.table, tokens) != run.part("validation"):
         raise ReportError(
             f"DATA_PATH: {cfg.data_path} has another validation text than {run.folder} was scored "
             "on; set DATA_PATH to that one's folder"
@@ -510,11 +513,12 @@ def make_trace(run, most):
         print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
         predictor = train_gpt.new_predictor(artifact.weights, artifact.table, cfg, rt, plan)
         walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
-        stages |= dict(zip(plan.stages, walked))
+        stages |= walked
     notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})
     arrays = {name: rows[:, 0] for name, rows in stages.items() if name != "mixer"}
     arrays |= dataclasses.asdict(artifact.table)
-    arrays |= dict(tokens=tokens, last=np.concatenate(walked, 1))
+    last = [rows for name, rows in walked.items() if name != "unguarded"]
+    arrays |= dict(tokens=tokens, last=np.concatenate(last, 1))
     file = io.BytesIO()
     np.savez_compressed(file, scored=identity(run), notes=np.array(notes, str), **arrays)
     write(run.folder / "trace.npz", file.getvalue())
@@ -550,14 +554,14 @@ def config_of(run, artifact):
 
 
 def walk_rows(predictor, stream):
-    """Return what `last` has of each stage of a walk over a stream, int64 (n, 17) each."""
+    """Return {stage of a walk over a stream: what `last` has of it, int64 (n, 17)}."""
     rows = {stage: [] for stage in predictor.plan.stages}
     log = functools.partial(print, flush=True)
     for commitment, targets, _ in train_gpt.walk(predictor, stream, log):
         for stage, found in rows.items():
             freqs = commitment.table(stage)
             found.append(torch.cat([freqs.gather(1, targets[:, None]), *freqs.topk(TOP)], 1).cpu())
-    return [torch.cat(found).numpy() for found in rows.values()]
+    return {stage: torch.cat(found).numpy() for stage, found in rows.items()}
 
 
 def check_bits(run, freqs):
@@ -611,6 +615,7 @@ INKS = {
 SERIES = ("s0", "s1", "s2", "s3")
 DASHES = ("-", "--", ":", "-.")
 MARKS = ("o", "s", "^", "D")
+QUANTIZERS = {"fisher": 0, "int6": 1}  # {quantizer: number of its colour and dashes}
 STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -1070,6 +1075,77 @@ def seeds_chart(runs, rule=None):
         for run in runs
     )
     chart.description = f"{words}." + (f" {rule[0]}: {rule[1]:.4f}." if rule else "")
+    return chart
+
+
+def decimals(number):
+    """Return a number as text without an exponent: what a logarithmic axis shows."""
+    return f"{number:.8f}".rstrip("0").rstrip(".")
+
+
+def quantizer_lines(models):
+    """Return [(quantizer, model's number, model, lines)], sorted by quantizer, then bytes."""
+    found = []
+    for quantizer in ("int6", "fisher"):
+        for i, model in enumerate(models):
+            lines = [entry for entry in model["lines"] if entry["quantizer"] == quantizer]
+            if lines:
+                found.append((quantizer, i, model, sorted(lines, key=lambda row: row["bytes"])))
+    return found
+
+
+@styled
+def quantizers_chart(models, caps=()):
+    """Return loss against bytes, a line for each quantizer of each model.
+
+    models, caps: as read_quantizers returns them. Colour and dashes tell quantizers apart, marks
+    models; an upright line is what a cap leaves for the artifact.
+    """
+    several = len(models) > 1
+    chart = Chart("quantizers", "Loss against bytes", 4.6, 3.4 + several * 0.2 * (len(models) + 1))
+    axes = chart.axes
+    axes.set(xscale="log", yscale="log", xlabel="MB of the artifact, without code")
+    axes.set(ylabel="KL, nats a token")
+    axes.margins(0.1, 0.14)
+    shown = {}  # {label: a line like those that have it}
+    words = []
+    for quantizer, i, model, lines in quantizer_lines(models):
+        x, y = ([row[key] for row in lines] for key in ("bytes", "kl"))
+        mark = dict(marker=MARKS[i % 4], markersize=5)
+        if i >= len(MARKS):
+            mark["markerfacecolor"] = "none"
+        line(chart, QUANTIZERS[quantizer], x, y, quantizer, **mark)
+        shown.setdefault(quantizer, axes.lines[-1])
+        if several:
+            style = dict(color=ink("ink"), linestyle="", label=visible(model["name"]))
+            shown.setdefault(model["name"], Line2D([], [], **style, **mark))
+        values = ", ".join(f"{size:,} {decimals(kl)}" for size, kl in zip(x, y))
+        words.append(f"{quantizer}, {model['name']}: {values}")
+    for cap in caps:
+        role = SERIES[QUANTIZERS[cap["quantizer"]]]
+        room = cap["limit_bytes"] - cap["code_bytes"]
+        axes.axvline(room, color=ink(role), linestyle=(0, (6, 2, 1, 2)), linewidth=1)
+        # On the side where the quantizer's own line has left room below it.
+        side = -1 if cap["quantizer"] == "fisher" else 1
+        axes.annotate(
+            f"{cap['limit_bytes'] / 1e6:g} MB\nwith code",
+            (room, 0),
+            (5 * side, 5),
+            xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points",
+            color=ink(role),
+            fontsize=10,
+            ha="right" if side < 0 else "left",
+        )
+        words.append(f"a cap of {cap['limit_bytes']:,} leaves {cap['quantizer']} {room:,}")
+    axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 6, 8)))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g}")
+    axes.yaxis.set_major_formatter(lambda y, _: decimals(y))
+    axes.minorticks_off()
+    # The quantizers first.
+    shown = {quantizer: shown[quantizer] for quantizer in QUANTIZERS if quantizer in shown} | shown
+    chart.legend(["", ""], handles=[*shown.values()], ncols=1 if several else 2)
+    chart.description = f"Bytes without code, KL in nats a token. {'; '.join(words)}."
     return chart
 
 
@@ -1636,9 +1712,41 @@ def read_rule(path):
         raise ReportError(f"--rule {path}: no finished run's results.json ({error})") from error
 
 
-def write_figures(runs, folder, rule):
-    """Write the figures that the README shows: stages.svg and proof.svg, as far as there are."""
+NEEDED_OF_LINE = ("bytes", "kl")  # above 0: the axes are logarithmic
+NEEDED_OF_CAP = ("limit_bytes", "code_bytes")
+
+
+def read_quantizers(path):
+    """Return (models, caps) of a JSON file of compare_quantizers.py; ReportError if it is none."""
+    try:
+        contents = json.loads(path.read_bytes())
+        models, caps = contents["models"], contents["caps"]
+        lines = [row for model in models for row in model["lines"]]
+        for names, entries in ((NEEDED_OF_LINE, lines), (NEEDED_OF_CAP, caps)):
+            for entry in entries:
+                if not all(0 < entry[name] < math.inf for name in names):
+                    raise ValueError(f"{', '.join(names)}: a number is not above 0, or not finite")
+                if entry["quantizer"] not in QUANTIZERS:
+                    raise ValueError(f"quantizer {entry['quantizer']}")
+        if any(cap["limit_bytes"] <= cap["code_bytes"] for cap in caps):
+            raise ValueError("a cap that leaves nothing")
+        if not lines or not all(isinstance(model["name"], str) for model in models):
+            raise ValueError("no lines, or a model without a name")
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ReportError(
+            f"--quantizers {path}: not what compare_quantizers.py writes ({error})"
+        ) from error
+    return models, caps
+
+
+def write_figures(runs, folder, rule, quantizers):
+    """Write the figures that README and notebook show, as far as there are data.
+
+    stages.svg and proof.svg of runs; quantizers.svg of what read_quantizers returned, or None.
+    """
     charts = {"stages.svg": seeds_chart(runs, rule), "proof.svg": proof_chart(runs)}
+    if quantizers:
+        charts["quantizers.svg"] = quantizers_chart(*quantizers)
     if not any(charts.values()):
         raise ReportError("these runs have neither stages nor proofs to draw")
     try:
@@ -1671,13 +1779,19 @@ def main(args=None):
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN_DIR", help="folder of a run, eval or verify"
+        "runs", nargs="*", metavar="RUN_DIR", help="folder of a run, eval or verify"
     )
     parser.add_argument(
         "--out", type=Path, help="the page (default: report.html in the first RUN_DIR)"
     )
     parser.add_argument(
         "--figures", type=Path, metavar="DIR", help="write stages.svg and proof.svg"
+    )
+    parser.add_argument(
+        "--quantizers",
+        type=Path,
+        metavar="JSON",
+        help="--figures: what compare_quantizers.py measured, drawn as quantizers.svg",
     )
     parser.add_argument(
         "--rule",
@@ -1693,12 +1807,18 @@ def main(args=None):
         help="score the first N tokens again, for the view of the text (default: 10000)",
     )
     given = parser.parse_args(args)
+    if given.quantizers and not given.figures:
+        parser.error("--quantizers takes --figures")
+    if not given.runs and (given.out or given.trace or not given.quantizers):
+        parser.error("RUN_DIR is missing: the folder of a run")
     try:
         if given.trace:
             trace_runs(given.runs, given.trace)
         runs = [read_run(folder) for folder in given.runs]
         if given.figures:
-            write_figures(runs, given.figures, given.rule and read_rule(given.rule))
+            rule = given.rule and read_rule(given.rule)
+            quantizers = given.quantizers and read_quantizers(given.quantizers)
+            write_figures(runs, given.figures, rule, quantizers)
         if given.out or not given.figures:
             out = given.out or runs[0].folder / "report.html"
             write(out, page(runs).encode("utf-8", "replace"))

@@ -350,6 +350,30 @@ def naive_learn(positions, targets, weights, optimizer):
 # ---- Test-time training --------------------------------------------------------------------------
 
 
+def naive_guard(model, mixer, targets, lanes=1):
+    """Return what is committed of two lists of frequency rows, and the mixer's weights, of 2^14.
+
+    Each lane's weight begins at a half and follows the lane's own targets.
+    """
+    rows, weights = [], []
+    for t, (p, q) in enumerate(zip(model, mixer)):
+        weight = 8192
+        if t >= lanes:
+            x = targets[t - lanes]
+            mixed = Fraction(weights[t - lanes], 16384) * mixer[t - lanes][x]
+            alone = Fraction(16384 - weights[t - lanes], 16384) * model[t - lanes][x]
+            weight = 8 + math.floor(16368 * mixed / (mixed + alone))
+        weights.append(weight)
+        rows.append(naive_commit([weight * b + (16384 - weight) * a for a, b in zip(p, q)]))
+    return rows, weights
+
+
+def naive_lane_order(n, lanes):
+    """Return the numbers of a text's tokens in the order of coding: its segments by turns."""
+    parts = [part.tolist() for part in np.array_split(np.arange(n), lanes)]
+    return [part[row] for row in range(n) for part in parts if row < len(part)]
+
+
 def naive_bytes(table, before, token):
     """Return the bytes of a token after another one, from its piece alone."""
     piece, kind = table.pieces[token], table.kinds[token]

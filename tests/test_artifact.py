@@ -243,7 +243,7 @@ def packed():
 
 def test_every_damage_to_an_artifact_is_told(packed):
     """A flipped bit, a cut, padding, another magic or version: a UserError names the file."""
-    head = train_gpt.ARTIFACT_HEAD.size
+    head = train_gpt.ARTIFACT_HEAD_BYTES
     places = [*range(head + 20), *range(head + 20, len(packed), 997), len(packed) - 1]
     damaged = [packed[:i] + bytes([packed[i] ^ 1 << i % 8]) + packed[i + 1 :] for i in places]
     cuts = [*range(head + 10), *range(head + 10, len(packed), 4001), len(packed) - 1]

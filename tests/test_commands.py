@@ -344,7 +344,7 @@ def test_overridden_settings_are_recorded_and_not_submitted(command, trained, ru
     assert results_of(run_dir)["artifact"]["overridden"] == ["MIXER", "TTT_ENABLED"]
     assert results_of(trained)["artifact"]["overridden"] == []
     message = error_line(command("summarize", run_dir / "results.json"), 1)
-    assert "MIXER, TTT_ENABLED" in message
+    assert "not a finished run's results.json, with its proof" in message
 
 
 def test_settings_of_evaluation_are_judged_with_the_artifact(command, trained):
@@ -397,11 +397,11 @@ def test_run_in_float32_proves_nothing_and_says_so(unproved):
 
 
 def test_run_in_float32_is_not_submitted(command, unproved, tmp_path):
-    """`summarize` names the file and the setting, and writes nothing."""
+    """It has no proof: `summarize` names the file, and writes nothing."""
     path = unproved / "results.json"
     message = error_line(command("summarize", path), 1)
     assert str(path) in message
-    assert "EVAL_DTYPE=float32" in message
+    assert "not a finished run's results.json, with its proof" in message
     assert not (tmp_path / "submission.json").exists()
 
 
@@ -421,9 +421,18 @@ def test_verify_in_float32_is_refused(command, trained, run_dir):
     assert not list(run_dir.glob("proof.*"))
 
 
+def test_run_without_a_proof_is_not_submitted(command, trained, tmp_path):
+    """VERIFY_ENABLED=0 is for a quick look."""
+    message = error_line(command("summarize", trained / "results.json"), 1)
+    assert "with its proof ('proof')" in message
+    assert not (tmp_path / "submission.json").exists()
+
+
 def test_summarize_writes_a_submission(command, trained, tmp_path):
     """`summarize` puts submission.json into the current folder."""
-    assert command("summarize", trained / "results.json") == (0, "")
+    results = results_of(trained) | dict(proof=dict(tokens=1, bytes_on_disk=1))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert command("summarize", "results.json") == (0, "")
     summary = json.loads((tmp_path / "submission.json").read_text())
     assert summary["val_bpb"] == results_of(trained)["val_bpb"]
     assert list(summary["seeds"]) == ["1337"]
@@ -576,12 +585,12 @@ def test_unwritable_log_folder_is_found_before_training(command, tmp_path):
 
 
 def test_ranks_that_do_not_fit_the_batch_are_bad_usage(command, monkeypatch):
-    """Four sequences over three ranks, told before any step."""
+    """Four sequences over three ranks, told before the data is read."""
     rt = train_gpt.Runtime(world=3, notes=("cpu", "", ""))
     monkeypatch.setattr(train_gpt, "start_runtime", lambda cfg, environ: rt)
     monkeypatch.setattr(train_gpt.Runtime, "sum_over_ranks", lambda self, tensor: tensor)
-    message = error_line(command(), 2)
-    assert "TRAIN_BATCH_TOKENS=256" in message
+    message = error_line(command(DATA_PATH="nowhere"), 2)
+    assert message.startswith("TRAIN_BATCH_TOKENS=256")
     assert "3 ranks" in message
     assert "--nproc_per_node" in message
 

@@ -161,7 +161,7 @@ def test_training_is_that_of_the_cpu(device):
         trainer, batches = new_trainer(cfg, rt)
         losses = [trainer.step(batches, step, 1.0) for step in range(3)]
         trainer.install_average()
-        results.append((losses, cpu(weights_of(trainer.model)), trainer.bigrams.counts.cpu()))
+        results.append((losses, cpu(weights_of(trainer.model)), trainer.counts.cpu()))
     (losses, weights, counts), (losses_there, weights_there, counts_there) = results
     assert np.allclose(losses_there, losses, rtol=1e-3)
     assert close(weights_there, weights)
@@ -421,24 +421,24 @@ COUNTED_CFG = tiny_config(**SHORT)
 BLOCKS = {
     "round_trip": (train_gpt.new_plan(COUNTED_CFG, "round_trip"), 212),
     "sliding": (train_gpt.new_plan(COUNTED_CFG, "sliding"), 384),
-    "sliding, mixer": (train_gpt.new_plan(COUNTED_CFG, "sliding", "mixer"), 580),
+    "sliding, mixer": (train_gpt.new_plan(COUNTED_CFG, "sliding", "unguarded", "mixer"), 602),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_scored_block_waits_twice(device, name):
-    """Once for the model, to know that its logits are finite, and once for all stages' bits."""
+def test_scored_block_waits_for_model_guard_and_score(device, name):
+    """To know that logits are finite, what the guard saw of the block, and all stages' bits."""
     plan, most = BLOCKS[name]
     (operators, waits), (_, learning_waits) = scored_block(device, COUNTED_CFG, plan)
     print(f"{operators} operators")
-    assert waits == 2
+    assert waits == (3 if "mixer" in name else 2)
     assert learning_waits == 0
     assert operators <= most
 
 
 def test_mixer_learns_in_few_operators(device):
     """A learned mixer's step, without any wait."""
-    plan = train_gpt.new_plan(COUNTED_CFG, "sliding", "mixer")
+    plan = train_gpt.new_plan(COUNTED_CFG, "sliding", "unguarded", "mixer")
     _, (operators, waits) = scored_block(device, COUNTED_CFG, plan)
     print(f"{operators} operators")
     assert waits == 0
@@ -517,7 +517,8 @@ MIXES = [
     (scoring_waits, "torch.tensor(table, device=device)", "torch.tensor(table)"),
     (scoring_waits, "first, self.size, device=prefix.device", "first, self.size"),
     (scoring_waits, "weights.to(rt.device, torch.float64", "weights.to(torch.float64"),
-    (scoring_waits, "targets = targets.to(self.rt.device)", "pass"),
+    (scoring_waits, "targets.to(self.rt.device)).double()", "targets).double()"),
+    (scoring_waits, "self.rt.upload(torch.tensor(self.trust))", "torch.tensor(self.trust)"),
     (scoring_waits, "self.rt.upload(positions[positions < stop])", "positions[positions < stop]"),
     (scoring_waits, "weights]).to(self.rt.device)", "weights])"),
 ]
@@ -530,13 +531,18 @@ def test_planted_mix_is_caught(device, altered, part, old, new):
         part(altered(old, new), device)
 
 
-# A step: one. Two blocks: their prefixes and targets are sent, logits checked, bits read, which is
-# four each, and the table of exp; learning sends its prefix, and TTT its chunk.
-EXPECTED_WAITS = {training_waits: 1, scoring_waits: 11}
+# A step: one. Two blocks: their prefixes and targets are sent, logits checked, what the guard
+# needs and bits read, which is five each, and the table of exp; learning sends its prefix, and TTT
+# its chunk.
+EXPECTED_WAITS = {training_waits: 1, scoring_waits: 13}
 PLANTED_WAITS = [
     (training_waits, "losses[0].backward()", "losses[0].backward(); losses[0].item()"),
     (training_waits, "tensor = tensor.pin_memory()", "pass"),
-    (training_waits, "self.bigrams.add(batches)", "self.bigrams.add(batches); bool(totals[0])"),
+    (
+        training_waits,
+        "count_pairs(self.counts, batches, self.rt)",
+        "count_pairs(self.counts, batches, self.rt); bool(totals[0])",
+    ),
     (
         scoring_waits,
         "self.boost(features))))",

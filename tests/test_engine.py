@@ -27,7 +27,7 @@ from conftest import (
     walker,
     warm_model,
 )
-from naive import naive_logit_grid, naive_rows
+from naive import naive_lane_order, naive_logit_grid, naive_rows
 
 import train_gpt
 from train_gpt import Engine, Mixture, Runtime, TestTimeTrainer, new_plan, walk
@@ -257,14 +257,14 @@ def test_a_lane_is_a_text_of_its_own(tiles, step, lanes):
     """Each segment's frequencies are those of a plain walk over BOS and the segment."""
     cfg = replace(WALK_CFG, eval_run_tiles=tiles, ttt_chunk_tokens=48)
     tokens = tiny_stream(20 * lanes + 12, seed=lanes)[1:]
-    order = train_gpt.lane_order(len(tokens), lanes)
+    order = naive_lane_order(len(tokens), lanes)
     start = np.full(lanes, TABLE.bos_id)
     stream = torch.from_numpy(np.append(start, tokens[order]))
     predictor = walker(cfg, new_plan(cfg, "sliding", lanes=lanes))
     steps = walk(predictor, stream, step=lanes if step == "by rows" else None)
     freqs = torch.cat([commitment.table("sliding") for commitment, _, _ in steps])
     coded = torch.empty_like(freqs)
-    coded[torch.from_numpy(order)] = freqs
+    coded[order] = freqs
     segments = np.array_split(tokens, lanes)
     for segment, found in zip(segments, coded.split([len(each) for each in segments])):
         alone = walker(cfg, new_plan(cfg, "sliding"))
@@ -329,7 +329,7 @@ def measured_mixer(given, step=None):
     tokens = torch.from_numpy(few_words(len(grid) + 1, seed=1))
     history = new_history(10, 4)
     history.extend(tokens)
-    plan = new_plan(WIDE_CFG, "sliding", "mixer")
+    plan = new_plan(WIDE_CFG, "sliding", "unguarded", "mixer")
     mixer = Mixture(given["mixer"], WIDE_CFG, TABLE, HERE, plan)
     boosts = []
     weights = []

@@ -24,7 +24,7 @@ def occurrences(tokens, order, recent, blocks, ahead=0, begins=WORD_BEGINS, bits
         if stop > start:
             linked = max(linked, min(stop - 1 + ahead * (number % 3), len(tokens)))
             history.extend(stream[:linked])
-            history.extend(stream[: stop - 1])  # known already
+            history.extend(stream[:linked])  # known already
             assert history.size == linked
             parts.append(history.occurrences(torch.arange(start - 1, stop - 1)))
         start = stop

@@ -25,7 +25,9 @@ from conftest import (
 
 import train_gpt
 
+sys.path.insert(0, str(ROOT / "tests" / "experiments"))
 sys.path.insert(0, str(ROOT / "logs"))
+import compare_quantizers
 import report
 from report import ReportError, Trace, labels_of, page, read_log, read_run, visible
 
@@ -763,6 +765,143 @@ def test_figure_has_another_rule_if_it_is_given(figures, new_run):
     assert b"MIXER" not in figures()["stages.svg"]
 
 
+def measured(name, scale):
+    """Return a model's entry as compare_quantizers.py writes it; `scale` multiplies losses."""
+    tries = [("int6", 1.5, 2_500_000), ("int6", 6.0, 2_000_000)]
+    tries += [("fisher", 0.5, 2_000_000), ("fisher", 8.0, 1_000_000), ("fisher", 2.0, 1_500_000)]
+    lines = [
+        dict(quantizer=quantizer, kl=scale * milli / 1000, bytes=size)
+        for quantizer, milli, size in tries
+    ]
+    return dict(name=name, lines=lines)
+
+
+CAP = dict(quantizer="fisher", limit_bytes=1_500_000, code_bytes=200_000)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """drawn(models, caps) -> quantizers.svg, bytes, that --figures and --quantizers write."""
+
+    def made(models, caps=(CAP,)):
+        path = tmp_path / "quantizers.json"
+        path.write_text(json.dumps(dict(caps=caps, models=models)))
+        assert report.main(["--figures", str(tmp_path / "out"), "--quantizers", str(path)]) == 0
+        (file,) = (tmp_path / "out").iterdir()
+        assert file.name == "quantizers.svg"
+        return file.read_bytes()
+
+    return made
+
+
+def curves(data):
+    """Return [(colour, [(x, y)])] of the lines of marks in a drawing, without its legend."""
+    found = []
+    for group in ElementTree.fromstring(data).iter(f"{SVG}g"):
+        marks = group.findall(f"{SVG}g/{SVG}use")
+        if len(marks) > 1:
+            colour = re.search(r"stroke: (#\w+)", marks[0].attrib["style"])[1]
+            found.append((colour, [(float(u.attrib["x"]), float(u.attrib["y"])) for u in marks]))
+    return found
+
+
+def test_loss_is_drawn_against_bytes(drawn):
+    """More bytes stand further to the right, more loss higher up, both by their logarithms."""
+    (_, int6), (_, fisher) = sorted(curves(drawn([measured("a", 1)])), key=lambda c: len(c[1]))
+    (left, high), (middle, between), (right, low) = fisher  # 1, 1.5, 2 MB; 8, 2, 0.5
+    assert left < middle < right
+    assert high < between < low  # SVG's y points down
+    assert (between - high) == pytest.approx(low - between, rel=1e-3)
+    assert (middle - left) / (right - left) == pytest.approx(np.log2(1.5), rel=1e-3)
+    assert int6[0][0] == pytest.approx(right, abs=0.01)
+    assert int6[0][1] < between
+
+
+def test_quantizers_have_colours_and_models_marks(drawn):
+    """A line for each quantizer of each model; all that is drawn is named."""
+    one, two = drawn([measured("a", 1)]), drawn([measured("a", 1), measured("<b>", 1.5)])
+    assert collections.Counter(colour for colour, _ in curves(two)) == {
+        report.INKS["s0"][1]: 2,
+        report.INKS["s1"][1]: 2,
+    }
+    assert len(curves(one)) == 2
+    texts = {e.text for e in ElementTree.fromstring(two).iter(f"{SVG}text")}
+    assert {"fisher", "int6", "a", "<b>"} <= texts
+    (description,) = ElementTree.fromstring(two).findall(f"{SVG}desc")
+    assert "fisher, <b>: 1,000,000 0.012, 1,500,000 0.003, 2,000,000 0.00075" in description.text
+
+
+def test_a_measurement_replaces_that_of_the_same_name(tmp_path):
+    """compare_quantizers.py's file keeps the other models and the caps; the report reads it."""
+    contents = {}
+    for entry in (measured("a", 1), measured("b", 1), measured("a", 2)):
+        contents = compare_quantizers.add_entry(contents, entry)
+    path = tmp_path / "quantizers.json"
+    path.write_text(json.dumps(contents | dict(caps=[CAP])))
+    assert report.read_quantizers(path) == ([measured("b", 1), measured("a", 2)], [CAP])
+    again = compare_quantizers.add_entry(json.loads(path.read_bytes()), measured("b", 3))
+    assert again["caps"] == [CAP]
+
+
+def test_a_cap_stands_where_its_code_leaves_it(drawn):
+    """At 1,300,000 bytes of the artifact; without caps there is none."""
+    words = "a cap of 1,500,000 leaves fisher 1,300,000"
+    with_cap, without = drawn([measured("a", 1)]), drawn([measured("a", 1)], [])
+    assert words in with_cap.decode()
+    assert b"1.5 MB" in with_cap
+    assert b"a cap of" not in without
+    assert b"1.5 MB" not in without
+
+
+def test_figure_of_quantizers_is_a_drawing_on_any_ground(drawn):
+    """As the other figures: the same bytes every time, in their colours, with no address."""
+    models = [measured(str(i), 1 + i / 9) for i in range(6)]
+    data = drawn(models)
+    assert data == drawn(models)
+    assert set(re.findall(r"#[0-9a-f]{6}\b", data.decode())) <= {c for _, c in report.INKS.values()}
+    assert data.count(b"://") == 1  # the name space
+
+
+def test_figure_of_the_repository_is_that_of_its_measurements(drawn):
+    """logs/quantizers.svg shows logs/quantizers.json."""
+    measurements = json.loads((ROOT / "logs" / "quantizers.json").read_bytes())
+    found = (ROOT / "logs" / "quantizers.svg").read_bytes()
+    (description,) = ElementTree.fromstring(found).findall(f"{SVG}desc")
+    for model in measurements["models"]:
+        for entry in model["lines"]:
+            assert f"{entry['bytes']:,} {report.decimals(entry['kl'])}" in description.text
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        "",
+        "[]",
+        '{"models": []}',
+        '{"caps": [], "models": []}',
+        '{"caps": [], "models": [{"name": "a", "lines": [{"quantizer": "int6", "bytes": 9}]}]}',
+        '{"caps": [], "models": [{"name": "a", "lines": '
+        '[{"quantizer": "int7", "bytes": 9, "kl": 0.1}]}]}',
+        '{"caps": [], "models": [{"name": "a", "lines": '
+        '[{"quantizer": "int6", "bytes": 9, "kl": NaN}]}]}',
+        '{"caps": [{"quantizer": "int6"}], "models": [{"name": "a", "lines": '
+        '[{"quantizer": "int6", "bytes": 9, "kl": 0.1}]}]}',
+        '{"caps": [{"quantizer": "int6", "limit_bytes": 9, "code_bytes": 9}], "models": '
+        '[{"name": "a", "lines": [{"quantizer": "int6", "bytes": 9, "kl": 0.1}]}]}',
+    ],
+)
+def test_what_is_no_measurement_of_quantizers_is_said(tmp_path, capsys, contents):
+    """In one line, with exit status 1, and nothing is written."""
+    path = tmp_path / "bad.json"
+    path.write_text(contents)
+    args = ["--figures", str(tmp_path / "out"), "--quantizers", str(path)]
+    assert report.main(args) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: --quantizers {path}: ")
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
 # ---- Command line --------------------------------------------------------------------------------
 
 
@@ -804,9 +943,18 @@ def test_what_cannot_be_is_said_in_one_line(new_run, capsys, args, words):
     assert words in message
 
 
-def test_no_folder_is_a_mistake_of_the_command_line(capsys):
+@pytest.mark.parametrize(
+    "args, words",
+    [
+        ([], "RUN_DIR is missing"),
+        (["--figures", "out"], "RUN_DIR is missing"),
+        (["--figures", "out", "--quantizers", "a.json", "--out", "page"], "RUN_DIR is missing"),
+        (["run", "--quantizers", "a.json"], "--quantizers takes --figures"),
+    ],
+)
+def test_what_is_missing_is_a_mistake_of_the_command_line(capsys, args, words):
     """argparse says how it is used."""
     with pytest.raises(SystemExit) as caught:
-        report.main([])
+        report.main(args)
     assert caught.value.code == 2
-    assert "RUN_DIR" in capsys.readouterr().err
+    assert words in capsys.readouterr().err

@@ -461,7 +461,7 @@ def random_weights(seed=0):
     return weights
 
 
-LEARNED_PLAN = new_plan(LEARNED_CFG, "sliding", "mixer")
+LEARNED_PLAN = new_plan(LEARNED_CFG, "sliding", "unguarded", "mixer")
 
 
 def new_mixer(weights, plan=LEARNED_PLAN):
@@ -588,7 +588,7 @@ def test_gradient_is_the_slope_of_the_code_length(seed):
 
 
 @pytest.mark.parametrize(
-    "calibration_blocks, rates", [(0, [1] * 6), (4, [10, 7.75, 5.5, 3.25, 1, 1])]
+    "calibration_blocks, rates", [(0, [1] * 6), (6, [10, 8.5, 7, 5.5, 4, 2.5])]
 )
 def test_step_matches_torch_adam(calibration_blocks, rates):
     """After each block the weights are those of torch's Adam, rounded, to the last bit.
@@ -664,7 +664,7 @@ def test_walk_matches_naive_mixer(tiles):
     n = 3 * CHUNK
     cfg = dataclasses.replace(LEARNED_CFG, eval_run_tiles=tiles)
     size = cfg.mixer_block
-    plan = new_plan(cfg, "sliding", "mixer")
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")
     predictor = walker(cfg, plan)
     start = predictor.mixture.weights.clone()
     weights = start.clone().requires_grad_()
@@ -674,7 +674,7 @@ def test_walk_matches_naive_mixer(tiles):
     for first in range(0, n, size):
         block = positions[first : first + size]
         boosted = [naive_boosted(*place, weights.detach()) for place in block]
-        freqs = advance(predictor, WALK_STREAM, first + size + 1)["mixer"].tolist()
+        freqs = advance(predictor, WALK_STREAM, first + size + 1)["unguarded"].tolist()
         assert freqs == [naive_commit(naive_shares(row)) for row in boosted]
         if first + size < n:
             targets = WALK_STREAM[first + 1 : first + size + 1].tolist()
@@ -724,7 +724,7 @@ def calibrated_weights(weights, cfg, limit_s=math.inf, rt=HERE, log=quiet):
 def sliding_predictor(weights, cfg, rt=HERE):
     """A predictor without TTT of these weights."""
     model = new_model(cfg, rt, weights, "float64")
-    plan = new_plan(cfg, "sliding", "mixer")
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")
     return Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
 
 
@@ -747,7 +747,7 @@ def test_scoring_without_ttt_leaves_the_model_alone(tmp_path):
     """The history and the mixer learn; the model's weights stay to the last bit."""
     cfg = learner(tmp_path)
     model = new_model(cfg, HERE, warm_weights(cfg), "float64")
-    plan = new_plan(cfg, "sliding", "mixer")
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")
     predictor = Predictor(model, warm_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
     for _ in walk(predictor, torch.from_numpy(tiny_stream(150))):
         pass
@@ -836,7 +836,7 @@ def test_calibration_walks_in_windows_at_falling_rates(monkeypatch, tmp_path):
     monkeypatch.setattr(Mixture, "learn", spy)
     calibrated_weights(cold_weights(cfg), cfg)
     clocks = dict(reach=24, context=0, run=16, block=32, chunk=64, calibration_blocks=10)
-    assert plans == {Plan(("sliding", "mixer"), **clocks)}
+    assert plans == {Plan(("sliding", "unguarded", "mixer"), **clocks)}
     assert rates == pytest.approx([0.006 * (10 - 9 * block / 10) for block in range(9)])
 
 
@@ -850,9 +850,8 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
     assert stored[:, -1].any()
     settings = train_gpt.Config(**artifact.settings)
     assert settings.mixer_calibration_tokens == 400
-    predictor = new_predictor(
-        artifact.weights, artifact.table, settings, HERE, new_plan(settings, "sliding", "mixer")
-    )
+    plan = new_plan(settings, "sliding", "unguarded", "mixer")
+    predictor = new_predictor(artifact.weights, artifact.table, settings, HERE, plan)
     assert torch.equal(predictor.mixture.weights, stored.double())
     assert predictor.mixture.weights.data_ptr() != stored.data_ptr()
 
@@ -871,14 +870,23 @@ def rank_weights(rt, cfg, tokens):
 
 def rows_computed(rt, cfg):
     """How many rows this rank puts through the model in each block of a calibration."""
-    compute = train_gpt.Engine.compute
+    forward = train_gpt.GPT.forward
+    logits_of = train_gpt.Engine.logits
+    blocks = []
     rows = Counter()
 
-    def spy(engine, tokens, group):
-        rows[group[0][1] // cfg.eval_seq_len] += sum(end - begin for _, begin, end in group)
-        return compute(engine, tokens, group)
+    def spy_on_rows(model, tokens, weights, cache, lead, unwanted):
+        rows[blocks[-1]] += len(tokens) * (tokens.size(1) - lead)
+        return forward(model, tokens, weights, cache, lead, unwanted)
 
-    with mock.patch.object(train_gpt.Engine, "compute", spy):
+    def spy_on_blocks(engine, tokens, first, last):
+        blocks.append(first // cfg.eval_seq_len)
+        return logits_of(engine, tokens, first, last)
+
+    with (
+        mock.patch.object(train_gpt.Engine, "logits", spy_on_blocks),
+        mock.patch.object(train_gpt.GPT, "forward", spy_on_rows),
+    ):
         calibrated_weights(warm_weights(cfg), cfg, rt=rt)
     return rows
 
@@ -991,6 +999,30 @@ def test_misleading_text_costs_a_new_mixer_next_to_nothing(trusting, name):
     cost, cost_in_the_end = costs(weights, cfg, name)
     assert cost < 12
     assert cost_in_the_end < 4
+
+
+def test_a_change_from_teaching_to_betraying_costs_at_most_20_bits(trusting):
+    """Beside what the better of model and mixer needs in each stretch; without the guard, more."""
+    cfg, _, weights = trusting
+    n = 256
+    said = np.random.default_rng(5).integers(6, VOCAB, n)
+    stream = np.array([1])
+    ends = [1]
+    for turn in range(3):
+        for stretch in (np.append(stream, said), never_again(np.append(stream, said), n, turn)):
+            stream = stretch
+            ends.append(len(stream))
+    ends = ends[1:]
+    rows = []
+    for commitment, targets, _ in walk(sliding_predictor(weights, cfg), torch.from_numpy(stream)):
+        chosen = commitment.chosen(targets, "sliding", "unguarded", "mixer")
+        rows.append(24 - chosen.double().log2())
+    parts = torch.cat(rows, 1).tensor_split([end - 1 for end in ends[:-1]], 1)
+    model, unguarded, guarded = torch.stack([part.sum(1) for part in parts], 1)
+    best = torch.minimum(model, unguarded).sum()
+    changes = len(ends) - 1
+    assert (guarded.sum() - best) / changes < 20
+    assert (guarded.sum() - best) < 0.7 * (unguarded.sum() - best)
 
 
 def test_calibrated_mixer_halves_the_bits_of_a_text_that_repeats_itself(trusting):

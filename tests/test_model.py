@@ -301,9 +301,14 @@ def test_rotary_turns_half_split_pairs(train_seq_len, base):
 
 def test_bigram_rows_are_the_hash_of_two_tokens():
     """Buckets equal the formula in Python's integers for the default vocabulary."""
-    cfg = tiny_config(vocab_size=1024, bigram_vocab_size=2048)
     tokens = torch.from_numpy(np.random.default_rng(3).integers(0, 1024, (3, 200)))
-    rows = train_gpt.Embedding(cfg).bigram_rows(tokens)
+    bigrams = torch.zeros(2048, 2)
+    bigrams[:, 0] = torch.arange(2048)  # each row names itself, beside a constant
+    bigrams[:, 1] = 2048
+    weights = torch.zeros(1024, 2), bigrams, torch.zeros(2)
+    cfg = tiny_config(vocab_size=1024, bigram_vocab_size=2048)
+    out = train_gpt.Embedding(cfg)(tokens, weights)  # of norm root 2
+    rows = (2048 * out[..., 0] / out[..., 1]).round().long()
     assert rows.tolist() == [naive_buckets(row, 2048) for row in tokens.tolist()]
     assert (rows[:, 0] == 2047).all()
     assert (rows[:, 1:] < 2047).all()

@@ -372,7 +372,8 @@ def update_first():
             self.mixture.learn(torch.as_strided(prefix, (stop,), (1,)))
             self.pending = None
             self.scored_to = start
-            self.engine.run = None  # its rows are to be computed once more
+            self.engine.cache.rows -= stop - start  # they are to be computed once more
+            self.engine.cache.used -= stop - start
         commitment = original(self, prefix, start, stop)
         self.mixture.weights.copy_(before)
         return commitment

@@ -983,7 +983,7 @@ def written(rt, folder, held_out):
         "evaluate_artifact": lambda run, artifact, *_: artifacts.append(artifact),
     }
     with mock.patch.multiple(train_gpt, **stand_ins):
-        train_gpt.finish(run, warm_model(cfg), train_gpt.TrainResult(), held_out)
+        train_gpt.finish(run, warm_model(cfg), train_gpt.TrainResult(1, 1, 1.0), held_out)
     return artifacts[0].digest, artifacts[0].weights
 
 

@@ -36,7 +36,7 @@ def test_log_begins_with_every_setting(tmp_path):
     report = new_report(tmp_path)
     lines = (report.cfg.run_dir / "train.log").read_text().splitlines()
     settings = [line for line in lines if line.startswith("  ")]
-    assert settings == [f"  {n.upper()}={getattr(report.cfg, n)}" for n in sorted(train_gpt.FIELDS)]
+    assert settings == [f"  {n.upper()}={getattr(report.cfg, n)}" for n in train_gpt.FIELDS]
     assert f"environment: {report.results['environment']}" in lines
     assert "cpu tiny" in lines
 
@@ -101,6 +101,10 @@ def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):
 
 
 VALIDATION = dict(tokens=1000, bytes=2400, sha256="0" * 64)
+ENVIRONMENT = dict(
+    python="3.11.7", torch="2.13.0", device="cuda", world_size=8, source_sha256="0" * 64
+)
+PROOF = dict(tokens=500, bytes_on_disk=300)
 
 
 def write_results(folder, seed, val_bpb, **changes):
@@ -116,7 +120,7 @@ def write_results(folder, seed, val_bpb, **changes):
     artifact = dict(
         total_bytes=changes.get("total", 15_000_000 + seed),
         code_bytes=90_000,
-        limit_bytes=changes.get("limit", 16_000_000),
+        limit_bytes=17_000_000,
         overridden=changes.get("overridden", []),
     )
     last = stage(changes.get("stage", "mixer"), val_bpb)
@@ -127,8 +131,14 @@ def write_results(folder, seed, val_bpb, **changes):
         artifact=artifact,
         validation=changes.get("validation", VALIDATION),
         shards=changes.get("shards", {"0" * 64: "fineweb_val_000000.bin"}),
-        environment=dict(device="cuda", source_sha256="0" * 64) | changes.get("environment", {}),
-        stages=[stage("pre_quant", 9.0), {**last, "tokens": changes.get("tokens", 1000)}],
+        environment=ENVIRONMENT | changes.get("environment", {}),
+        train=changes.get("train", dict(steps=10, seconds=seed / 1000)),
+        proof=changes.get("proof", PROOF),
+        stages=[
+            stage("pre_quant", 9.0),
+            stage("sliding", 2.0),
+            {**last, "tokens": changes.get("tokens", 1000)},
+        ],
     )
     path = folder / f"results{len(list(folder.iterdir()))}.json"
     path.write_text(json.dumps(run))
@@ -138,18 +148,25 @@ def write_results(folder, seed, val_bpb, **changes):
 BPB = {1337: 1.10, 42: 1.13, 2024: 1.12}
 
 
+@pytest.fixture(autouse=True)
+def current_folder(tmp_path, monkeypatch):
+    """Work in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def summary(tmp_path):
-    """The summary of three seeds, over a submission.json with what its author wrote."""
-    out = tmp_path / "submission.json"
-    author = dict(author="Ann", github_id="ann", name="A run", blurb="How.")
-    out.write_text(json.dumps(author | dict(val_bpb=9, junk=1)))
-    return summarize([write_results(tmp_path, s, b) for s, b in BPB.items()], str(out))
+    """The summary of three seeds, beside a submission.json with what its author wrote."""
+    words = dict(author="Ann", github_id="ann", name="A run", blurb="How.", track="10min_16mb")
+    (tmp_path / "submission.json").write_text(json.dumps(words | dict(val_bpb=9, junk=1)))
+    return summarize([write_results(tmp_path, s, b) for s, b in BPB.items()])
 
 
-def test_summary_is_what_is_written(summary, tmp_path):
-    """submission.json has what the command shows."""
-    assert json.loads((tmp_path / "submission.json").read_text()) == summary
+def test_command_writes_the_summary(tmp_path, command_line):
+    """submission.json has what the function returns."""
+    paths = [write_results(tmp_path, s, b) for s, b in BPB.items()]
+    assert command_line("summarize", *paths) == (0, "")
+    assert json.loads((tmp_path / "submission.json").read_text()) == summarize(paths)
 
 
 def test_summary_has_means_and_deviation(summary):
@@ -158,6 +175,20 @@ def test_summary_has_means_and_deviation(summary):
     assert summary["val_loss"] == pytest.approx(2 * 3.35 / 3)
     assert summary["val_bpb_std"] == pytest.approx(statistics.stdev(BPB.values()))
     assert summary["val_bpb_std"] == pytest.approx(0.0152753, rel=1e-5)
+    assert summary["val_loss_std"] == pytest.approx(2 * 0.0152753, rel=1e-5)
+
+
+def test_summary_has_times(summary):
+    """Means of a training step, and of the evaluation without `pre_quant`."""
+    assert summary["step_avg_ms"] == pytest.approx(100 * sum(BPB) / 3000)
+    assert summary["seeds"]["42"]["step_avg_ms"] == pytest.approx(4.2)
+    assert summary["eval_seconds"] == 3.0
+
+
+def test_summary_has_what_was_proved(summary):
+    """Tokens, and bytes of code words."""
+    assert summary["seeds"]["42"]["proof_tokens"] == 500
+    assert summary["proof_bytes"] == 300
 
 
 def test_summary_has_the_largest_sizes(summary):
@@ -177,39 +208,53 @@ def test_summary_has_each_seed(summary):
 
 
 def test_summary_says_what_was_measured(summary):
-    """Preset, stage, text, device and day."""
+    """Preset, stage, text, device, versions and day."""
     assert summary["preset"] == "record"
     assert summary["stage"] == "mixer"
     assert summary["val_tokens"] == 1000
-    assert summary["device"] == "cuda"
+    assert summary["validation"] == VALIDATION
+    assert summary["hardware"] == "cuda"
+    assert summary["torch"] == "2.13.0"
+    assert summary["python"] == "3.11.7"
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", summary["date"])
+
+
+def test_summary_has_the_settings_of_all_seeds(summary):
+    """All that shape the figures, but for the seed."""
+    expected = train_gpt.stored_settings(train_gpt.Config(mixer="entropy", ttt_lr=1e-4))
+    del expected["seed"]
+    assert {n: summary.get(n) for n in expected} == expected
+    assert "seed" not in summary
+
+
+WORDS = ("author", "github_id", "name", "blurb", "track")
 
 
 def test_summary_keeps_what_the_author_wrote(summary):
     """And nothing else of the file that was there."""
-    words = [summary[name] for name in ("author", "github_id", "name", "blurb")]
-    assert words == ["Ann", "ann", "A run", "How."]
+    words = [summary[name] for name in WORDS]
+    assert words == ["Ann", "ann", "A run", "How.", "10min_16mb"]
     assert "junk" not in summary
 
 
 def test_three_seeds_need_no_warning(summary):
     """They are what a submission asks for."""
-    assert "warning" not in summary
+    assert summary["warning"] == ""
 
 
 @pytest.mark.parametrize("seeds, deviation", [(1, None), (2, pytest.approx(0.5**0.5))])
 def test_fewer_than_three_seeds_are_marked(tmp_path, seeds, deviation):
     """A warning says how many it takes; one seed has no deviation."""
     paths = [write_results(tmp_path, seed, 1.1 + seed) for seed in range(seeds)]
-    summary = summarize(paths, str(tmp_path / "submission.json"))
+    summary = summarize(paths)
     assert "3" in summary["warning"]
     assert summary["val_bpb_std"] == deviation
 
 
 def test_new_submission_has_room_for_the_author(tmp_path):
     """Without a file before, the author's fields are there, empty."""
-    summary = summarize([write_results(tmp_path, 1, 1.1)], str(tmp_path / "submission.json"))
-    assert [summary[name] for name in ("author", "github_id", "name", "blurb")] == [""] * 4
+    summary = summarize([write_results(tmp_path, 1, 1.1)])
+    assert [summary[name] for name in WORDS] == [""] * 5
 
 
 @pytest.mark.parametrize(
@@ -219,11 +264,10 @@ def test_new_submission_has_room_for_the_author(tmp_path):
         (dict(stage="ttt", mixer="none"), "MIXER, STAGE"),
         (dict(tokens=999), "differ in VAL_TOKENS"),
         (dict(seed=1), "same seed"),
-        (dict(stage="ttt"), "ends at ttt"),
-        (dict(limit=14_000_000), "over the cap"),
-        (dict(limit=17_000_000, total=16_000_001), "over the cap"),
+        (dict(total=16_000_001), "over the cap"),
         (dict(ttt_lr=2e-4), "differ in TTT_LR"),
-        (dict(overridden=["TTT_LR"]), "TTT_LR overridden"),
+        (dict(train=None), "not a finished run's results.json, with its proof"),
+        (dict(proof=None), "not a finished run's results.json, with its proof"),
         (dict(validation=VALIDATION | dict(bytes=2401)), "differ in VALIDATION"),
         (dict(validation=VALIDATION | dict(sha256="1" * 64)), "differ in VALIDATION"),
         (dict(shards={"1" * 64: "fineweb_val_000000.bin"}), "differ in SHARDS"),
@@ -232,20 +276,10 @@ def test_new_submission_has_room_for_the_author(tmp_path):
     ],
 )
 def test_results_that_cannot_be_averaged_are_refused(tmp_path, change, words):
-    """Unlike runs, one seed twice, a run cut short or over the cap; nothing is written."""
+    """Unlike runs, one seed twice, a run cut short, over the cap or not proved."""
     good = write_results(tmp_path, 1, 1.1)
     other = write_results(tmp_path, **dict(seed=2, val_bpb=1.2) | change)
-    assert words in refusal(summarize, [good, other], str(tmp_path / "submission.json"))
-    assert not (tmp_path / "submission.json").exists()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_results_that_no_decoder_gets_are_refused(tmp_path, dtype):
-    """Other types than float64 are for a quick look: the file and the setting are named."""
-    paths = [write_results(tmp_path, seed, 1.1, eval_dtype=dtype) for seed in BPB]
-    message = refusal(summarize, paths, str(tmp_path / "submission.json"))
-    assert paths[0] in message
-    assert f"EVAL_DTYPE={dtype}" in message
+    assert words in refusal(summarize, [good, other])
     assert not (tmp_path / "submission.json").exists()
 
 
@@ -255,16 +289,18 @@ MIXED = dict(environment=dict(device="cpu", source_sha256="1"), shards={})
 def test_results_of_several_machines_are_averaged_when_told(tmp_path):
     """`mixed` allows other devices, scripts and training shards, and the summary names them all."""
     paths = [write_results(tmp_path, 1, 1.1), write_results(tmp_path, 2, 1.2, **MIXED)]
-    summary = summarize(paths, str(tmp_path / "submission.json"), mixed=True)
+    summary = summarize(paths, mixed=True)
     assert summary["val_bpb"] == pytest.approx(1.15)
-    assert summary["device"] == "cpu + cuda"
+    assert summary["hardware"] == "cpu + cuda"
+    assert summary["torch"] == "2.13.0"
+    assert not {"device", "source_sha256", "shards"} & summary.keys()
 
 
 def test_results_on_several_texts_are_never_averaged(tmp_path):
     """`mixed` does not allow another validation text of as many tokens."""
     other = MIXED | dict(validation=VALIDATION | dict(bytes=2401))
     paths = [write_results(tmp_path, 1, 1.1), write_results(tmp_path, 2, 1.2, **other)]
-    message = refusal(summarize, paths, str(tmp_path / "submission.json"), mixed=True)
+    message = refusal(summarize, paths, mixed=True)
     assert "differ in VALIDATION;" in message
 
 
@@ -274,10 +310,11 @@ def test_mixed_is_an_argument_of_the_command(tmp_path, command_line):
     assert "DEVICE, SHARDS, SOURCE_SHA256" in error_line(command_line("summarize", *paths), 1)
     assert command_line("summarize", "--mixed", *paths) == (0, "")
     assert (tmp_path / "submission.json").exists()
+    assert "incomplete command" in error_line(command_line("summarize", "--mixed"), 2)
 
 
 UNFINISHED = (
-    b'{"seed": 1, "val_bpb": 1, "stages": [], "artifact": {}, "settings": {}, "environment": {}}'
+    b'{"seed": 1, "train": {}, "stages": [], "artifact": {}, "settings": {}, "environment": {}}'
 )
 
 
@@ -291,11 +328,21 @@ def test_file_that_is_no_result_is_refused(tmp_path, contents):
     bad = tmp_path / "bad.json"
     if contents is not None:
         bad.write_bytes(contents)
-    assert str(bad) in refusal(summarize, [good, str(bad)], str(tmp_path / "submission.json"))
+    assert str(bad) in refusal(summarize, [good, str(bad)])
 
 
 @pytest.mark.parametrize(
-    "name", ["seed", "settings", "artifact", "environment", "stages", "validation", "shards"]
+    "name",
+    [
+        "settings",
+        "artifact",
+        "environment",
+        "stages",
+        "validation",
+        "shards",
+        "train",
+        "proof",
+    ],
 )
 def test_result_without_a_part_is_refused(tmp_path, name):
     """A file that lacks what a submission shows is named."""
@@ -303,13 +350,13 @@ def test_result_without_a_part_is_refused(tmp_path, name):
     run = json.loads(path.read_text())
     del run[name]
     path.write_text(json.dumps(run))
-    assert str(path) in refusal(summarize, [str(path)], str(tmp_path / "submission.json"))
+    assert str(path) in refusal(summarize, [str(path)])
 
 
 def test_result_with_impossible_settings_is_refused(tmp_path):
     """The file is named, not only the setting."""
     path = write_results(tmp_path, 1, 1.1, mixer="magic")
-    assert path in refusal(summarize, [path], str(tmp_path / "submission.json"))
+    assert path in refusal(summarize, [path])
 
 
 @pytest.mark.parametrize("contents", [b"", b"{broken", b"[1]", b"\xff"])
@@ -317,5 +364,5 @@ def test_broken_submission_is_not_overwritten(tmp_path, contents):
     """The author's file, if it is no JSON object, is named in an error and left as it is."""
     out = tmp_path / "submission.json"
     out.write_bytes(contents)
-    assert str(out) in refusal(summarize, [write_results(tmp_path, 1, 1.1)], str(out))
+    assert out.name in refusal(summarize, [write_results(tmp_path, 1, 1.1)])
     assert out.read_bytes() == contents

@@ -23,7 +23,6 @@ from train_gpt import (
     check_arithmetic,
     check_target,
     check_writable,
-    lock_folder,
     read_file,
     say,
     torchrun_ranks,
@@ -361,10 +360,11 @@ def test_room_is_taken_and_given_back(tmp_path):
 
 def test_folder_is_locked_once(tmp_path):
     """A second run in it is refused, as long as the first one is there."""
-    first = lock_folder(tmp_path)
-    assert "RUN_ID" in refusal(lock_folder, tmp_path)
-    first.close()
-    lock_folder(tmp_path).close()
+    run = tiny_config(log_dir=str(tmp_path)), train_gpt.Runtime(notes=("cpu",)), "train"
+    first = train_gpt.Run(*run)
+    assert "RUN_ID" in refusal(train_gpt.Run, *run)
+    first.lock.close()
+    train_gpt.Run(*run).lock.close()
 
 
 def test_missing_file_is_named(tmp_path):

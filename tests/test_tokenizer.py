@@ -19,9 +19,16 @@ def stream(texts, tokenizer):
 
 
 def audit_of(*texts):
-    """Return what audit_bytes should: the number of UTF-8 bytes of all texts, and their SHA-256."""
+    """Return what audited() should: the number of UTF-8 bytes of all texts, and their SHA-256."""
     text = "".join(texts).encode()
     return len(text), hashlib.sha256(text).hexdigest()
+
+
+def audited(table, tokens, *sp):
+    """What audit_bytes says of a text: its bytes and their SHA-256."""
+    found = audit_bytes(table, tokens, *sp)
+    assert found.pop("tokens") == len(tokens) - 1
+    return found["bytes"], found["sha256"]
 
 
 # ---- The table is SentencePiece's ----------------------------------------------------------------
@@ -103,14 +110,14 @@ def test_count_is_the_length_of_each_document(texts, tokenizer):
         assert table.decode(tokens).decode() == text
         assert sp.decode(tokens[1:].tolist()) == text
         assert table.count_bytes(tokens).sum() == len(text.encode())
-        assert audit_bytes(table, tokens) == audit_of(text)
+        assert audited(table, tokens) == audit_of(text)
 
 
 def test_count_is_the_length_of_the_stream(texts, tokenizer, stream):
     """The sum over documents and their digest, by the table's own decoder and SentencePiece's."""
     _, sp, table = tokenizer
-    assert audit_bytes(table, stream) == audit_of(*texts)
-    assert audit_bytes(table, stream, sp.decode) == audit_of(*texts)
+    assert audited(table, stream) == audit_of(*texts)
+    assert audited(table, stream, sp) == audit_of(*texts)
 
 
 GOLDEN_PIECES = {
@@ -213,15 +220,15 @@ def test_audit_refuses_wrong_counts(tokenizer, stream, change):
 def test_audit_accepts_unchanged_counts(texts, tokenizer, stream):
     """What the refused tables are made of is right until it is changed."""
     unchanged = counting(tokenizer[2], lambda *arrays: None)
-    assert audit_bytes(unchanged, stream) == audit_of(*texts)
+    assert audited(unchanged, stream) == audit_of(*texts)
 
 
 def test_audit_asks_sentencepiece(tokenizer, stream):
     """A table wrong in itself counts what it prints; SentencePiece's decoder finds it out."""
     _, sp, table = tokenizer
     wrong = dataclasses.replace(table, kinds=table.kinds.replace("B", "N"))
-    assert audit_bytes(wrong, stream) > audit_bytes(table, stream, sp.decode)
-    assert "bytes counted" in refusal(audit_bytes, wrong, stream, sp.decode)
+    assert audited(wrong, stream) > audited(table, stream, sp)
+    assert "bytes counted" in refusal(audit_bytes, wrong, stream, sp)
 
 
 def test_audit_refuses_a_stream_that_does_not_begin_with_bos(tokenizer, stream):
@@ -265,7 +272,7 @@ def test_audit_accepts_a_cut_inside_a_character(tokenizer):
     for stop in range(second + 1, len(tokens) + 1):
         printed = table.decode(tokens[second:stop])
         digest = hashlib.sha256(b"first" + printed).hexdigest()
-        assert audit_bytes(table, tokens[:stop]) == (5 + len(printed), digest)
+        assert audited(table, tokens[:stop]) == (5 + len(printed), digest)
         cuts_inside += len(printed.decode(errors="ignore").encode()) < len(printed)
     assert cuts_inside >= 3
     assert printed.decode() == text

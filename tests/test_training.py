@@ -28,10 +28,11 @@ from torch import nn
 
 import train_gpt
 from train_gpt import (
-    BigramCounts,
     Muon,
     Runtime,
     UserError,
+    complementary_weights,
+    count_pairs,
     micro_batches,
     train_stream,
 )
@@ -71,26 +72,25 @@ def gradients_of(model):
 def test_complementary_weights_match_a_plain_count(data, alpha):
     """Over several steps, the weights are those of a dictionary of all earlier pairs."""
     cfg, pairs = tiny_config(data_path=str(data)), Counter()
-    stream, counts = train_stream(cfg, 0, 128), BigramCounts(VOCAB, HERE)
+    stream, counts = train_stream(cfg, 0, 128), torch.zeros(VOCAB, VOCAB, dtype=torch.int32)
     for _ in range(6):
         batches = micro_batches(next(stream)[0], cfg, HERE)
         for x, y in batches:
             expected = naive_weights(pairs, x, y, alpha)
-            torch.testing.assert_close(counts.weights(x, y, alpha), expected)
-        counts.add(batches)
+            torch.testing.assert_close(complementary_weights(counts, x, y, alpha), expected)
+        count_pairs(counts, batches, HERE)
         for x, y in batches:
             pairs.update(zip(x.flatten().tolist(), y.flatten().tolist()))
-    table = counts.counts.view(VOCAB, VOCAB)
-    assert {(a, b): int(table[a, b]) for a, b in table.nonzero().tolist()} == dict(pairs)
+    assert {(a, b): int(counts[a, b]) for a, b in counts.nonzero().tolist()} == dict(pairs)
 
 
 def test_complementary_weight_has_a_floor():
     """A pair that is nearly certain keeps a weight of 0.1; an unseen one keeps 1."""
-    counts, x = BigramCounts(VOCAB, HERE), torch.full((1, 500), 7)
-    counts.add([(x, x + 1)])
-    weights = counts.weights(x[:, :2], torch.tensor([[8, 9]]), 1.0)
+    counts, x = torch.zeros(VOCAB, VOCAB, dtype=torch.int32), torch.full((1, 500), 7)
+    count_pairs(counts, [(x, x + 1)], HERE)
+    weights = complementary_weights(counts, x[:, :2], torch.tensor([[8, 9]]), 1.0)
     assert torch.equal(weights, torch.tensor([[0.1, 1.0]]))
-    half = counts.weights(x[:, :1], x[:, :1] + 1, 0.5)
+    half = complementary_weights(counts, x[:, :1], x[:, :1] + 1, 0.5)
     assert half.item() == pytest.approx(1 - 0.5 * 500 / 501)
 
 
@@ -271,42 +271,64 @@ def test_orthogonalize_makes_singular_values_about_one(rows, cols):
 # ---- Schedules -----------------------------------------------------------------------------------
 
 
-def test_learning_rate_falls_with_the_iterations():
+@pytest.fixture
+def scales(data, monkeypatch):
+    """scales(lefts, **settings) -> the factors of a training's steps, if so many steps are left."""
+
+    def run(lefts, **settings):
+        used = []
+        left = iter([*lefts[1:], 0.0])
+
+        def spy(trainer, batches, step, scale):
+            used.append(scale)
+            return 1.0, 1.0
+
+        monkeypatch.setattr(train_gpt.Trainer, "step", spy)
+        monkeypatch.setattr(train_gpt, "steps_left", lambda *a: next(left))
+        trained(data, iterations=lefts[0], **settings)
+        return used
+
+    return run
+
+
+def test_learning_rate_falls_in_the_end(scales):
     """The factor is 1 until WARMDOWN_ITERS before the end, then linear to 0."""
-    cfg = tiny_config(iterations=100, warmdown_iters=20)
-    steps = (0, 50, 80, 85, 90, 99, 100)
-    scales = [train_gpt.lr_scale(step, 3.0 * step, math.inf, cfg) for step in steps]
-    assert scales == pytest.approx([1, 1, 1, 0.75, 0.5, 0.05, 0])
-    no_warmdown = tiny_config(iterations=100, warmdown_iters=0)
-    scales = [train_gpt.lr_scale(step, 1.0, math.inf, no_warmdown) for step in (0, 50, 99)]
-    assert scales == [1, 1, 1]
+    lefts = [100, 50, 20, 15, 10.0, 1]
+    assert scales(lefts, warmdown_iters=20) == pytest.approx([1, 1, 1, 0.75, 0.5, 0.05])
+    assert scales([100, 50, 1], warmdown_iters=0) == [1, 1, 1]
+
+
+def test_steps_left_are_those_of_the_iterations():
+    """Where there is no limit of time."""
+    cfg = tiny_config(iterations=100)
+    lefts = [train_gpt.steps_left(step, 3.0 * step, math.inf, cfg) for step in (1, 50, 99, 100)]
+    assert lefts == [99, 50, 1, 0]
 
 
 @pytest.mark.parametrize(
-    "step, seconds, scale",
+    "step, seconds, left",
     [
-        (0, 0.0, 1),
-        (1000, 300.0, 1),
-        (1000, 500.0, 0.5),
-        (2000, 590.0, 10 / 0.295 / 400),
+        (1000, 300.0, 1000),
+        (1000, 500.0, 200),
+        (2000, 590.0, 10 / 0.295),
         (1000, 600.0, 0),
         (1000, 700.0, 0),
-        (9900, 100.0, 0.25),
+        (9900, 100.0, 100),
     ],
 )
-def test_learning_rate_falls_with_the_clock(step, seconds, scale):
-    """Steps left are seconds left over the mean step time, unless the iterations end sooner."""
-    cfg = tiny_config(iterations=10_000, warmdown_iters=400)
-    assert train_gpt.lr_scale(step, seconds, 600.0, cfg) == pytest.approx(scale)
+def test_steps_left_are_those_of_the_clock(step, seconds, left):
+    """Seconds left over the mean step time, unless the iterations end sooner."""
+    cfg = tiny_config(iterations=10_000)
+    assert train_gpt.steps_left(step, seconds, 600.0, cfg) == pytest.approx(left)
 
 
 def test_momentum_rises_linearly():
-    """From 0.92 to MUON_MOMENTUM; one below 0.92 holds from the start."""
+    """From 0.92 to MUON_MOMENTUM, down to one below 0.92 as well."""
     cfg = tiny_config(muon_momentum=0.99, muon_momentum_warmup_steps=1500)
     momenta = [train_gpt.muon_momentum(step, cfg) for step in (0, 300, 750, 1500, 9000)]
     assert momenta == pytest.approx([0.92, 0.934, 0.955, 0.99, 0.99])
-    low = tiny_config(muon_momentum=0.9)
-    assert train_gpt.muon_momentum(700, low) == pytest.approx(0.9)
+    low = tiny_config(muon_momentum=0.9, muon_momentum_warmup_steps=1500)
+    assert train_gpt.muon_momentum(750, low) == pytest.approx(0.91)
 
 
 # ---- Averaging -----------------------------------------------------------------------------------
@@ -393,10 +415,16 @@ def test_same_seed_gives_the_same_artifact(data):
 
 
 def test_warm_up_leaves_no_trace(data):
-    """Compilation steps on random tokens change neither weights nor counts nor optimizers."""
-    plain, _, _ = trained(data, iterations=4)
-    warmed, result, _ = trained(data, iterations=4, warmup_steps=3)
+    """Compilation steps on made-up tokens change neither weights nor counts nor optimizers."""
+    plain, _, plain_lines = trained(data, iterations=4)
+    warmed, result, lines = trained(data, iterations=4, warmup_steps=3)
     assert same(weights_of(plain), weights_of(warmed))
+    assert [line.split(", not")[0][-8:] for line in lines[:3]] == [
+        "step 1/3",
+        "step 2/3",
+        "step 3/3",
+    ]
+    assert not any("warm-up" in line for line in plain_lines)
     assert result.steps == 4
     assert result.warmup_seconds > 0
 
@@ -412,7 +440,7 @@ def test_clock_ends_training(data):
 def test_calibration_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
     """Training with held-out text plans for 97 % of MAX_WALLCLOCK_SECONDS, without for all."""
     limits = []
-    monkeypatch.setattr(train_gpt, "lr_scale", lambda *a: limits.append(a[2]) or 1.0)
+    monkeypatch.setattr(train_gpt, "steps_left", lambda *a: limits.append(a[2]) or 0.0)
     trained(data, held_out, iterations=1, max_wallclock_seconds=1000.0)
     assert limits == pytest.approx([limit_s])
 
@@ -446,7 +474,7 @@ def completed_steps(data, steps):
     trainer, stream = new_trainer(train_gpt.new_model(cfg, HERE), cfg), train_stream(cfg, 0, 128)
     for step in range(steps):
         batches = micro_batches(next(stream)[0], cfg, HERE)
-        trainer.step(batches, step, train_gpt.lr_scale(step, 1.0, math.inf, cfg))
+        trainer.step(batches, step, min(1.0, (cfg.iterations - step) / cfg.warmdown_iters))
     trainer.install_average()
     return weights_of(trainer.model)
 
@@ -539,8 +567,8 @@ def rank_report(rt, folder):
         gradients=gradients,
         weights=weights_of(trainer.model),
         average=[mean.clone() for mean in trainer.mean],
-        counts=trainer.bigrams.counts.clone(),
-        totals=trainer.bigrams.counts.sum(1),
+        counts=trainer.counts.clone(),
+        totals=trainer.counts.sum(1),
         x=torch.cat([x for x, _ in batches]),
     )
     if rt.rank == rt.world - 1:

@@ -145,7 +145,7 @@ def run(stream, mixture, size=4096):
 def learned(stream, weights, rate, size=64, calibration_blocks=0):
     """Return a Mixture with the learned mixer for a stream, and blocks of `size` positions."""
     cfg = replace(stream.cfg, mixer="learned", mixer_lr=rate)
-    plan = new_plan(cfg, "sliding", "mixer")
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")
     plan = plan._replace(block=size, calibration_blocks=calibration_blocks)
     return Mixture(weights, cfg, stream.table, Runtime(), plan)
 
@@ -393,7 +393,7 @@ def scale(*counts):
     size = 2048
     cfg = config(mixer="learned", ngram_hash_bits=26, mixer_lr=1e-3)
     table, _ = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
-    plan = new_plan(cfg, "sliding", "mixer")._replace(block=size)
+    plan = new_plan(cfg, "sliding", "unguarded", "mixer")._replace(block=size)
     mixture = Mixture(train_gpt.new_mixer_weights(), cfg, table, Runtime(), plan)
     history = mixture.history
     counts = sorted(map(int, counts))

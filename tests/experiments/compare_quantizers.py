@@ -1,16 +1,27 @@
 """Loss against bytes of both quantizers on one model's exact weights.
 
-    compare_quantizers.py WEIGHTS [COUNT]   WEIGHTS: the weights.pt that a run keeps until its end
+    compare_quantizers.py WEIGHTS [COUNT]     WEIGHTS: the weights.pt that a run keeps until its end
+    compare_quantizers.py WEIGHTS [COUNT] --json logs/quantizers.json
+                                              also put the lines into that file, for the figure
+                                              that `logs/report.py --quantizers` draws
 
 Settings come from the environment as in train_gpt.py (DATA_PATH, TOKENIZER_PATH). Statistics are
 of the held-out end of the last training shard, losses of the first COUNT (128) training sequences
 of the validation text, in windows that do not overlap, in float32. KL is that of the quantized
 model from the exact one, nats a token; dBPB the difference in bits a byte of text. Bytes are those
 of the whole artifact, without code.
+
+The JSON file has an entry a model: what was measured on what, and its lines. An entry of the same
+name is replaced, the others stay, and so do the file's "caps": {quantizer, limit_bytes, code_bytes}
+of runs that the figure marks.
 """
 
+import argparse
+import hashlib
+import json
 import math
 import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -23,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train_gpt
 
+ROOT = Path(train_gpt.__file__).parent
 INT6 = (5.0, 7.0, 9.0, 11.0, 13.0, 18.0, 24.0)  # coarseness
 FISHER = (0.00012, 0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008)  # expected KL
 
@@ -34,8 +46,27 @@ def log_probabilities(cfg, rt, weights, x):
     return torch.cat([model(part).log_softmax(-1) for part in x.split(8)])
 
 
-def main(path, count):
-    """Print a line for each quantizer and coarseness."""
+def describe(path, kept, cfg, name):
+    """Return what a JSON entry says of a model and of the script: {key: value}."""
+    steps = kept["result"].get("steps", cfg.iterations)
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+    )
+    return dict(
+        name=name or f"{cfg.preset}, {steps} steps, seed {cfg.seed}",
+        preset=cfg.preset,
+        steps=steps,
+        seed=cfg.seed,
+        complement_alpha=cfg.complement_alpha,
+        weights_sha256=hashlib.sha256(Path(path).read_bytes()).hexdigest(),
+        commit=commit.stdout.strip(),  # "" outside of a repository
+        source_sha256=hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest(),
+        data=Path(cfg.data_path).name,
+    )
+
+
+def measure(path, count, name=""):
+    """Return the JSON entry of a model; print a line for each quantizer and coarseness."""
     kept = torch.load(path, map_location="cpu", weights_only=True)
     cfg = train_gpt.config_from_env(os.environ, kept["settings"])
     rt = train_gpt.start_runtime(cfg, {})
@@ -45,7 +76,7 @@ def main(path, count):
     end = count * cfg.train_seq_len + 1
     tokens = torch.from_numpy(train_gpt.load_validation(cfg)[:end])
     x, y = (part.view(count, -1) for part in (tokens[:-1], tokens[1:]))
-    text_bytes, _ = train_gpt.audit_bytes(table, tokens.numpy())
+    text = train_gpt.audit_bytes(table, tokens.numpy())
     exact = log_probabilities(cfg, rt, weights, x)
 
     start_s = time.perf_counter()
@@ -54,8 +85,9 @@ def main(path, count):
     levels = sum(len(rows) * len(columns) for rows, columns, _ in steps.values())
     print(f"{path}: {levels:,} levels, statistics {time.perf_counter() - start_s:.1f} s")
     print("quantizer  coarseness  expected KL       KL      dBPB      bytes  pack s  read s")
-    tries = [("int6", c, math.nan) for c in INT6]
+    tries = [("int6", c, None) for c in INT6]
     tries += [("fisher", (24 * kl / levels) ** 0.5, kl) for kl in FISHER]
+    lines = []
     for quantizer, coarseness, expected in tries:
         start_s = time.perf_counter()
         changed = replace(cfg, quantizer=quantizer)
@@ -67,13 +99,54 @@ def main(path, count):
         coded = log_probabilities(cfg, rt, found, x)
         kl = F.kl_div(coded, exact, reduction="sum", log_target=True).item() / y.numel()
         nats = (exact - coded).gather(2, y[..., None]).sum().item()
+        line = dict(
+            quantizer=quantizer,
+            coarseness=coarseness,
+            expected_kl=expected,
+            kl=kl,
+            dbpb=nats / math.log(2) / text["bytes"],
+            bytes=len(data),
+            pack_seconds=packed_s - start_s,
+            read_seconds=read_s - packed_s,
+        )
+        lines.append(line)
         print(
-            f"{quantizer:9}  {coarseness:10.4g}  {expected:11.5f}  {kl:.5f}  "
-            f"{nats / math.log(2) / text_bytes:+.5f}  {len(data):9,}  {packed_s - start_s:6.1f}  "
-            f"{read_s - packed_s:6.1f}",
+            f"{quantizer:9}  {coarseness:10.4g}  {expected or math.nan:11.5f}  {kl:.5f}  "
+            f"{line['dbpb']:+.5f}  {len(data):9,}  {line['pack_seconds']:6.1f}  "
+            f"{line['read_seconds']:6.1f}",
             flush=True,
         )
+    scored = dict(
+        levels=levels,
+        sequences=count,
+        sequence_tokens=cfg.train_seq_len,
+        text_bytes=text["bytes"],
+        text_sha256=text["sha256"],
+    )
+    return describe(path, kept, cfg, name) | scored | dict(lines=lines)
+
+
+def add_entry(contents, entry):
+    """Return a JSON file's contents with a model's entry, in place of one of the same name."""
+    others = [model for model in contents.get("models", []) if model["name"] != entry["name"]]
+    return {"caps": [], **contents, "models": [*others, entry]}
+
+
+def main():
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("weights", help="the weights.pt that a run keeps until its end")
+    parser.add_argument("count", nargs="?", type=int, default=128, help="sequences to score")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="put the lines into this file")
+    parser.add_argument("--name", default="", help="the entry's (default: preset, steps, seed)")
+    given = parser.parse_args()
+    contents = {}
+    if given.json and given.json.exists():
+        contents = json.loads(given.json.read_bytes())  # before the work: it may be damaged
+    entry = measure(given.weights, given.count, given.name)
+    if given.json:
+        train_gpt.write_object(given.json, add_entry(contents, entry))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 128)
+    main()

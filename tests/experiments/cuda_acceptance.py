@@ -831,7 +831,7 @@ def main(args):
         return accept(args, os.environ)
     except (train_gpt.UserError, KeyboardInterrupt) as error:
         train_gpt.say(f"error: {train_gpt.one_line(error)}", sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_status", 1)
+        return {KeyboardInterrupt: 130, train_gpt.UsageError: 2}.get(type(error), 1)
 
 
 if __name__ == "__main__":
