@@ -646,13 +646,13 @@ def test_walks_of_ranks_are_of_all_kinds(lone_reports):
         "pre_quant learned 1",
         "round_trip learned 1",
         "sliding learned 1",
-        "ttt+mixer learned 1",
+        "ttt+unguarded+mixer learned 1",
         "sliding learned 3",
-        "ttt+mixer learned 3",
+        "ttt+unguarded+mixer learned 3",
         "sliding learned 0",
-        "ttt+mixer learned 0",
+        "ttt+unguarded+mixer learned 0",
         "sliding entropy 2",
-        "ttt+mixer entropy 2",
+        "ttt+unguarded+mixer entropy 2",
     ]
     start = {name: w.double() for name, w in unpacked(data).weights.items()}
     mixer = start.pop("mixer")
