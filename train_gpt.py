@@ -15,7 +15,8 @@
     train_gpt.py submit OUT JSON...    the challenge's record of them, complete, in a new folder OUT
     train_gpt.py pack OUT              this program as a small script that runs in its place
 
-IN and OUT may be "-", standard input and output. An OUT that exists stays, unless REPLACE=1.
+IN and OUT may be "-", standard input and output. An OUT file that exists stays, unless
+REPLACE=1.
 
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
 A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
