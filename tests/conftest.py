@@ -258,6 +258,19 @@ LEARNED_CFG = replace(WALK_CFG, mixer="learned", mixer_block=8, mixer_lr=0.01, n
 WALK_STREAM = tiny_stream(8 * WALK_CFG.ttt_chunk_tokens)
 
 
+@pytest.fixture(scope="module")
+def few_documents(tmp_path_factory, tokenizer, texts):
+    """{DATA_PATH, TOKENIZER_PATH} of the twelve longest texts in shards, two for validation."""
+    path, sp, _ = tokenizer
+    folder = tmp_path_factory.mktemp("corpus")
+    long = sorted(texts, key=len)[-12:]
+    tokens = [[sp.bos_id(), *ids] for ids in sp.encode(long)]
+    for split, documents in (("val", tokens[:2]), ("train", tokens[2:])):
+        shard = train_gpt.shard_bytes([token for ids in documents for token in ids])
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
+    return {"DATA_PATH": str(folder), "TOKENIZER_PATH": str(path)}
+
+
 @functools.cache
 def sharp_weights(cfg):
     """Return warm_weights of sharp predictions; shared, so not to be changed."""

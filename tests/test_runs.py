@@ -49,16 +49,9 @@ pytestmark = pytest.mark.usefixtures("one_core")
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, tokenizer, texts):
+def corpus(few_documents):
     """Settings of a tiny run on shards of a few documents."""
-    path, sp, _ = tokenizer
-    folder = tmp_path_factory.mktemp("corpus")
-    long = sorted(texts, key=len)[-12:]
-    tokens = [[sp.bos_id(), *ids] for ids in sp.encode(long)]
-    for split, documents in (("val", tokens[:2]), ("train", tokens[2:])):
-        shard = train_gpt.shard_bytes([token for ids in documents for token in ids])
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
-    return {**MODEL, "DATA_PATH": str(folder), "TOKENIZER_PATH": str(path)}
+    return MODEL | few_documents
 
 
 @pytest.fixture
