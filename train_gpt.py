@@ -1637,10 +1637,11 @@ def train(model, cfg, rt, log, held_out):
                     f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
                 )
     except FORESEEN as error:
+        on_signals()  # at once: torchrun's SIGTERM follows the failure of another rank
         result.stopped = f"after step {result.steps}: {one_line(error)}"
         if isinstance(error, RuntimeError):
             log(traceback.format_exc())
-    on_signals(lambda *_: None)  # until the weights are on disk
+    on_signals()  # until the weights are on disk
     trainer.install_average()
     if epochs:
         log(f"note: the shards were read {epochs} time(s) over; more shards would help")
@@ -3604,8 +3605,11 @@ def dispatch(args, environ):
             )
 
 
-def on_signals(action):
-    """Call action(number, frame) at the signals that end a program, unless nohup ignores them."""
+def on_signals(action=lambda *_: None):
+    """Call action(number, frame), or nothing, at the signals that end a program.
+
+    Those that nohup ignores stay ignored.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, action)
@@ -3613,7 +3617,7 @@ def on_signals(action):
 
 def interrupt(*_):
     """Raise KeyboardInterrupt; what it starts is not interrupted again."""
-    on_signals(lambda *_: None)
+    on_signals()
     raise KeyboardInterrupt("interrupted")
 
 

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import re
+import signal
 from collections import Counter
 from unittest import mock
 
@@ -427,6 +428,22 @@ def test_warm_up_leaves_no_trace(data):
     assert not any("warm-up" in line for line in plain_lines)
     assert result.steps == 4
     assert result.warmup_seconds > 0
+
+
+def test_signal_while_a_failure_is_told_changes_nothing(data, monkeypatch):
+    """Where a rank fails, the launcher's SIGTERM reaches the others while they log it."""
+    monkeypatch.setattr(train_gpt.Trainer, "step", mock.Mock(side_effect=RuntimeError("rank 1")))
+    train_gpt.on_signals(train_gpt.interrupt)
+    shown = []
+
+    def log(line):
+        shown.append(line)
+        signal.raise_signal(signal.SIGTERM)
+
+    cfg = tiny_config(data_path=str(data))
+    result = train_gpt.train(train_gpt.new_model(cfg, HERE), cfg, HERE, log, 0)
+    assert result.stopped == "after step 0: rank 1"
+    assert "Traceback" in shown[0]
 
 
 def test_clock_ends_training(data):
