@@ -1,7 +1,9 @@
 """Honest mixers side by side on one model's saved logits; no second forward pass.
 
-    compare_mixers.py record ARTIFACT FOLDER   score three streams once and keep their logits
+    compare_mixers.py record ARTIFACT FOLDER [STREAM...]
+                                               score streams (all three) once, keep their logits
     compare_mixers.py table FOLDER             every method on the validation text
+    compare_mixers.py split FOLDER             where the learned mixer gains on it
     compare_mixers.py ablate FOLDER            the learned mixer with one thing changed, on `tune`
     compare_mixers.py scale TOKENS...          seconds and bytes a token on that much training text
 
@@ -62,8 +64,11 @@ class Recorder:
         """Learn nothing."""
 
 
-def record(artifact_path, folder):
-    """Write NAME.npy (n, V) int16 grid logits and NAME_tokens.npy (n + 1,) for each stream."""
+def record(artifact_path, folder, *names):
+    """Write NAME.npy (n, V) int16 grid logits and NAME_tokens.npy (n + 1,) for each stream.
+
+    names: of the streams; none: all three.
+    """
     artifact = train_gpt.read_artifact(artifact_path)
     cfg = train_gpt.config_from_env(os.environ, artifact.settings)
     rt = train_gpt.start_runtime(cfg, {})
@@ -79,7 +84,8 @@ def record(artifact_path, folder):
         "val": (train_gpt.load_validation(cfg), new_plan(cfg, "ttt")),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, (tokens, plan) in streams.items():
+    for name in names or streams:
+        tokens, plan = streams[name]
         tokens = tokens.astype(np.int64)
         shape = len(tokens) - 1, cfg.vocab_size
         path = f"{folder}/{name}.npy"
@@ -333,6 +339,53 @@ def table(folder):
         )
 
 
+def longest_occurrence(stream):
+    """Return (tokens in the longest context that has occurred, 0: none; rows back to its last end).
+
+    Both int64 (n,), of each position of a stream; words' contexts aside.
+    """
+    history = NgramHistory(stream.cfg, stream.table.word_begins, "cpu")
+    history.extend(stream.tokens)
+    found = []
+    for rows in torch.arange(stream.n).split(4096):
+        last = history.occurrences(rows)[:, :-1, 0]  # of each context, the newest; -1: none
+        longest = (last >= 0).int().argmax(1, keepdim=True)
+        lengths = history.lengths[:-1][longest] * (last >= 0).any(1, keepdim=True)
+        found.append(torch.cat([lengths, rows[:, None] - last.gather(1, longest)], 1))
+    return torch.cat(found).unbind(1)
+
+
+def split(folder):
+    """Print the learned mixer's gain by longest context, by its distance and along the stream.
+
+    A line: share of the positions, the model's bits a position, the mixer's change of them, and
+    what that is in bits a byte of the whole text. It is the calibrated mixer, without the guard.
+    """
+    val, calib = open_streams(folder, "val", "calib")
+    neural, _, base = run(val, Rule(val, model_alone))
+    weights = calibrated_weights(calib)
+    bpb, _, bits = run(val, learned(val, weights, RATE["calibrated"]), 64)
+    print(f"model {neural:.4f}, learned {bpb:.4f} ({bpb - neural:+.4f})", flush=True)
+    lengths, distance = longest_occurrence(val)
+    inside = distance <= val.reach
+    groups = {"nothing before": lengths == 0}
+    for length in lengths.unique().tolist()[1:]:
+        groups[f"{length} tokens, inside of the window"] = (lengths == length) & inside
+        groups[f"{length} tokens, outside"] = (lengths == length) & ~inside
+    groups["inside"] = (lengths > 0) & inside
+    groups["outside"] = (lengths > 0) & ~inside
+    quarter = torch.arange(val.n) * 4 // val.n
+    groups |= {f"quarter {q + 1} of the stream": quarter == q for q in range(4)}
+    for label, chosen in groups.items():
+        gain = (base - bits)[chosen]
+        if len(gain):
+            print(
+                f"{label:<36} {len(gain) / val.n:6.1%} {base[chosen].mean():7.3f} bits "
+                f"{-gain.mean():+7.3f} {-gain.sum() / val.bytes:+.4f} BPB",
+                flush=True,
+            )
+
+
 def without(*features):
     """Return gather_evidence with some of the features at zero."""
     gather = train_gpt.gather_evidence
@@ -430,7 +483,7 @@ def scale(*counts):
             counts.pop(0)
 
 
-COMMANDS = {"record": record, "table": table, "ablate": ablate, "scale": scale}
+COMMANDS = {"record": record, "table": table, "split": split, "ablate": ablate, "scale": scale}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
