@@ -152,6 +152,7 @@ class Run:
     log: list  # [{step, loss, weighted, rate, seconds}], of training
     notes: list  # what is missing or damaged, in words
     trace: "Trace | None" = None
+    number: int = 0  # among the runs shown: that of its colour, dashes and marks
 
     @property
     def stages(self):
@@ -183,23 +184,22 @@ def read_log(path):
     """Return (run's name, {setting: text}, steps of training) of the last run in a log file.
 
     A log grows: each run that began in the folder is a section. `finish` begins one too, whose
-    training is in the section before.
+    training is in the section before. So are lines before the first run: what another program has
+    trained.
     """
-    sections = []
+    sections = [("", {}, [], [])]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         if header := HEADER.fullmatch(line):
             sections.append((header[2], {}, [], []))
-        elif sections:
-            _, settings, steps, others = sections[-1]
-            if setting := SETTING.fullmatch(line):
-                settings[setting[1].lower()] = setting[2]
-            elif step := STEP.match(line):
-                numbers = {n: float(v.replace(",", "")) for n, v in step.groupdict().items()}
-                steps.append(numbers)
-            else:
-                others.append(line)
-    if not sections:
-        return "", {}, []
+            continue
+        _, settings, steps, others = sections[-1]
+        if setting := SETTING.fullmatch(line):
+            settings[setting[1].lower()] = setting[2]
+        elif step := STEP.match(line):
+            numbers = {n: float(v.replace(",", "")) for n, v in step.groupdict().items()}
+            steps.append(numbers)
+        else:
+            others.append(line)
     name, settings, steps, others = sections[-1]
     is_after_training = any(line.startswith(("calibration:", "quantize:")) for line in others)
     if not steps and is_after_training and len(sections) > 1:
@@ -256,7 +256,16 @@ def read_run(folder):
     return run
 
 
-MAKE_TRACE = "`logs/report.py RUN_DIR --trace` makes it from the artifact"
+def tell_apart(runs):
+    """Number the runs, and name those that share a name by their folders instead."""
+    names = [run.name for run in runs]
+    for i, run in enumerate(runs):
+        run.number = i
+        if names.count(run.name) > 1:
+            run.name = run.folder.resolve().name
+
+
+MAKE_TRACE = "`python logs/report.py RUN_DIR --trace` makes it from artifact and text"
 
 
 def read_trace(run):
@@ -642,6 +651,20 @@ STYLE = {
     "lines.linewidth": 1.8,
     "axes.formatter.useoffset": False,
 }
+MOST_OF_TWO_COLUMNS = 18  # characters of a name in a legend of two columns
+MOST_OF_A_NAME = 28  # characters of a name in a chart
+
+
+def short(name):
+    """Return a run's name as visible text that fits into a chart: its beginning and its end."""
+    shown = visible(name)
+    half = MOST_OF_A_NAME // 2
+    return shown if len(shown) <= MOST_OF_A_NAME else f"{shown[:half]}\u2026{shown[1 - half :]}"
+
+
+def thousands(number, _=None):
+    """Return a number as text with thousands separators: an axis's ticks, a caption's figures."""
+    return f"{number:,.0f}"
 
 
 def ink(role):
@@ -689,23 +712,45 @@ class Chart:
         self.numbers = ""  # HTML of a table with the same figures
 
     def legend(self, runs, **how):
-        """Name the runs, unless there is one alone; above the axes, where no data are."""
-        if len(runs) > 1:
-            how = dict(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2) | how
-            self.axes.legend(**how)
+        """Name the runs, unless there is one alone; above the axes, where no data are.
+
+        Long names stand one below the other. The figure grows with them.
+        """
+        if len(runs) <= 1:
+            return
+        how = dict(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2) | how
+        if "ncols" not in how:
+            labels = self.axes.get_legend_handles_labels()[1]
+            how["ncols"] = 2 if max(map(len, labels)) <= MOST_OF_TWO_COLUMNS else 1
+            rows = math.ceil(len(labels) / how["ncols"])
+            self.figure.set_figheight(self.figure.get_figheight() + 0.2 * (rows - 1))
+        self.axes.legend(**how)
+
+    def name_rows(self, names):
+        """Write the name of row i of bars over it, at i - 0.42: the rows have the whole width."""
+        for i, name in enumerate(names):
+            at = self.axes.get_yaxis_transform()
+            self.axes.text(0.01, i - 0.42, name, transform=at, va="center", fontsize=10)
+        self.axes.set_yticks([])
+        self.axes.set_ylim(len(names) - 0.4, -0.65)
+        self.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+
+    def value(self, x, y, words):
+        """Write what a bar that ends at (x, y) stands for, a little to its right."""
+        offset = dict(xytext=(4, 0), textcoords="offset points")
+        self.axes.annotate(words, (x, y), va="center", fontsize=10, **offset)
 
     def element(self):
         """Return the chart as a <figure> with its heading and its numbers."""
         colours = {role: f"var(--{role})" for role in INKS}
         svg = svg_of(self.figure, self.name, self.title, self.description, colours)
         svg = re.sub(r' (?:width|height)="[^"]*"', "", svg, count=2)  # those of <svg> itself
-        caption = tag(
-            "figcaption", tag("strong", escaped(self.title)), " ", escaped(self.description)
-        )
+        caption = tag("figcaption", escaped(self.title))
+        described = tag("p", escaped(self.description))
         numbers = ""
         if self.numbers:
             numbers = tag("details", tag("summary", "Numbers"), self.numbers)
-        return tag("figure", svg, caption, numbers)
+        return tag("figure", caption, svg, described, numbers)
 
     def file(self):
         """Return the chart as the bytes of an SVG file, for light and dark grounds."""
@@ -727,7 +772,7 @@ def styled(draw):
 
 def line(chart, number, x, y, label, **how):
     """Draw the line of run `number` in its colour, with its dashes and marks."""
-    style = dict(color=ink(SERIES[number % 4]), linestyle=DASHES[number % 4], label=visible(label))
+    style = dict(color=ink(SERIES[number % 4]), linestyle=DASHES[number % 4], label=short(label))
     if len(x) <= 40:
         style |= dict(marker=MARKS[number % 4], markersize=3.5)
     chart.axes.plot(x, y, **style | how)
@@ -736,26 +781,27 @@ def line(chart, number, x, y, label, **how):
 def training_charts(runs):
     """Return the charts of training: loss by steps and by seconds, and the rate."""
     runs = [run for run in runs if run.log]
-    return [
-        chart for draw in (loss_chart, clock_chart, rate_chart) if runs for chart in [draw(runs)]
-    ]
+    return [draw(runs) for draw in (loss_chart, clock_chart, rate_chart) if runs]
 
 
 @styled
 def loss_chart(runs):
     """Return the training loss, plain and weighted, against steps."""
     chart = Chart("loss", "Training loss by step")
-    for i, run in enumerate(runs):
+    for run in runs:
         steps = [row["step"] for row in run.log]
-        line(chart, i, steps, [row["loss"] for row in run.log], run.name)
+        line(chart, run.number, steps, [row["loss"] for row in run.log], run.name)
         weighted = [row["weighted"] for row in run.log]
-        line(chart, i, steps, weighted, "_", linewidth=0.9, alpha=0.7, marker="")
+        line(chart, run.number, steps, weighted, "_", linewidth=0.9, alpha=0.7, marker="")
     chart.axes.set(xlabel="step", ylabel="nats a token")
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
     chart.legend(runs)
-    last = "; ".join(f"{run.name}: {run.log[-1]['loss']:.4f} at the last line" for run in runs)
+    last = "; ".join(
+        f"{run.name}: {run.log[-1]['loss']:.4f} at step {run.log[-1]['step']:,.0f}" for run in runs
+    )
     chart.description = (
-        "Plain cross-entropy (thick) and what the complementary loss minimizes (thin), of one "
-        f"batch each. {last}."
+        "Plain cross-entropy (thick) and what is minimized (thin), in which tokens that the token "
+        f"before predicts well weigh less. Each point is one batch. {last}."
     )
     rows = [
         (
@@ -775,36 +821,40 @@ def loss_chart(runs):
 def clock_chart(runs):
     """Return the plain training loss against seconds."""
     chart = Chart("clock", "Training loss by time")
-    for i, run in enumerate(runs):
+    for run in runs:
         seconds = [row["seconds"] for row in run.log]
-        line(chart, i, seconds, [row["loss"] for row in run.log], run.name)
+        line(chart, run.number, seconds, [row["loss"] for row in run.log], run.name)
     chart.axes.set(xlabel="seconds of training", ylabel="nats a token")
     chart.legend(runs)
-    ends = "; ".join(f"{run.name}: {run.log[-1]['seconds']:.0f} s" for run in runs)
+    chart.axes.xaxis.set_major_formatter(thousands)
+    ends = "; ".join(f"{run.name}: {thousands(run.log[-1]['seconds'])} s" for run in runs)
     chart.description = f"The plain loss against the clock. {ends}."
     return chart
 
 
 @styled
 def rate_chart(runs):
-    """Return the rate of training since its start."""
+    """Return the rate of training since its start, or None where no log has two rates."""
+    if all(len(run.log) < 3 for run in runs):
+        return None
     chart = Chart("rate", "Rate of training")
-    for i, run in enumerate(runs):
+    for run in runs:
         rows = run.log[1:] or run.log  # the first step warms up
-        line(chart, i, [row["step"] for row in rows], [row["rate"] for row in rows], run.name)
+        steps = [row["step"] for row in rows]
+        line(chart, run.number, steps, [row["rate"] for row in rows], run.name)
     chart.axes.set(xlabel="step", ylabel="tokens a second", ylim=(0, None))
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+    chart.axes.yaxis.set_major_formatter(thousands)
     chart.legend(runs)
-    rates = "; ".join(f"{run.name}: {run.log[-1]['rate']:,.0f}" for run in runs)
-    chart.description = (
-        f"Tokens a second since the first step, as the log has it. {rates} in the end."
-    )
+    rates = "; ".join(f"{run.name}: {thousands(run.log[-1]['rate'])}" for run in runs)
+    chart.description = f"Mean from the first step on, tokens a second. In the end: {rates}."
     return chart
 
 
 @styled
-def waterfall_chart(run, number, limits):
+def waterfall_chart(run, limits):
     """Return the waterfall of a run's stages: where its bits a byte come from."""
-    chart = Chart(f"stages{number}", f"Stages of {visible(run.name)}")
+    chart = Chart(f"stages{run.number}", f"Stages of {visible(run.name)}")
     names = [stage["name"] for stage in run.stages]
     values = [stage["val_bpb"] for stage in run.stages]
     axes = chart.axes
@@ -817,14 +867,16 @@ def waterfall_chart(run, number, limits):
         axes.bar(i, value - start, 0.62, start, color=ink(role), hatch=hatch, edgecolor=ink("grid"))
         change = "" if i == 0 else f"\n{value - start:+.4f}"
         above = max(value, start)
-        axes.text(i, above, f"{value:.4f}{change}", ha="center", va="bottom", fontsize=10)
+        offset = dict(xytext=(0, 2), textcoords="offset points", ha="center", va="bottom")
+        axes.annotate(f"{value:.4f}{change}", (i, above), fontsize=10, **offset)
         if i:
             axes.plot([i - 1 + 0.31, i - 0.31], [start, start], color=ink("ink"), linewidth=0.7)
     axes.set(ylabel="bits a byte", ylim=(low, high + (high - low) * 0.18))
     axes.set_xticks(range(len(names)), [visible(name).replace("_", "_\n") for name in names])
     axes.grid(axis="x", visible=False)
-    chart.description = "Each bar begins where the one before ended; lower is better. " + ", ".join(
-        f"{name} {value:.6f}" for name, value in zip(names, values)
+    chart.description = (
+        "Each bar begins where the one before ended; the scale does not begin at 0. Bits a byte: "
+        + ", ".join(f"{name} {value:.6f}" for name, value in zip(names, values))
     )
     rows = [
         (
@@ -849,7 +901,7 @@ def stage_charts(runs):
         return []
     margin = (max(values) - min(values)) * 0.15 or 0.01
     limits = min(values) - margin, max(values) + margin
-    return [waterfall_chart(run, i, limits) for i, run in enumerate(runs)]
+    return [waterfall_chart(run, limits) for run in runs]
 
 
 def seconds_of(run):
@@ -881,25 +933,31 @@ def seconds_chart(runs):
             at,
             list(parts.values()),
             thick * 0.9,
-            color=ink(SERIES[i % 4]),
-            hatch=("", "//", "..", "xx")[i % 4],
+            color=ink(SERIES[run.number % 4]),
+            hatch=("", "//", "..", "xx")[run.number % 4],
             edgecolor=ink("grid"),
-            label=visible(run.name),
+            label=short(run.name),
         )
     chart.axes.set_yticks(range(len(names)), [visible(name) for name in names])
     chart.axes.invert_yaxis()
     chart.axes.grid(axis="y", visible=False)
     chart.axes.set(xlabel="seconds")
+    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5))
+    chart.axes.xaxis.set_major_formatter(thousands)
     chart.legend(spent)
     sums = []
     for run, _ in spent:
         train = run.part("train")
         trained = (train.get("seconds") or 0) + (train.get("calibration_seconds") or 0)
         scored = sum(s["seconds"] for s in run.stages if s["name"] != "pre_quant")
-        sums.append(f"{run.name}: {trained:.0f} s and {scored:.0f} s")
+        words = f"{run.name}: {thousands(trained)} s of training"
+        if run.settings.get("quantizer") == "fisher":
+            words += f", {thousands(train.get('quantize_seconds') or 0)} s of quantization"
+        sums.append(f"{words}, {thousands(scored)} s of evaluation")
     chart.description = (
-        "The competition allows 600 s of training, calibration included, and 600 s of evaluation, "
-        f"without pre_quant, on 8xH100. Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
+        "The competition allows 600 s of training, calibration and fisher's quantization included, "
+        "and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
+        f"Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
     )
     rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]
     chart.numbers = table(("part", *(run.name for run, _ in spent)), rows, "Seconds")
@@ -912,29 +970,25 @@ def bytes_chart(runs):
     runs = [run for run in runs if run.part("artifact")]
     if not runs:
         return None
-    chart = Chart("bytes", "Bytes against the cap", height=1.4 + 0.45 * len(runs))
+    chart = Chart("bytes", "Bytes against the cap", height=1.4 + 0.55 * len(runs))
     for i, run in enumerate(runs):
         sizes = run.part("artifact")
-        chart.axes.barh(i, sizes["weights_bytes"], 0.5, color=ink("s0"), edgecolor=ink("grid"))
-        chart.axes.barh(
-            i,
-            sizes["code_bytes"],
-            0.5,
-            sizes["weights_bytes"],
-            color=ink("s1"),
-            hatch="//",
-            edgecolor=ink("grid"),
-        )
-        chart.axes.plot([sizes["limit_bytes"]] * 2, [i - 0.38, i + 0.38], color=ink("ink"))
-    chart.axes.set_yticks(range(len(runs)), [visible(run.name) for run in runs])
-    chart.axes.set_ylim(len(runs) - 0.4, -0.6)
-    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        weights, code = sizes["weights_bytes"], sizes["code_bytes"]
+        look = dict(height=0.45, edgecolor=ink("grid"))
+        named = "_" if i else ""
+        axes = chart.axes
+        axes.barh(i, weights, color=ink("s0"), label=f"{named}artifact", **look)
+        axes.barh(i, code, left=weights, color=ink("s1"), hatch="//", label=f"{named}code", **look)
+        cap = [sizes["limit_bytes"]] * 2
+        axes.plot(cap, [i - 0.3, i + 0.3], color=ink("ink"), label=f"{named}cap")
+    chart.name_rows([short(run.name) for run in runs])
+    chart.legend(["", ""], ncols=3)
     chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} MB")
     chart.axes.grid(axis="y", visible=False)
     chart.description = (
-        "Weights (plain), then code (hatched); the upright line is the cap. "
+        "The artifact (plain), then the code (hatched); the upright line is the cap. "
         + "; ".join(
-            "{0}: {weights_bytes:,} and {code_bytes:,} of {limit_bytes:,}".format(
+            "{0}: {weights_bytes:,} and {code_bytes:,} of {limit_bytes:,} bytes".format(
                 run.name, **run.part("artifact")
             )
             for run in runs
@@ -944,22 +998,25 @@ def bytes_chart(runs):
 
 
 @styled
-def parts_chart(run, number):
+def parts_chart(run):
     """Return where the bytes of a run's artifact are, or None without its file."""
     parts = artifact_parts(run.artifact) if run.artifact else {}
     if not parts:
         return None
     parts = dict(sorted(parts.items(), key=lambda item: -item[1]))
     name = visible(run.name)
-    chart = Chart(f"parts{number}", f"Inside the artifact of {name}", height=1 + 0.3 * len(parts))
+    chart = Chart(
+        f"parts{run.number}", f"Inside the artifact of {name}", height=1 + 0.3 * len(parts)
+    )
     chart.axes.barh(range(len(parts)), list(parts.values()), 0.6, color=ink("s0"))
     for i, length in enumerate(parts.values()):
-        chart.axes.text(length, i, f" {length:,}", va="center", fontsize=10)
+        chart.value(length, i, f"{length:,}")
     chart.axes.set_yticks(range(len(parts)), list(parts))
-    chart.axes.set(xlim=(0, 1.25 * max(parts.values())))
+    chart.axes.set(xlim=(0, 1.35 * max(parts.values())))
     chart.axes.invert_yaxis()
+    chart.axes.set_xlabel("bytes")
     chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
-    chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1e6:g} MB")
+    chart.axes.xaxis.set_major_formatter(thousands)
     chart.axes.grid(axis="y", visible=False)
     chart.description = (
         "Bytes of each part when it is compressed alone, scaled to the size of the file: "
@@ -974,12 +1031,12 @@ def windows(values, count):
 
 
 @styled
-def stream_chart(run, number):
+def stream_chart(run):
     """Return a run's bits a byte along the text, with and without the mixer; None without trace."""
     trace = run.trace
     if not trace or trace.sizes.sum() == 0:
         return None
-    chart = Chart(f"stream{number}", f"Along the text: {visible(run.name)}")
+    chart = Chart(f"stream{run.number}", f"Along the text: {visible(run.name)}")
     n = len(trace.sizes)
     count = max(1, min(40, n // 50))
     sizes = windows(trace.sizes, count).clip(min=1)
@@ -988,6 +1045,7 @@ def stream_chart(run, number):
     for i, (stage, curve) in enumerate(curves.items()):
         line(chart, i, ends, curve, stage)
     chart.axes.set(xlabel="token", ylabel="bits a byte", ylim=(0, None))
+    chart.axes.xaxis.set_major_formatter(thousands)
     chart.legend(curves)
     chart.description = f"Bits a byte in {count} stretches of the first {n:,} tokens."
     if trace.mixer:
@@ -995,7 +1053,7 @@ def stream_chart(run, number):
         chart.axes.fill_between(ends, *curves.values(), color=ink("s1"), alpha=0.15, linewidth=0)
         gains = windows(neural - mixture, 4) / windows(trace.sizes, 4).clip(min=1)
         quarters = ", ".join(f"{gain:.4f}" for gain in gains)
-        chart.description += f" The mixer gains, quarter by quarter: {quarters}."
+        chart.description += f" The mixer saves, quarter by quarter: {quarters}."
     return chart
 
 
@@ -1010,23 +1068,19 @@ def proof_chart(runs, name="proof"):
     proofs = predictions(runs)
     if not proofs:
         return None
-    chart = Chart(name, "Proof: predicted and decoded", height=1.3 + 0.75 * len(proofs))
+    chart = Chart(name, "Proof: predicted and decoded", height=1.1 + 0.85 * len(proofs))
     longest = max(proof["bytes_on_disk"] for _, proof in proofs)
     for i, (_, proof) in enumerate(proofs):
         predicted = proof["predicted_bits"] / 8
         pairs = (("s0", "", predicted, f"{predicted:,.1f}"),)
         pairs += (("s1", "//", proof["bytes_on_disk"], f"{proof['bytes_on_disk']:,}"),)
         for k, (role, hatch, length, words) in enumerate(pairs):
-            at = i + 0.36 * k - 0.18
-            chart.axes.barh(at, length, 0.33, color=ink(role), hatch=hatch, edgecolor=ink("grid"))
-            words += " predicted" if k == 0 else " decoded"
-            chart.axes.text(length + longest * 0.01, at, words, va="center", fontsize=10)
-    labels = [f"{visible(run.name)}\n{proof['tokens']:,} tokens" for run, proof in proofs]
-    chart.axes.set_yticks(range(len(proofs)), labels)
-    chart.axes.set_ylim(len(proofs) - 0.4, -0.6)
-    chart.axes.set_xlim(0, longest * 1.6)
-    chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-    chart.axes.xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+            at = i + 0.31 * k - 0.08
+            chart.axes.barh(at, length, 0.28, color=ink(role), hatch=hatch, edgecolor=ink("grid"))
+            chart.value(length, at, words + (" predicted" if k == 0 else " decoded"))
+    chart.name_rows([f"{short(run.name)}, {proof['tokens']:,} tokens" for run, proof in proofs])
+    chart.axes.set_xlim(0, longest * 1.75)
+    chart.axes.xaxis.set_major_formatter(thousands)
     chart.axes.set(xlabel="bytes")
     chart.axes.grid(axis="y", visible=False)
     words = "; ".join(
@@ -1050,13 +1104,13 @@ def seeds_chart(runs, rule=None):
     runs = [run for run in runs if run.stages]
     if not runs:
         return None
-    chart = Chart("stages", "Bits a byte by stage", 6.4, 3.2)
+    chart = Chart("stages", "Bits a byte by stage")
     names = list(dict.fromkeys(stage["name"] for run in runs for stage in run.stages))
-    for i, run in enumerate(runs):
+    for run in runs:
         at = [names.index(stage["name"]) for stage in run.stages]
         values = [stage["val_bpb"] for stage in run.stages]
-        label = f"{visible(run.name)}: {values[-1]:.4f}"
-        line(chart, i, at, values, label, markersize=6)
+        line(chart, run.number, at, values, run.name, markersize=6)
+        chart.axes.lines[-1].set_label(f"{short(run.name)}: {values[-1]:.4f}")
     if rule:
         chart.axes.axhline(rule[1], color=ink("base"), linestyle=(0, (6, 2, 1, 2)))
         chart.axes.annotate(
@@ -1066,7 +1120,7 @@ def seeds_chart(runs, rule=None):
             textcoords="offset points",
             va="center",
         )
-    chart.axes.set_xticks(range(len(names)), [visible(name) for name in names])
+    chart.axes.set_xticks(range(len(names)), [visible(name).replace("_", "_\n") for name in names])
     chart.axes.margins(0.08, 0.12)
     chart.axes.set(ylabel="bits a byte, lower is better")
     chart.legend([*runs, ""])
@@ -1220,7 +1274,8 @@ def text_section(run):
     total = max(1, trace.sizes.sum())
     bounds = (0, *EDGES)
     words = [f"{low} to {high}" for low, high in zip(bounds, EDGES)] + [f"{EDGES[-1]} and more"]
-    legend = "".join(tag("li", tag("span", text, class_=f"b{i}")) for i, text in enumerate(words))
+    legend = tag("li", "Bits of a token:")
+    legend += "".join(tag("li", tag("span", text, class_=f"b{i}")) for i, text in enumerate(words))
     modes = [("last", f"Bits under {trace.last}")]
     if trace.mixer:
         modes += [("neural", f"Bits under {trace.neural}"), ("change", "What the mixer changed")]
@@ -1235,12 +1290,11 @@ def text_section(run):
     data = json.dumps(text_data(run), ensure_ascii=True, separators=(",", ":"))
     for char in "<>&":
         data = data.replace(char, f"\\u{ord(char):04x}")
-    change = (
-        tag("li", tag("span", "the mixer saves bits", class_="g2"))
-        + tag("li", tag("span", "the mixer costs bits", class_="l2"))
-        if trace.mixer
-        else ""
-    )
+    change = ""
+    for kind, words in (("g", "Bits saved:"), ("l", "Bits lost:")) if trace.mixer else ():
+        sizes = ("0.1 to 1", "1 to 4", "4 and more")
+        levels = (tag("span", size, class_=f"{kind}{i}") for i, size in enumerate(sizes, 1))
+        change += "".join(tag("li", part) for part in (words, *levels))
     return (
         tag(
             "section",
@@ -1249,10 +1303,16 @@ def text_section(run):
                 "p",
                 f"The first {n:,} tokens ({trace.sizes.sum():,} bytes) of the text that ",
                 tag("b", escaped(run.name)),
-                f" scored, {bits.sum() / total:.4f} bits a byte here. The deeper a token's colour "
-                "and the thicker the line below it, the more bits it took. Point at a token, tap "
-                "it, or reach it with Tab and move with the arrow keys, Home and End; Escape lets "
-                "go of it.",
+                f" scored, {bits.sum() / total:.4f} bits a byte here. A token is a piece of a "
+                "word; the deeper its colour and the thicker the line below it, the more bits it "
+                "took.",
+            ),
+            tag(
+                "p",
+                "Point at a token or tap it, and see what was predicted in its place, before and "
+                "after the mixer; or reach it with Tab and move with the arrow keys, Home and End. "
+                "Escape lets go of it.",
+                class_="how",
             ),
             tag("fieldset", tag("legend", "Colour shows"), radios, class_="modes"),
             tag("ul", legend, class_="legend", id="legend-bits", aria_label="Bits a token"),
@@ -1297,14 +1357,20 @@ def overview(runs):
         last = run.stages[-1] if run.stages else {}
         sizes = run.part("artifact")
         proof = run.part("proof")
+        train = run.part("train")
         columns.append(
             {
                 "bits a byte": f"{last['val_bpb']:.6f}" if last else "none",
                 "of stage": last.get("name", ""),
-                "code + artifact": f"{sizes['total_bytes']:,} bytes" if sizes else "unknown",
-                "decoded": "{tokens:,} tokens from {bytes_on_disk:,} bytes".format(**proof)
+                "code + artifact": "{total_bytes:,} of {limit_bytes:,} bytes".format(**sizes)
+                if sizes
+                else "unknown",
+                "proof: decoded": "{tokens:,} tokens from {bytes_on_disk:,} bytes".format(**proof)
                 if proof
                 else "nothing",
+                "trained": "{steps:,} steps, {tokens:,} tokens".format(**train)
+                if {"steps", "tokens"} <= train.keys()
+                else "unknown",
                 "command": run.results.get("command", "unknown"),
                 "preset": run.settings.get("preset", "unknown"),
                 "seed": run.settings.get("seed", "unknown"),
@@ -1325,7 +1391,8 @@ def overview(runs):
         return shown + tag("p", escaped(words))
     values = [run.stages[-1]["val_bpb"] for run in scored]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
-    words = f"Mean of {len(values)} runs: {mean:.6f} \u00b1 {deviation:.6f} bits a byte."
+    words = f"Mean of {len(values)} runs: {mean:.6f} bits a byte"
+    words += f", standard deviation {deviation:.6f}."
     return shown + tag("p", words)
 
 
@@ -1339,8 +1406,11 @@ def values_of(runs, name):
     return {str(run.settings.get(name, "")) for run in runs}
 
 
-def settings_section(runs):
-    """Return all settings; those in which the runs differ come first and are marked."""
+def settings_table(runs):
+    """Return all settings, "" if there are none.
+
+    Those in which the runs differ come first and are marked.
+    """
     names = sorted({name for run in runs for name in run.settings})
     if not names:
         return ""
@@ -1351,43 +1421,79 @@ def settings_section(runs):
         for name in names
     ]
     shown = table(("setting", *(run.name for run in runs)), rows, "Settings")
-    return tag("section", tag("h2", "Settings"), tag("details", tag("summary", "All"), shown))
+    summary = f"All {len(names)}" + ", those that differ first" * (len(runs) > 1)
+    return tag("details", tag("summary", summary), shown)
+
+
+SCORE = (
+    "Bits a byte (BPB) is the score: the length of a code for the validation text, from which it "
+    "can be decoded, in bits for each of its bytes. Lower is better."
+)
+LEADS = {"Training": tag("p", "Losses are in nats a token; a nat is 1.44 bits.")}
+STAGES = {
+    "pre_quant": "the weights as trained, in windows that do not overlap",
+    "round_trip": "the same windows with the compressed weights, as in all later stages",
+    "sliding": "each token with nearly a full window before it",
+    "ttt": "the same, while the model goes on learning from what has been scored",
+    "mixer": "the same, re-weighted by what followed the same words earlier in the text",
+    "unguarded": "the mixer without its guard against text that misleads it",
+}
+
+
+def stages_list(runs):
+    """Return what the stages of some runs are, as a list."""
+    names = dict.fromkeys(stage["name"] for run in runs for stage in run.stages)
+    names |= dict.fromkeys(name for run in runs if run.trace for name in run.trace.bits)
+    known = [(name, STAGES[name]) for name in names if name in STAGES]
+    items = (tag("li", tag("b", name), f": {words}") for name, words in known)
+    return tag("ul", *items, class_="stages") if known else ""
+
+
+def notes_list(runs):
+    """Return what is missing in some runs, a list; each note once, with all that it is about."""
+    named = {note: [] for run in runs for note in run.notes}
+    for note, names in named.items():
+        names += [run.name for run in runs if note in run.notes]
+    notes = (escaped(f"{', '.join(names)}: {note}") for note, names in named.items())
+    notes = [tag("li", re.sub(r"`(.*?)`", r"<code>\1</code>", note)) for note in notes]
+    return tag("ul", *notes, class_="notes") if notes else ""
 
 
 def page(runs):
     """Return the whole page of some runs."""
-    numbered = list(enumerate(runs))
+    tell_apart(runs)
     chapters = {
         "Result": [
             *stage_charts(runs),
-            *(stream_chart(run, i) for i, run in numbered),
+            *map(stream_chart, runs),
             proof_chart(runs),
         ],
         "Training": training_charts(runs),
         "Budget": [
             seconds_chart(runs),
             bytes_chart(runs),
-            *(parts_chart(run, i) for i, run in numbered),
+            *map(parts_chart, runs),
         ],
     }
-    body = [tag("section", tag("h2", "Runs"), overview(runs))]
-    named = {note: [] for run in runs for note in run.notes}
-    for note, names in named.items():
-        names += [run.name for run in runs if note in run.notes]
-    notes = [f"{', '.join(names)}: {note}" for note, names in named.items()]
-    if notes:
-        body.append(tag("ul", *(tag("li", escaped(note)) for note in notes), class_="notes"))
+    sections = {"Runs": tag("p", SCORE) + overview(runs) + notes_list(runs)}
     for title, charts in chapters.items():
         figures = [chart.element() for chart in charts if chart]
         if figures:
-            body.append(tag("section", tag("h2", title), tag("div", *figures, class_="charts")))
+            sections[title] = LEADS.get(title, "") + tag("div", *figures, class_="charts")
+    if "Result" in sections:
+        sections["Result"] = stages_list(runs) + sections["Result"]
+    sections["Settings"] = settings_table(runs)
+    links = []
+    body = []
+    for title, contents in sections.items():
+        if contents:
+            links.append(tag("a", title, href=f"#{title.lower()}"))
+            heading = tag("h2", title, id=title.lower())
+            body.append(tag("section", heading, contents))
     traced = [run for run in runs if run.trace]
     if traced:
+        links.append(tag("a", "Text", href="#text-title"))
         body.append(text_section(traced[0]))
-    else:
-        sorry = f"None of these runs has a trace of its text, trace.npz: {MAKE_TRACE}."
-        body.append(tag("section", tag("h2", "The text, token by token"), tag("p", sorry)))
-    body.append(settings_section(runs))
     title = escaped("Report of " + ", ".join(run.name for run in runs))
     policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
     return (
@@ -1396,7 +1502,8 @@ def page(runs):
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-        f"<header><h1>{title}</h1></header>\n<main>{''.join(body)}</main>\n</body>\n</html>\n"
+        f"<header><h1>{title}</h1>{tag('nav', *links)}</header>\n"
+        f"<main>{''.join(body)}</main>\n</body>\n</html>\n"
     )
 
 
@@ -1422,9 +1529,17 @@ CSS = """
 body { margin: 0; background: var(--ground); color: var(--ink);
   font: 1rem/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 header, main { max-width: 84rem; margin: 0 auto; padding: 0 1rem; }
-h1 { font-size: 1.4rem; line-height: 1.25; overflow-wrap: anywhere; }
+h1 { font-size: clamp(1.1rem, 5vw, 1.4rem); line-height: 1.25; overflow-wrap: anywhere; }
+nav { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; }
+a { color: var(--focus); padding: .3rem 0; }
+code { overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
-.scroll { overflow-x: auto; }
+/* A shade at the side where more can be scrolled to: covers that scroll along hide it. */
+.scroll { overflow-x: auto; background:
+  linear-gradient(to right, var(--ground) 40%, transparent) 0 / 2rem 100% no-repeat local,
+  linear-gradient(to left, var(--ground) 40%, transparent) 100% / 2rem 100% no-repeat local,
+  linear-gradient(to right, var(--grid), transparent) 0 / .6rem 100% no-repeat scroll,
+  linear-gradient(to left, var(--grid), transparent) 100% / .6rem 100% no-repeat scroll; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); }
 .unseen { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
@@ -1432,15 +1547,17 @@ th, td { text-align: left; padding: .2rem .6rem .2rem 0; border-bottom: 1px soli
   vertical-align: top; }
 td { min-width: 5rem; }
 thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 600; white-space: nowrap; }
+thead th { overflow-wrap: anywhere; }
+tbody th { font-weight: 600; }
 .notes { padding: .6rem .6rem .6rem 1.8rem; background: var(--panel);
   border-left: .3rem solid var(--s1); }
 .charts { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
 figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; }
-figcaption strong { color: var(--ink); }
+figcaption { font-size: .9rem; font-weight: 700; overflow-wrap: anywhere; }
+figure p { font-size: .9rem; color: var(--soft); overflow-wrap: anywhere; margin: .2rem 0 0; }
+.stages { font-size: .9rem; padding-left: 1.1rem; margin: 0 0 1rem; }
 summary { cursor: pointer; font-size: .9rem; }
 details .scroll { max-height: 20rem; overflow: auto; }
 :focus-visible { outline: 3px solid var(--focus); outline-offset: 1px; }
@@ -1455,7 +1572,8 @@ details .scroll { max-height: 20rem; overflow: auto; }
   max-width: 46rem; }
 #text p { white-space: pre-wrap; margin: 0 0 1rem; padding: .4rem 0;
   border-top: 1px solid var(--grid); }
-#text span { unicode-bidi: isolate; cursor: pointer; }
+#text span { unicode-bidi: isolate; cursor: pointer; box-shadow: inset -1px 0 var(--ground);
+  scroll-margin: 1rem 0 47vh; }
 .b0 { background: var(--b0); border-bottom: 1px dotted var(--line); }
 .b1 { background: var(--b1); border-bottom: 1px solid var(--line); }
 .b2 { background: var(--b2); border-bottom: 2px solid var(--line); }
@@ -1477,8 +1595,10 @@ details .scroll { max-height: 20rem; overflow: auto; }
 #detail ul { margin: 0; padding-left: 1.1rem; }
 #detail .scores { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: 0 1rem; }
 #detail code { background: var(--ground); padding: 0 .2rem; unicode-bidi: isolate; }
-#detail .came { font-weight: 700; }
+#detail tbody th { font-weight: 400; }
+#detail .came, #detail .came th { font-weight: 700; }
 @media (min-width: 62rem) {
+  #text span { scroll-margin-bottom: 1rem; }
   .reader { grid-template-columns: minmax(0, 1fr) 24rem; }
   #detail { top: 1rem; bottom: auto; max-height: calc(100vh - 2rem); align-self: start; }
 }
@@ -1488,11 +1608,12 @@ details .scroll { max-height: 20rem; overflow: auto; }
   header, main { max-width: none; padding: 0; }
   .charts { grid-template-columns: 1fr 1fr; }
   figure, tr { break-inside: avoid; }
-  h2 { break-after: avoid; }
+  h2, h2 + p, figcaption { break-after: avoid; }
+  .reader { display: block; }  /* columns in a grid would shrink the whole print */
   .scroll { overflow: visible; }
-  table { font-size: 8pt; }
-  #detail, .modes, details { display: none; }
-  #text { font-size: 8pt; line-height: 1.6; max-width: none; columns: 2; }
+  table, figcaption, figure p, .stages { font-size: 8pt; }
+  #detail, .modes, .how, nav, details, section:has(#settings) { display: none; }
+  #text { font-size: 7pt; line-height: 1.6; max-width: none; columns: 2; }
   * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 }
 """
@@ -1621,13 +1742,16 @@ SCRIPT = r"""
     current.classList.add("here");
     show(place.get(span));
   };
-  text.addEventListener("mouseover", (event) => {
-    if (place.has(event.target) && !text.contains(document.activeElement)) choose(event.target);
+  // Not of a finger: the panel would come up under it and take the tap.
+  text.addEventListener("pointerover", (event) => {
+    if (event.pointerType === "touch" || !place.has(event.target)) return;
+    if (!text.contains(document.activeElement)) choose(event.target);
   });
   text.addEventListener("focusin", (event) => {
     if (!place.has(event.target)) return;
     choose(event.target);
     event.target.setAttribute("aria-describedby", "detail");
+    event.target.scrollIntoView({block: "nearest"});  // from below the panel, say
   });
   text.addEventListener("click", (event) => {
     if (place.has(event.target)) event.target.focus();
@@ -1744,6 +1868,7 @@ def write_figures(runs, folder, rule, quantizers):
 
     stages.svg and proof.svg of runs; quantizers.svg of what read_quantizers returned, or None.
     """
+    tell_apart(runs)
     charts = {"stages.svg": seeds_chart(runs, rule), "proof.svg": proof_chart(runs)}
     if quantizers:
         charts["quantizers.svg"] = quantizers_chart(*quantizers)

@@ -8,6 +8,7 @@ import sys
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -283,7 +284,7 @@ def test_page_of_several_seeds_has_all_of_them(whole):
     text, root = whole
     (first, *_) = root.all("table")
     assert {"one", "two", "1.250000", "1.350000"} <= {e.words() for e in first.all()}
-    assert "Mean of 2 runs: 1.300000 ± 0.070711 bits a byte." in text
+    assert "Mean of 2 runs: 1.300000 bits a byte, standard deviation 0.070711." in text
 
 
 def test_page_has_no_mean_of_unlike_runs(new_run):
@@ -297,6 +298,51 @@ def test_page_has_no_mean_of_unlike_runs(new_run):
     text = built(new_run("one"), new_run("two", trace=False, stages=stages))
     assert "No mean: the runs differ in their last stage." in text
     assert "Mean of" not in text
+
+
+def test_page_leads_to_its_sections(whole):
+    """Links in the order of the sections; the long text is the last."""
+    _, root = whole
+    links = [e.attributes["href"][1:] for e in root.all("a")]
+    assert links == ["runs", "result", "training", "budget", "settings", "text-title"]
+    assert [e.attributes["id"] for e in root.all("h2")] == links
+
+
+def test_page_says_what_its_stages_are(whole):
+    """Every stage that the script scores, and the mixer without its guard, once."""
+    _, root = whole
+    (stages,) = [e for e in root.all("ul") if e.attributes.get("class") == "stages"]
+    assert [e.text for e in stages.all("b")] == [
+        "pre_quant",
+        "round_trip",
+        "sliding",
+        "ttt",
+        "mixer",
+    ]
+    plans = train_gpt.evaluation_plans(tiny_config(mixer="learned"))
+    assert {name for plan in plans for name in plan.stages} <= report.STAGES.keys()
+
+
+def test_page_has_the_cap_and_the_length_of_training(new_run):
+    """Beside what was used of them."""
+    text = built(new_run(train=dict(seconds=7.0, steps=1200, tokens=34567)))
+    assert "860,000 of 1,000,000 bytes" in text
+    assert "1,200 steps, 34,567 tokens" in text
+
+
+@pytest.mark.parametrize("quantizer, words", [("fisher", ", 1 s of quantization"), ("int6", "")])
+def test_seconds_that_count_are_said(new_run, quantizer, words):
+    """Calibration counts as training, and so does fisher's quantization; pre_quant does not."""
+    text = built(new_run(settings=SETTINGS | dict(quantizer=quantizer)))
+    assert f"run: 75 s of training{words}, 6 s of evaluation." in text
+
+
+def test_runs_of_one_name_are_told_apart(new_run):
+    """By the names of their folders; other runs keep theirs."""
+    folders = new_run("same"), new_run("same"), new_run("other")
+    (first, *_) = tree(built(*folders)).all("table")
+    heads = [e.text for e in first.all("th") if e.attributes["scope"] == "col"]
+    assert heads == ["", folders[0].name, folders[1].name, "other"]
 
 
 def test_page_has_the_proof(new_run):
@@ -375,9 +421,12 @@ def test_page_of_a_log_alone(tmp_path):
 
 @pytest.mark.parametrize("steps", [[], [(1, 6.5)], [(1, 6.5), (2, float("nan"))]])
 def test_page_of_a_run_that_has_just_begun(tmp_path, steps):
-    """No step, one, or a loss that is no number."""
+    """No step, one, or a loss that is no number; one rate is no chart."""
     (tmp_path / "train.log").write_text(log_text(*steps))
-    tree(built(tmp_path))
+    text = built(tmp_path)
+    assert ("Training loss by step" in text) == bool(steps)
+    assert "Rate of training" not in text
+    tree(text)
 
 
 def test_page_of_results_without_stages(new_run):
@@ -385,7 +434,9 @@ def test_page_of_results_without_stages(new_run):
     folder = new_run(trace=False, stages=[], val_bpb=None, proof=None, artifact=None)
     text = built(folder)
     assert "No stage is scored yet" in text
-    assert "there is no trace.npz: `logs/report.py RUN_DIR --trace` makes it" in text
+    assert "no trace.npz: <code>python logs/report.py RUN_DIR --trace</code> makes it" in text
+    assert text.count("trace.npz") == 1
+    assert "token by token" not in text
     tree(text)
 
 
@@ -521,6 +572,17 @@ def test_log_of_finish_has_the_training_before_it(tmp_path):
     """`finish` goes on in the same log, without steps."""
     text = log_text((1, 6.5)) + log_text() + "calibration: 9 of 9 held-out tokens in 1.0 s\n"
     assert steps_of(text, tmp_path) == [(1, 6.5)]
+
+
+def test_log_may_begin_with_training_of_another_program(tmp_path):
+    """Its lines before the first run are the run's training; without any run, they are a log's."""
+    lines = log_text((1, 6.5)).splitlines()
+    training = f"trained elsewhere\n{lines[-1]}\n"
+    calibration = "calibration: 9 of 9 held-out tokens in 1.0 s\n"
+    assert steps_of(training + log_text() + calibration, tmp_path) == [(1, 6.5)]
+    assert read_log(tmp_path / "train.log")[0] == "run"
+    assert steps_of(training + log_text(), tmp_path) == []
+    assert steps_of(training, tmp_path) == [(1, 6.5)]
 
 
 def test_step_has_all_its_numbers(tmp_path):
@@ -703,6 +765,46 @@ def test_shades_are_ordered_without_their_hue():
         ("1", "dotted"),
         *((str(i), "solid") for i in range(1, 6)),
     ]
+
+
+# ---- Charts --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a", "bench_steps1200_seed1337", "word_" * 20])
+def test_text_of_charts_is_not_cut_off(new_run, name):
+    """All text lies inside of its chart, and leaves the data more than half of the width."""
+    runs = [read_run(new_run(f"{name}{i}")) for i in range(3)]
+    report.tell_apart(runs)
+    charts = [*report.training_charts(runs), *report.stage_charts(runs), report.seeds_chart(runs)]
+    charts += [draw(runs) for draw in (report.seconds_chart, report.bytes_chart)]
+    charts += [report.proof_chart(runs), report.stream_chart(runs[0])]
+    for chart in charts:
+        with matplotlib.rc_context(report.STYLE):
+            chart.figure.draw_without_rendering()
+        drawn = chart.figure.get_tightbbox()
+        width, height = chart.figure.get_size_inches()
+        assert -0.02 < drawn.x0 < drawn.x1 < width + 0.02, chart.name
+        assert -0.02 < drawn.y0 < drawn.y1 < height + 0.02, chart.name
+        assert chart.axes.get_position().width > 0.5
+
+
+def test_long_names_keep_both_ends():
+    """Seeds are at the end of names."""
+    assert report.short("bench_seed1337") == "bench_seed1337"
+    shown = report.short("x" + "y" * 50 + "_seed1337")
+    assert shown.startswith("xyyy")
+    assert shown.endswith("y_seed1337")
+    assert len(shown) == report.MOST_OF_A_NAME
+
+
+def test_a_run_has_one_colour_in_all_charts(new_run):
+    """Also where another run has nothing to show."""
+    folders = [new_run("one"), new_run("two")]
+    (folders[0] / "train.log").unlink()
+    runs = [read_run(folder) for folder in folders]
+    report.tell_apart(runs)
+    colours = {chart.axes.lines[0].get_color() for chart in report.training_charts(runs)}
+    assert colours == {report.ink("s1")}
 
 
 # ---- Figures -------------------------------------------------------------------------------------

@@ -21,10 +21,16 @@ PROBE = """<script>
 const seen = [];
 window.addEventListener("error", (event) => seen.push(event.message));
 const spans = document.querySelectorAll("#text span");
+const pointed = ["touch", "mouse"].map((pointerType) => {
+  spans[START].dispatchEvent(new PointerEvent("pointerover", {pointerType, bubbles: true}));
+  return document.getElementById("detail").innerText;
+});
 spans[START].focus();
 for (const key of KEYS) {
   document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
 }
+const chosen = document.activeElement.getBoundingClientRect();
+const panel = document.getElementById("detail").getBoundingClientRect();
 if (MODE) document.querySelector(`input[value=${MODE}]`).click();
 document.title = JSON.stringify({
   at: Array.from(spans).indexOf(document.activeElement),
@@ -33,6 +39,8 @@ document.title = JSON.stringify({
   detail: document.getElementById("detail").innerText,
   classes: Array.from(spans).map((span) => span.className),
   wide: document.documentElement.scrollWidth > window.innerWidth,
+  pointed,
+  covered: chosen.bottom > panel.top || chosen.top < 0,
   errors: seen,
 });
 </script></body>"""
@@ -87,6 +95,17 @@ def test_browser_shows_what_a_token_cost(evaluated, browse):
     times = [int(n) for n in re.findall(r": (\d+) times?, then", detail)]
     assert times == [int(n) for n in trace.counts[i] if n]
     assert "came" in detail
+
+
+@pytest.mark.slow
+def test_browser_shows_the_chosen_token(evaluated, browse):
+    """Above the panel on a phone, at the beginning, in the middle and at the end of the text."""
+    text = built(evaluated)
+    touched, hovered = browse(text, 7)["pointed"]
+    assert touched == "No token is chosen."  # until the tap: the panel would grow under it
+    assert hovered.startswith("Token 8:")
+    for start, key in ((0, "ArrowDown"), (20, "ArrowDown"), (40, "End")):
+        assert not browse(text, start, [key])["covered"]
 
 
 @pytest.mark.slow
