@@ -126,8 +126,7 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        why = getattr(cause, "strerror", None) or one_line(cause)
-        raise error(f"{culprit} ({why})") from cause
+        raise error(f"{culprit} ({getattr(cause, 'strerror', None) or one_line(cause)})") from cause
 
 
 frozen = dataclass(frozen=True)
@@ -381,8 +380,12 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     def value_layers(self):
         """Layers with value embeddings, sorted; UsageError if VE_LAYERS does not list layers."""
         layers = range(self.num_layers)
-        allowed = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
-        with blaming(f"VE_LAYERS={self.ve_layers!r}: {allowed}", ValueError, error=UsageError):
+        with blaming(
+            f"VE_LAYERS={self.ve_layers!r}: must be comma-separated layers below "
+            f"NUM_LAYERS={self.num_layers}",
+            ValueError,
+            error=UsageError,
+        ):
             return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
 
 
@@ -1622,19 +1625,17 @@ def train(model, cfg, rt, log, held_out):
         while left >= 1:
             scale = min(1.0, left / max(cfg.warmdown_iters, 1))  # 1, then linear to 0
             tokens, epochs = next(stream)
-            batches = micro_batches(tokens, cfg, rt)
-            losses = trainer.step(batches, result.steps, scale)
+            losses = trainer.step(micro_batches(tokens, cfg, rt), result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(perf_counter() - start_s)
             left = steps_left(result.steps, result.seconds, limit_s, cfg)
             if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                eta_s = left * result.seconds / result.steps
                 log(
                     f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
                     f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
+                    f"{result.seconds:.0f} s  ETA {left * result.seconds / result.steps:.0f} s"
                 )
     except FORESEEN as error:
         on_signals()  # at once: torchrun's SIGTERM follows the failure of another rank
@@ -2001,9 +2002,9 @@ def read_artifact(path, data=None):
         )
     body = data[ARTIFACT_HEAD_BYTES:]
     if data != with_head(body):
-        length = int.from_bytes(data[12:20], "little")
         raise UserError(
-            f"artifact {path} is cut or altered, {len(body):,} bytes of {length:,}; copy it again"
+            f"artifact {path} is cut or altered, {len(body):,} bytes of "
+            f"{int.from_bytes(data[12:20], 'little'):,}; copy it again"
         )
     with blaming(f"artifact {path} breaks its format; train again", Exception):  # of many kinds
         header, weights = unpack_artifact(body)
@@ -2321,11 +2322,11 @@ class Mixture:
 
         The entropy mixer remembers nothing, and its steps change nothing.
         """
-        tokens = prefix.to(self.rt.device)
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
-            rows = self.gradient(*evidence, freqs / TOTAL, tokens[positions])
+            targets = prefix.to(self.rt.device)[positions]
+            rows = self.gradient(*evidence, freqs / TOTAL, targets)
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         self.rt.sum_over_ranks(total)
         self.weights.grad = total.double() / (GRADIENT_SCALE * self.plan.block)
@@ -2711,10 +2712,10 @@ def walk(predictor, stream, log=None, step=None):
         if log and perf_counter() - logged_s > 15:
             logged_s = perf_counter()
             spent_s = logged_s - start_s
-            eta_s = spent_s / (stop - first) * (len(stream) - stop)
             log(
                 f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
-                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, ETA {eta_s:.0f} s"
+                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, "
+                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s"
             )
 
 
@@ -2867,8 +2868,10 @@ class Codec:
         checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
         starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
-        capability = torch.backends.cpu.get_cpu_capability()
-        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
+        maker = (
+            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads"
+        )
         head = CodeHead(
             lanes,
             len(freqs),
@@ -3012,9 +3015,8 @@ class Run:
             "val_bpb": None,
         }
         rt.by_main(self.take_folder)
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
-            f"{command} {cfg.run_dir.name}, {when}",
+            f"{command} {cfg.run_dir.name}, {time.strftime('%F %T UTC', time.gmtime())}",
             f"environment: {environment}",
             *rt.notes,
             *(f"  {n.upper()}={v}" for n, v in settings.items()),
@@ -3031,9 +3033,14 @@ class Run:
         path = folder / "results.json"
         check_writable(folder)
         self.lock = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-        rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
-        with suppress(OSError), blaming(rival, BlockingIOError):
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
+        with (
+            suppress(OSError),  # not every file system can
+            blaming(
+                f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID",
+                BlockingIOError,
+            ),
+        ):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and not self.cfg.replace:
             with blaming(f"{path} is no run's; REPLACE=1 replaces it", LookupError, TypeError):
                 own, found = (
@@ -3063,16 +3070,18 @@ class Run:
         limit = self.cfg.size_limit_bytes
         total = code_bytes() + artifact.size_bytes
         overridden = artifact.overridden(self.cfg)
-        sizes = {
-            "path": str(artifact.path),
-            "weights_bytes": artifact.size_bytes,
-            "code_bytes": code_bytes(),
-            "total_bytes": total,
-            "limit_bytes": limit,
-            "sha256": artifact.digest.hex(),
-            "overridden": overridden,
-        }
-        self.record("artifact", sizes)
+        self.record(
+            "artifact",
+            {
+                "path": str(artifact.path),
+                "weights_bytes": artifact.size_bytes,
+                "code_bytes": code_bytes(),
+                "total_bytes": total,
+                "limit_bytes": limit,
+                "sha256": artifact.digest.hex(),
+                "overridden": overridden,
+            },
+        )
         self.log(
             f"artifact {artifact.path}: {artifact.size_bytes:,} B weights "
             f"+ {code_bytes():,} B code = {total:,} of {limit:,} B"
@@ -3093,9 +3102,8 @@ class Run:
             self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
         for stage in stages:
             bpb = stage["val_bpb"]
-            delta = bpb - (self.results["val_bpb"] or bpb)
             self.log(
-                f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
+                f"{stage['name']:<12}{bpb:>10.6f}{bpb - (self.results['val_bpb'] or bpb):>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
             self.results["val_bpb"] = bpb
@@ -3118,8 +3126,13 @@ def read_result(path):
 
     Two keys are added: `same`, what must agree between seeds, and `row`, the seed's own numbers.
     """
-    culprit = f"{path} is not a finished run's results.json, with its proof"
-    with blaming(culprit, ValueError, LookupError, TypeError, UserError):
+    with blaming(
+        f"{path} is not a finished run's results.json, with its proof",
+        ValueError,
+        LookupError,
+        TypeError,
+        UserError,
+    ):
         run = read_object(path)
         artifact = run["artifact"]
         last = run["stages"][-1]
@@ -3407,11 +3420,14 @@ def finish(run, model, result, held_out):
         return data
 
     data = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
-    numbers = {
-        "quantize_seconds": perf_counter() - start_s,
-        "tokens_per_second": result.tokens / result.seconds,
-    }
-    run.record("train", asdict(result) | numbers)
+    run.record(
+        "train",
+        dict(
+            asdict(result),
+            quantize_seconds=perf_counter() - start_s,
+            tokens_per_second=result.tokens / result.seconds,
+        ),
+    )
     artifact = read_artifact(path, data)
     run.check_size(artifact)
 
@@ -3463,8 +3479,10 @@ def evaluate_artifact(run, artifact, *first):
     Return the first VERIFY_TOKENS frequencies of the last stage.
     """
     cfg = run.cfg
-    parts = artifact.weights, artifact.table, cfg, run.rt
-    later = (new_predictor(*parts, plan) for plan in evaluation_plans(cfg))
+    later = (
+        new_predictor(artifact.weights, artifact.table, cfg, run.rt, plan)
+        for plan in evaluation_plans(cfg)
+    )
     keep = cfg.verify_tokens or len(run.tokens)
     for predictor in itertools.chain(first, later):
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)
