@@ -2918,7 +2918,7 @@ class Codec:
 def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS and let another process decode them.
 
-    It gets the artifact, no shards, no tokenizer and no settings; what it prints is logged.
+    It gets the artifact, no shards, no tokenizer and no settings; it shows its own progress.
     UserError if it gives up, or finds other frequencies or another text. For rank 0 alone. scored,
     int64 (n,): the frequencies that the run has just given these tokens, as the coder must too.
     """
@@ -2944,19 +2944,11 @@ def verify(run, artifact, scored=None):
     )
     torch.cuda.empty_cache()  # leave the device's memory to the decoder
     target = path.with_suffix(".txt")
-    line = ""
     command = [sys.executable, __file__, "decompress", path, target]
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as decoder:
-        try:
-            for line in decoder.stdout:
-                run.log(line.strip())
-        finally:  # it has ended, unless this process is interrupted
-            decoder.kill()
+    decoder = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
     if decoder.returncode:
-        why = line.strip() or f"exit status {decoder.returncode}"
-        raise UserError(f"verify: the decoder gave up: {why}")
+        why = decoder.stderr or f"exit status {decoder.returncode}"
+        raise UserError(f"verify: the decoder gave up: {one_line(why)}")
     if read_file(target) != artifact.table.decode(tokens):
         raise UserError("verify: the decoder's text is another")
     n = len(freqs)

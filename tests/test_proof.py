@@ -72,35 +72,28 @@ def here(monkeypatch):
     def run(before=lambda command: None, after=lambda command: None):
         calls = []
 
-        class Decoder(contextlib.nullcontext):
-            def __init__(self, command, env, **how):
-                super().__init__(self)
-                calls.append((command, env))
-                before(command)
-                output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
-                with (
-                    monkeypatch.context() as patch,
-                    contextlib.redirect_stderr(output),
-                    contextlib.redirect_stdout(output),
-                ):
-                    patch.setattr(os, "environ", env)
-                    patch.setattr(sys, "argv", command[1:])
-                    self.returncode = train_gpt.main()
-                after(command)
-                self.stdout = output.buffer.getvalue().decode().splitlines(keepends=True)
+        def decoder(command, env, **how):
+            calls.append((command, env))
+            before(command)
+            with (
+                monkeypatch.context() as patch,
+                contextlib.redirect_stderr(io.StringIO()) as stderr,
+            ):
+                patch.setattr(os, "environ", env)
+                patch.setattr(sys, "argv", command[1:])
+                status = train_gpt.main()
+            after(command)
+            return subprocess.CompletedProcess(command, status, stderr=stderr.getvalue())
 
-            def kill(self):
-                """It has ended."""
-
-        replace_popen(monkeypatch, Decoder)
+        replace_run(monkeypatch, decoder)
         return calls
 
     return run
 
 
-def replace_popen(monkeypatch, popen):
-    """Let the program start other processes by `popen`."""
-    stand_in = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+def replace_run(monkeypatch, run):
+    """Let the program start other processes by `run`."""
+    stand_in = SimpleNamespace(**{**vars(subprocess), "run": run})
     monkeypatch.setattr(train_gpt, "subprocess", stand_in)
 
 
@@ -301,17 +294,10 @@ def test_text_of_an_earlier_proof_does_not_count(code_files, proving, here):
 def test_decoder_that_dies_without_a_word_is_told_by_its_status(code_files, proving, monkeypatch):
     """Its status is all that can be told."""
 
-    class Dead(contextlib.nullcontext):
-        returncode = -9
-        stdout = ()
+    def dead(command, **how):
+        return subprocess.CompletedProcess(command, -9, stderr="")
 
-        def __init__(self, *args, **how):
-            super().__init__(self)
-
-        def kill(self):
-            """It has ended."""
-
-    replace_popen(monkeypatch, Dead)
+    replace_run(monkeypatch, dead)
     run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
     assert "gave up: exit status -9" in refusal(verify, run, artifact)
     assert_nothing_proved(run)
@@ -481,14 +467,13 @@ def test_verify_decodes_after_the_shards_are_gone(
 ):
     """Then artifact and code file alone give the text."""
     environments = []
-    start = subprocess.Popen
 
     def without_shards(*args, env, **how):
         shutil.rmtree(shards)
         environments.append(env)
-        return start(*args, env=env, **how)
+        return subprocess.run(*args, env=env, **how)
 
-    replace_popen(monkeypatch, without_shards)
+    replace_run(monkeypatch, without_shards)
     cfg = artifacts("learned")
     settings = dict(
         ARTIFACT_PATH=cfg.artifact_path,
