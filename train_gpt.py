@@ -3548,7 +3548,7 @@ def text_tokens(data, table, encode):
     return np.concatenate([[table.bos_id], *map(ids_of, runs)])
 
 
-def code_command(command, source, target, environ):
+def code_command(environ, command, source, target):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, or decode it.
 
     `compress` uses up to 16 lanes; `decompress` needs no tokenizer.
@@ -3593,10 +3593,10 @@ def dispatch(args, environ):
             train_command(environ)
         case ["finish"]:
             finish_command(environ)
-        case ["eval" | "verify" as command]:
-            eval_command(environ, command)
-        case ["compress" | "decompress" as command, source, target]:
-            code_command(command, source, target, environ)
+        case ["eval" | "verify"]:
+            eval_command(environ, *args)
+        case ["compress" | "decompress", _, _]:
+            code_command(environ, *args)
         case ["tokenize", out_dir, *paths] if paths:
             tokenize_command(out_dir, paths, environ)
         case ["summarize", "--mixed", *paths] | ["summarize", *paths] if paths:
