@@ -1345,8 +1345,7 @@ class Cache:
         self.rows = 0  # rows so far, which is the next row's number
         self.used = 0  # slots of the store in use, by the last rows
         cfg = model.cfg
-        rows = 2 * reach + pass_rows
-        shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, rows, cfg.head_dim)
+        shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, 2 * reach + pass_rows, cfg.head_dim)
         self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
 
     def grow(self, rows):
@@ -1664,7 +1663,6 @@ def train(model, cfg, rt, log, held_out):
 # (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-LEVEL_LIMITS = {"int6": 31, "int8": 127}
 # How int6 stores parameters of each role; fisher gives levels to all but vectors.
 KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
 # The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
@@ -1678,8 +1676,11 @@ def quantize(w, kind, coarseness):
 
     What is beyond the top level is clipped: no value of int8.
     """
-    top = w.abs().amax(1) if kind == "int8" else coarseness * w.square().mean(1).sqrt()
-    limit = LEVEL_LIMITS[kind]
+    limit = 127
+    top = w.abs().amax(1)
+    if kind == "int6":
+        limit = 31
+        top = coarseness * w.square().mean(1).sqrt()
     scale = (top / limit).clamp(2.0**-24, 65_504.0).half()
     levels = (w / scale[:, None]).round().clamp(-limit, limit)
     return levels.to(torch.int8), scale
@@ -2805,8 +2806,9 @@ class CodeHead(NamedTuple):
 
 def new_predictor(weights, table, cfg, rt, plan):
     """Return a Predictor of these weights, the mixer's among them."""
-    model = new_model(cfg, rt, weights, cfg.eval_dtype)
-    return Predictor(model, weights["mixer"], cfg, table, rt, plan)
+    return Predictor(
+        new_model(cfg, rt, weights, cfg.eval_dtype), weights["mixer"], cfg, table, rt, plan
+    )
 
 
 @dataclass
@@ -2835,10 +2837,9 @@ class Codec:
         gets (start, frequency) of each in the order of coding, uint64.
         """
         stage = plan.stages[-1]
-        n = len(tokens) - 1
-        row, lane = np.divmod(np.arange(n), plan.lanes)
-        begins = lane * (n // plan.lanes) + np.minimum(lane, n % plan.lanes)  # of each lane's text
-        order = np.append([0] * plan.lanes, 1 + begins + row)
+        segments = np.array_split(np.arange(1, len(tokens)), plan.lanes)
+        rows = itertools.zip_longest(*segments)  # a short lane ends with None
+        order = [0] * plan.lanes + [position for row in rows for position in row if position]
         stream = torch.from_numpy(tokens[order])
         own = self.artifact
         predictor = new_predictor(own.weights, own.table, self.cfg, self.rt, plan)
@@ -2903,11 +2904,10 @@ class Codec:
             steps = self.code(plan, tokens, coded, SymbolDecoder(words, 1))
             for (crc, _), check in zip(steps, checks):
                 if crc != check:
-                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
                     raise UserError(
                         f"{path} cannot be followed here: the frequencies up to token "
-                        f"{min(len(coded) + 1, head.tokens)} are not those of {maker}; "
-                        "decode it there"
+                        f"{min(len(coded) + 1, head.tokens)} are not those of "
+                        f"{head.maker.rstrip(bytes(1)).decode(errors='replace')}; decode it there"
                     )
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
@@ -3602,7 +3602,7 @@ def dispatch(args, environ):
         case ["summarize", "--mixed", *paths] | ["summarize", *paths] if paths:
             summary = summarize(paths, "--mixed" in args)
             write_object("submission.json", summary)
-            say(json.dumps(summary, indent=1))
+            write_object("-", summary)
         case ["submit", out_dir, *paths] if paths:
             submit(out_dir, paths)
         case ["pack", target]:
