@@ -628,9 +628,20 @@ def start_runtime(cfg, environ):
 
 
 def say(line, file=None):
-    """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
-    with suppress(OSError, ValueError):
-        print(line, file=file, flush=True)
+    """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work.
+
+    One that ends in "\\r" tells progress: on a terminal, what is shown next takes its place.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no stdout
+        file = file or sys.stdout
+        text = line.rstrip("\r")
+        end = "\n"
+        if file.isatty():
+            if text != line:
+                text = text[: shutil.get_terminal_size().columns]  # one row of the screen
+                end = "\r"
+            text = "\033[K" + text  # clears what stands there
+        print(text, end=end, file=file, flush=True)
 
 
 def is_stream(path):
@@ -1613,7 +1624,7 @@ def train(model, cfg, rt, log, held_out):
     trainer = Trainer(model, loss, cfg, rt)
     tokens = np.arange(cfg.train_batch_tokens + 1) % cfg.vocab_size
     for step in range(cfg.warmup_steps):
-        log(f"warm-up, to compile every kernel: step {step + 1}/{cfg.warmup_steps}, not timed")
+        log(f"warm-up, to compile every kernel: step {step + 1}/{cfg.warmup_steps}, not timed\r")
         trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
     model.load_state_dict(untouched)
     result.warmup_seconds = perf_counter() - start_s
@@ -1629,12 +1640,13 @@ def train(model, cfg, rt, log, held_out):
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(perf_counter() - start_s)
             left = steps_left(result.steps, result.seconds, limit_s, cfg)
-            if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
+            if result.steps % cfg.log_every == 0 or result.steps == 1 or left < 1:
+                end = "\r" * (left >= 1)  # the last step's line stays
                 log(
                     f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
                     f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {left * result.seconds / result.steps:.0f} s"
+                    f"{result.seconds:.0f} s  ETA {left * result.seconds / result.steps:.0f} s{end}"
                 )
     except FORESEEN as error:
         on_signals()  # at once: torchrun's SIGTERM follows the failure of another rank
@@ -2716,7 +2728,7 @@ def walk(predictor, stream, log=None, step=None):
             log(
                 f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
                 f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, "
-                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s"
+                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s\r"
             )
 
 
@@ -3651,6 +3663,9 @@ def main():
         if rank == 0:
             say(f"error: {one_line(error)}", sys.stderr)
         return {KeyboardInterrupt: 130, UsageError: 2}.get(type(error), 1)
+    except BaseException:
+        say("", sys.stderr)  # the traceback does not begin on a line of progress
+        raise
     if dist.is_initialized():
         dist.barrier()
     return 0
