@@ -2961,7 +2961,8 @@ def verify(run, artifact, scored=None):
     if decoder.returncode:
         why = decoder.stderr or f"exit status {decoder.returncode}"
         raise UserError(f"verify: the decoder gave up: {one_line(why)}")
-    if read_file(target) != artifact.table.decode(tokens):
+    text = artifact.table.decode(tokens)
+    if read_file(target) != text:
         raise UserError("verify: the decoder's text is another")
     n = len(freqs)
     proof = dict(
@@ -2972,12 +2973,14 @@ def verify(run, artifact, scored=None):
         decode_seconds=perf_counter() - coded_s,
     )
     run.record("proof", proof)
-    run.log(
-        f"proof: another process decoded {n:,} tokens from the artifact and "
-        f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
+    bpb = 8 * proof["bytes_on_disk"] / max(len(text), 1)
+    run.rows += [
+        f"proof       {bpb:>10.6f}{n:>33,}{perf_counter() - start_s:>9.1f}",
+        f"proof: another process decoded {n:,} tokens, {len(text):,} B of text, from the artifact "
+        f"and {proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
         f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
-        f"{n / proof['decode_seconds']:,.1f} to decode"
-    )
+        f"{n / proof['decode_seconds']:,.1f} to decode",
+    ]
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -2998,6 +3001,7 @@ class Run:
         self.cfg = cfg
         self.rt = rt
         self.files = []  # that show the log
+        self.rows = ["stage          val_bpb      delta  val_loss      tokens  seconds"]
         settings = asdict(cfg)
         environment = {
             "python": platform.python_version(),
@@ -3018,12 +3022,19 @@ class Run:
             "stages": [],
             "val_bpb": None,
         }
+        preset = asdict(config_from_env({"PRESET": cfg.preset}))
+        changed = [n for n in settings if settings[n] != preset[n]]
+
+        def assignments(names):
+            return " ".join(f"{n.upper()}={settings[n]}" for n in names)
+
         rt.by_main(self.take_folder)
         for line in (
             f"{command} {cfg.run_dir.name}, {time.strftime('%F %T UTC', time.gmtime())}",
             f"environment: {environment}",
             *rt.notes,
-            *(f"  {n.upper()}={v}" for n, v in settings.items()),
+            f"settings: {assignments(['preset', *changed])}; all of them:",
+            *("  " + assignments(names) for _, names in itertools.groupby(settings, GROUPS.get)),
         ):
             self.log(line)
 
@@ -3101,28 +3112,31 @@ class Run:
             )
 
     def add_stages(self, stages):
-        """Add scored stages, log their rows of the table, and write results.json."""
-        if not self.results["stages"]:
-            self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
+        """Add scored stages, tell their figures, and write results.json."""
         for stage in stages:
             bpb = stage["val_bpb"]
-            self.log(
+            self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s\r")
+            self.rows.append(
                 f"{stage['name']:<12}{bpb:>10.6f}{bpb - (self.results['val_bpb'] or bpb):>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
             self.results["val_bpb"] = bpb
         self.record("stages", self.results["stages"] + stages)
 
-    def log_budget(self):
-        """Log seconds against the competition's limits."""
-        self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
-        if train := self.results["train"]:
-            self.log(
-                f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
-                f"calibration included; quantize {train['quantize_seconds']:.1f} s (fisher's count)"
-            )
-        seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
-        self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
+    def log_table(self):
+        """Log the table of stages and proof; then seconds against the competition's limits."""
+        for row in self.rows:
+            self.log(row)
+        if stages := self.results["stages"]:
+            self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
+            if train := self.results["train"]:
+                self.log(
+                    f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of "
+                    "600 s, calibration included; "
+                    f"quantize {train['quantize_seconds']:.1f} s (fisher's count)"
+                )
+            seconds = (s["seconds"] for s in stages if s["name"] != "pre_quant")
+            self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
 
 
 def read_result(path):
@@ -3436,11 +3450,14 @@ def finish(run, model, result, held_out):
     run.check_size(artifact)
 
     exact = new_predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
-    scored = evaluate_artifact(run, artifact, exact)
-    if cfg.eval_dtype != "float64":
-        run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
-    elif cfg.verify_enabled:
-        run.rt.by_main(verify, run, artifact, scored)
+    try:
+        scored = evaluate_artifact(run, artifact, exact)
+        if cfg.eval_dtype != "float64":
+            run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
+        elif cfg.verify_enabled:
+            run.rt.by_main(verify, run, artifact, scored)
+    finally:
+        run.log_table()
 
 
 def calibrate(run, weights, held_out, limit_s):
@@ -3491,7 +3508,6 @@ def evaluate_artifact(run, artifact, *first):
     for predictor in itertools.chain(first, later):
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)
         run.add_stages(stages)
-    run.log_budget()
     return scored
 
 
@@ -3520,10 +3536,13 @@ def eval_command(environ, command):
         cfg = replace(cfg, run_id=run_id[:200])
     run = open_run(cfg, environ, command, artifact)
     run.check_size(artifact)
-    if command == "eval":
-        evaluate_artifact(run, artifact)
-    else:
-        run.rt.by_main(verify, run, artifact)
+    try:
+        if command == "eval":
+            evaluate_artifact(run, artifact)
+        else:
+            run.rt.by_main(verify, run, artifact)
+    finally:
+        run.log_table()
 
 
 def text_tokens(data, table, encode):

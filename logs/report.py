@@ -175,7 +175,8 @@ STEP = re.compile(
     r"step (?P<step>\d+)/\d+  loss (?P<loss>\S+) \(weighted (?P<weighted>\S+)\)  "
     r"lr x\S+  (?P<rate>[\d,]+) tokens/s  (?P<seconds>\d+) s"
 )
-SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*)=(.*)")
+SETTINGS = re.compile(r"  [A-Z][A-Z0-9_]*=.*")  # a line of them; in older logs it has one
+SETTING = re.compile(r" ([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
 LOGS = ("train.log", "eval.log", "verify.log")
 
 
@@ -191,8 +192,8 @@ def read_log(path):
             sections.append((header[2], {}, [], []))
         elif sections:
             _, settings, steps, others = sections[-1]
-            if setting := SETTING.fullmatch(line):
-                settings[setting[1].lower()] = setting[2]
+            if SETTINGS.fullmatch(line):
+                settings.update((name.lower(), text) for name, text in SETTING.findall(line))
             elif step := STEP.match(line):
                 numbers = {n: float(v.replace(",", "")) for n, v in step.groupdict().items()}
                 steps.append(numbers)
