@@ -1008,16 +1008,16 @@ def load_validation(cfg):
 
 
 def load_held_out(cfg):
-    """Return the end of the last training shard, uint16 (n + 1,), for calibration; maybe empty."""
+    """Return the end of the last training shard, int64 (n + 1,), for calibration; maybe empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if cfg.mixer != "learned" or wanted == 1:
-        return np.uint16([])
+        return np.int64([])
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
         raise UserError(
             f"MIXER_CALIBRATION_TOKENS={wanted - 1}: over half of the last shard; lower it"
         )
-    return shard[-wanted:]
+    return shard[-wanted:].astype(np.int64)
 
 
 def train_stream(cfg, held_out, count):
@@ -1707,7 +1707,7 @@ def new_steps(model, held_out):
     """Return {name: [exponents of rows (R,), of columns (C,), GPTQ's factor (C, C)]} for fisher.
 
     From the gradients G (R, C) of the summed losses of the first FISHER_SEQUENCES sequences in
-    held_out, uint16 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
+    held_out, int64 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
     diagonal 1 % of its mean is added; to the rows' 2 %. Without a sequence, steps are in proportion
     to a row's root mean square.
     """
@@ -1718,7 +1718,7 @@ def new_steps(model, held_out):
         energy = 1e-10 / (square + 0.01 * square.mean() + 1e-30)
         factors.append([energy, energy.sum() * torch.eye(p.size(1)).to(energy)])
     rows = model.cfg.train_seq_len
-    tokens = torch.from_numpy(held_out.astype(np.int64)).to(p.device)
+    tokens = torch.from_numpy(held_out).to(p.device)
     ends = range(rows, len(tokens), rows)[:FISHER_SEQUENCES]
     for end in ends:
         logits = model(tokens[None, end - rows : end])[0]
@@ -2587,11 +2587,11 @@ class Commitment(NamedTuple):
 class Predictor:
     """Commits, scores and learns, in this order: predict -> score -> ... -> update, or OrderError.
 
-    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same
-    arguments; update is due when plan.block positions are scored.
+    Its model, and its mixer, begin with `weights`, which stay as they are. Every rank makes the
+    same calls with the same arguments; update is due when plan.block positions are scored.
     """
 
-    def __init__(self, model, mixer, cfg, table, rt, plan):
+    def __init__(self, weights, table, cfg, rt, plan):
         self.rt = rt
         self.plan = plan
         self.scored_to = plan.lanes  # the first position that is not scored yet
@@ -2599,10 +2599,13 @@ class Predictor:
         self.pending = None  # the commitment that waits for its score
         # The guard's w at scored_to and later positions, as far as it is known.
         self.trust = [TRUST_SCALE // 2] * plan.lanes
+        model = new_model(cfg, rt, weights, cfg.eval_dtype)
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = Mixture(mixer, cfg, table, rt, plan) if "mixer" in plan.stages else None
+        self.mixture = None
+        if "mixer" in plan.stages:
+            self.mixture = Mixture(weights["mixer"], cfg, table, rt, plan)
         self.mix_seconds = 0.0  # from a block's logits to its bits
 
     @torch.inference_mode()
@@ -2816,13 +2819,6 @@ class CodeHead(NamedTuple):
         return head, checks, words
 
 
-def new_predictor(weights, table, cfg, rt, plan):
-    """Return a Predictor of these weights, the mixer's among them."""
-    return Predictor(
-        new_model(cfg, rt, weights, cfg.eval_dtype), weights["mixer"], cfg, table, rt, plan
-    )
-
-
 @dataclass
 class Codec:
     """Codes token streams to code files and back, by the frequencies of the last stage."""
@@ -2854,7 +2850,7 @@ class Codec:
         order = [0] * plan.lanes + [position for row in rows for position in row if position]
         stream = torch.from_numpy(tokens[order])
         own = self.artifact
-        predictor = new_predictor(own.weights, own.table, self.cfg, self.rt, plan)
+        predictor = Predictor(own.weights, own.table, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
         crc = 0
         steps = walk(predictor, stream, self.log, decoder and plan.lanes)
@@ -3449,7 +3445,7 @@ def finish(run, model, result, held_out):
     artifact = read_artifact(path, data)
     run.check_size(artifact)
 
-    exact = new_predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
+    exact = Predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
     try:
         scored = evaluate_artifact(run, artifact, exact)
         if cfg.eval_dtype != "float64":
@@ -3461,7 +3457,7 @@ def finish(run, model, result, held_out):
 
 
 def calibrate(run, weights, held_out, limit_s):
-    """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
+    """Return (mixer weights, seconds), fitted by scoring held_out, int64 (n + 1,), once.
 
     The model is the exact one. The mixer begins with the one in `weights` and learns every W
     positions, at thrice its rates; scoring stops after 95 % of limit_s. A block is two runs, each
@@ -3474,12 +3470,12 @@ def calibrate(run, weights, held_out, limit_s):
     if not len(held_out):
         return weights["mixer"], 0.0
     start_s = perf_counter()
-    stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
+    stream = torch.from_numpy(held_out).to(rt.device)
     block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "unguarded", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
-    predictor = new_predictor(weights, run.table, cfg, rt, plan)
+    predictor = Predictor(weights, run.table, cfg, rt, plan)
     for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break
@@ -3501,7 +3497,7 @@ def evaluate_artifact(run, artifact, *first):
     """
     cfg = run.cfg
     later = (
-        new_predictor(artifact.weights, artifact.table, cfg, run.rt, plan)
+        Predictor(artifact.weights, artifact.table, cfg, run.rt, plan)
         for plan in evaluation_plans(cfg)
     )
     keep = cfg.verify_tokens or len(run.tokens)
@@ -3754,8 +3750,8 @@ def demo_documents():
 
 def prepare_demo(cfg, log):
     """Make the demo's shards and tokenizer in its cache, unless that is done."""
-    last = Path(DEMO_CACHE, "fineweb_val_000000.bin")  # the last file that is made
-    if cfg.data_path == DEMO_CACHE and not last.exists():
+    # The last file that is made says whether all are.
+    if cfg.data_path == DEMO_CACHE and not os.path.exists(f"{DEMO_CACHE}/fineweb_val_000000.bin"):
         log("demo: gathering English from the documentation on this machine")
         write_shards(cache(demo_documents), DEMO_CACHE, cfg, log)
 

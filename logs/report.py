@@ -512,7 +512,7 @@ def make_trace(run, most):
     for plan in train_gpt.evaluation_plans(cfg):
         name = visible(run.name)
         print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
-        predictor = train_gpt.new_predictor(artifact.weights, artifact.table, cfg, rt, plan)
+        predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
         walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
         stages |= walked
     notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})

@@ -288,9 +288,11 @@ def sharp_model(cfg):
 
 
 def walker(cfg, plan, model=None, rt=HERE):
-    """Return a predictor at a stream's start; all of one model have the same weights."""
-    model = model or sharp_model(cfg)
-    return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, rt, plan)
+    """Return a predictor of sharp_weights at a stream's start, with `model` if it is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        if model:
+            patch.setattr(train_gpt, "new_model", lambda *_: model)
+        return train_gpt.Predictor(sharp_weights(cfg), TABLE, cfg, rt, plan)
 
 
 def frequencies(commitment):
@@ -578,9 +580,8 @@ def last_stage_predictor(cfg):
     """Return a last-stage Predictor with the artifact's weights, without the coder's help."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     rt = train_gpt.start_runtime(cfg, {})
-    model = train_gpt.new_model(cfg, rt, artifact.weights, "float64")
     plan = train_gpt.evaluation_plans(cfg)[-1]
-    return train_gpt.Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
+    return train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
 
 
 def bits_of(freqs):

@@ -595,7 +595,7 @@ def new_artifact(tmp_path):
         steps = {}
         coarseness = FINEST
         if quantizer == "fisher":
-            steps = train_gpt.new_steps(warm_model(cfg), np.uint16([]))
+            steps = train_gpt.new_steps(warm_model(cfg), np.int64([]))
             coarseness = train_gpt.COARSENESS["fisher"][0]
         weights = warm_weights(cfg)
         path = tmp_path / quantizer
