@@ -126,8 +126,7 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        why = getattr(cause, "strerror", None) or one_line(cause)
-        raise error(f"{culprit} ({why})") from cause
+        raise error(f"{culprit} ({getattr(cause, 'strerror', None) or one_line(cause)})") from cause
 
 
 frozen = dataclass(frozen=True)
@@ -381,8 +380,12 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
     def value_layers(self):
         """Layers with value embeddings, sorted; UsageError if VE_LAYERS does not list layers."""
         layers = range(self.num_layers)
-        allowed = f"must be comma-separated layers below NUM_LAYERS={self.num_layers}"
-        with blaming(f"VE_LAYERS={self.ve_layers!r}: {allowed}", ValueError, error=UsageError):
+        with blaming(
+            f"VE_LAYERS={self.ve_layers!r}: must be comma-separated layers below "
+            f"NUM_LAYERS={self.num_layers}",
+            ValueError,
+            error=UsageError,
+        ):
             return sorted({layers.index(int(n)) for n in self.ve_layers.replace(",", " ").split()})
 
 
@@ -625,9 +628,20 @@ def start_runtime(cfg, environ):
 
 
 def say(line, file=None):
-    """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work."""
-    with suppress(OSError, ValueError):
-        print(line, file=file, flush=True)
+    """Show a line at once, on stdout or in `file`; a closed pipe or a full disk ends no work.
+
+    One that ends in "\\r" tells progress: on a terminal, what is shown next takes its place.
+    """
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: there is no stdout
+        file = file or sys.stdout
+        text = line.rstrip("\r")
+        end = "\n"
+        if file.isatty():
+            if text != line:
+                text = text[: shutil.get_terminal_size().columns]  # one row of the screen
+                end = "\r"
+            text = "\033[K" + text  # clears what stands there
+        print(text, end=end, file=file, flush=True)
 
 
 def is_stream(path):
@@ -994,16 +1008,16 @@ def load_validation(cfg):
 
 
 def load_held_out(cfg):
-    """Return the end of the last training shard, uint16 (n + 1,), for calibration; maybe empty."""
+    """Return the end of the last training shard, int64 (n + 1,), for calibration; maybe empty."""
     wanted = cfg.mixer_calibration_tokens + 1
     if cfg.mixer != "learned" or wanted == 1:
-        return np.uint16([])
+        return np.int64([])
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
         raise UserError(
             f"MIXER_CALIBRATION_TOKENS={wanted - 1}: over half of the last shard; lower it"
         )
-    return shard[-wanted:]
+    return shard[-wanted:].astype(np.int64)
 
 
 def train_stream(cfg, held_out, count):
@@ -1342,8 +1356,7 @@ class Cache:
         self.rows = 0  # rows so far, which is the next row's number
         self.used = 0  # slots of the store in use, by the last rows
         cfg = model.cfg
-        rows = 2 * reach + pass_rows
-        shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, rows, cfg.head_dim)
+        shape = (cfg.num_layers, 2, batch, cfg.num_kv_heads, 2 * reach + pass_rows, cfg.head_dim)
         self.store = model.skip_weights.new_empty(shape, dtype=model.dtype)
 
     def grow(self, rows):
@@ -1611,7 +1624,7 @@ def train(model, cfg, rt, log, held_out):
     trainer = Trainer(model, loss, cfg, rt)
     tokens = np.arange(cfg.train_batch_tokens + 1) % cfg.vocab_size
     for step in range(cfg.warmup_steps):
-        log(f"warm-up, to compile every kernel: step {step + 1}/{cfg.warmup_steps}, not timed")
+        log(f"warm-up, to compile every kernel: step {step + 1}/{cfg.warmup_steps}, not timed\r")
         trainer.step(micro_batches(tokens, cfg, rt), step, scale=0.1)
     model.load_state_dict(untouched)
     result.warmup_seconds = perf_counter() - start_s
@@ -1622,19 +1635,18 @@ def train(model, cfg, rt, log, held_out):
         while left >= 1:
             scale = min(1.0, left / max(cfg.warmdown_iters, 1))  # 1, then linear to 0
             tokens, epochs = next(stream)
-            batches = micro_batches(tokens, cfg, rt)
-            losses = trainer.step(batches, result.steps, scale)
+            losses = trainer.step(micro_batches(tokens, cfg, rt), result.steps, scale)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(perf_counter() - start_s)
             left = steps_left(result.steps, result.seconds, limit_s, cfg)
-            if result.steps % cfg.log_every == 0 or result.steps in (1, cfg.iterations):
-                eta_s = left * result.seconds / result.steps
+            if result.steps % cfg.log_every == 0 or result.steps == 1 or left < 1:
+                end = "\r" * (left >= 1)  # the last step's line stays
                 log(
                     f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
                     f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {eta_s:.0f} s"
+                    f"{result.seconds:.0f} s  ETA {left * result.seconds / result.steps:.0f} s{end}"
                 )
     except FORESEEN as error:
         on_signals()  # at once: torchrun's SIGTERM follows the failure of another rank
@@ -1663,7 +1675,6 @@ def train(model, cfg, rt, log, held_out):
 # (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-LEVEL_LIMITS = {"int6": 31, "int8": 127}
 # How int6 stores parameters of each role; fisher gives levels to all but vectors.
 KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
 # The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
@@ -1677,8 +1688,11 @@ def quantize(w, kind, coarseness):
 
     What is beyond the top level is clipped: no value of int8.
     """
-    top = w.abs().amax(1) if kind == "int8" else coarseness * w.square().mean(1).sqrt()
-    limit = LEVEL_LIMITS[kind]
+    limit = 127
+    top = w.abs().amax(1)
+    if kind == "int6":
+        limit = 31
+        top = coarseness * w.square().mean(1).sqrt()
     scale = (top / limit).clamp(2.0**-24, 65_504.0).half()
     levels = (w / scale[:, None]).round().clamp(-limit, limit)
     return levels.to(torch.int8), scale
@@ -1693,7 +1707,7 @@ def new_steps(model, held_out):
     """Return {name: [exponents of rows (R,), of columns (C,), GPTQ's factor (C, C)]} for fisher.
 
     From the gradients G (R, C) of the summed losses of the first FISHER_SEQUENCES sequences in
-    held_out, uint16 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
+    held_out, int64 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
     diagonal 1 % of its mean is added; to the rows' 2 %. Without a sequence, steps are in proportion
     to a row's root mean square.
     """
@@ -1704,7 +1718,7 @@ def new_steps(model, held_out):
         energy = 1e-10 / (square + 0.01 * square.mean() + 1e-30)
         factors.append([energy, energy.sum() * torch.eye(p.size(1)).to(energy)])
     rows = model.cfg.train_seq_len
-    tokens = torch.from_numpy(held_out.astype(np.int64)).to(p.device)
+    tokens = torch.from_numpy(held_out).to(p.device)
     ends = range(rows, len(tokens), rows)[:FISHER_SEQUENCES]
     for end in ends:
         logits = model(tokens[None, end - rows : end])[0]
@@ -2001,9 +2015,9 @@ def read_artifact(path, data=None):
         )
     body = data[ARTIFACT_HEAD_BYTES:]
     if data != with_head(body):
-        length = int.from_bytes(data[12:20], "little")
         raise UserError(
-            f"artifact {path} is cut or altered, {len(body):,} bytes of {length:,}; copy it again"
+            f"artifact {path} is cut or altered, {len(body):,} bytes of "
+            f"{int.from_bytes(data[12:20], 'little'):,}; copy it again"
         )
     with blaming(f"artifact {path} breaks its format; train again", Exception):  # of many kinds
         header, weights = unpack_artifact(body)
@@ -2321,11 +2335,11 @@ class Mixture:
 
         The entropy mixer remembers nothing, and its steps change nothing.
         """
-        tokens = prefix.to(self.rt.device)
         total = torch.zeros_like(self.weights, dtype=torch.int64)
         if self.remembered:
             *evidence, freqs, positions = map(torch.cat, zip(*self.remembered))
-            rows = self.gradient(*evidence, freqs / TOTAL, tokens[positions])
+            targets = prefix.to(self.rt.device)[positions]
+            rows = self.gradient(*evidence, freqs / TOTAL, targets)
             total = (rows * GRADIENT_SCALE).round().long().sum(0)
         self.rt.sum_over_ranks(total)
         self.weights.grad = total.double() / (GRADIENT_SCALE * self.plan.block)
@@ -2573,11 +2587,11 @@ class Commitment(NamedTuple):
 class Predictor:
     """Commits, scores and learns, in this order: predict -> score -> ... -> update, or OrderError.
 
-    It owns `model`: with TTT its weights change. Every rank makes the same calls with the same
-    arguments; update is due when plan.block positions are scored.
+    Its model, and its mixer, begin with `weights`, which stay as they are. Every rank makes the
+    same calls with the same arguments; update is due when plan.block positions are scored.
     """
 
-    def __init__(self, model, mixer, cfg, table, rt, plan):
+    def __init__(self, weights, table, cfg, rt, plan):
         self.rt = rt
         self.plan = plan
         self.scored_to = plan.lanes  # the first position that is not scored yet
@@ -2585,10 +2599,13 @@ class Predictor:
         self.pending = None  # the commitment that waits for its score
         # The guard's w at scored_to and later positions, as far as it is known.
         self.trust = [TRUST_SCALE // 2] * plan.lanes
+        model = new_model(cfg, rt, weights, cfg.eval_dtype)
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = Mixture(mixer, cfg, table, rt, plan) if "mixer" in plan.stages else None
+        self.mixture = None
+        if "mixer" in plan.stages:
+            self.mixture = Mixture(weights["mixer"], cfg, table, rt, plan)
         self.mix_seconds = 0.0  # from a block's logits to its bits
 
     @torch.inference_mode()
@@ -2711,10 +2728,10 @@ def walk(predictor, stream, log=None, step=None):
         if log and perf_counter() - logged_s > 15:
             logged_s = perf_counter()
             spent_s = logged_s - start_s
-            eta_s = spent_s / (stop - first) * (len(stream) - stop)
             log(
                 f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
-                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, ETA {eta_s:.0f} s"
+                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, "
+                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s\r"
             )
 
 
@@ -2802,12 +2819,6 @@ class CodeHead(NamedTuple):
         return head, checks, words
 
 
-def new_predictor(weights, table, cfg, rt, plan):
-    """Return a Predictor of these weights, the mixer's among them."""
-    model = new_model(cfg, rt, weights, cfg.eval_dtype)
-    return Predictor(model, weights["mixer"], cfg, table, rt, plan)
-
-
 @dataclass
 class Codec:
     """Codes token streams to code files and back, by the frequencies of the last stage."""
@@ -2834,13 +2845,12 @@ class Codec:
         gets (start, frequency) of each in the order of coding, uint64.
         """
         stage = plan.stages[-1]
-        n = len(tokens) - 1
-        row, lane = np.divmod(np.arange(n), plan.lanes)
-        begins = lane * (n // plan.lanes) + np.minimum(lane, n % plan.lanes)  # of each lane's text
-        order = np.append([0] * plan.lanes, 1 + begins + row)
+        segments = np.array_split(np.arange(1, len(tokens)), plan.lanes)
+        rows = itertools.zip_longest(*segments)  # a short lane ends with None
+        order = [0] * plan.lanes + [position for row in rows for position in row if position]
         stream = torch.from_numpy(tokens[order])
         own = self.artifact
-        predictor = new_predictor(own.weights, own.table, self.cfg, self.rt, plan)
+        predictor = Predictor(own.weights, own.table, self.cfg, self.rt, plan)
         bits = {stage: 0.0}  # of an empty text
         crc = 0
         steps = walk(predictor, stream, self.log, decoder and plan.lanes)
@@ -2867,8 +2877,10 @@ class Codec:
         checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
         starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
-        capability = torch.backends.cpu.get_cpu_capability()
-        maker = f"torch {torch.__version__}, {capability}, {torch.get_num_threads()} threads"
+        maker = (
+            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+            f"{torch.get_num_threads()} threads"
+        )
         head = CodeHead(
             lanes,
             len(freqs),
@@ -2900,11 +2912,10 @@ class Codec:
             steps = self.code(plan, tokens, coded, SymbolDecoder(words, 1))
             for (crc, _), check in zip(steps, checks):
                 if crc != check:
-                    maker = head.maker.rstrip(b"\0").decode(errors="replace")
                     raise UserError(
                         f"{path} cannot be followed here: the frequencies up to token "
-                        f"{min(len(coded) + 1, head.tokens)} are not those of {maker}; "
-                        "decode it there"
+                        f"{min(len(coded) + 1, head.tokens)} are not those of "
+                        f"{head.maker.rstrip(bytes(1)).decode(errors='replace')}; decode it there"
                     )
         text = self.artifact.table.decode(tokens)
         if len(text) != head.text_bytes or sha256(text) != head.text:
@@ -2915,7 +2926,7 @@ class Codec:
 def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS and let another process decode them.
 
-    It gets the artifact, no shards, no tokenizer and no settings; what it prints is logged.
+    It gets the artifact, no shards, no tokenizer and no settings; it shows its own progress.
     UserError if it gives up, or finds other frequencies or another text. For rank 0 alone. scored,
     int64 (n,): the frequencies that the run has just given these tokens, as the coder must too.
     """
@@ -2941,20 +2952,13 @@ def verify(run, artifact, scored=None):
     )
     torch.cuda.empty_cache()  # leave the device's memory to the decoder
     target = path.with_suffix(".txt")
-    line = ""
     command = [sys.executable, __file__, "decompress", path, target]
-    with subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as decoder:
-        try:
-            for line in decoder.stdout:
-                run.log(line.strip())
-        finally:  # it has ended, unless this process is interrupted
-            decoder.kill()
+    decoder = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
     if decoder.returncode:
-        why = line.strip() or f"exit status {decoder.returncode}"
-        raise UserError(f"verify: the decoder gave up: {why}")
-    if read_file(target) != artifact.table.decode(tokens):
+        why = decoder.stderr or f"exit status {decoder.returncode}"
+        raise UserError(f"verify: the decoder gave up: {one_line(why)}")
+    text = artifact.table.decode(tokens)
+    if read_file(target) != text:
         raise UserError("verify: the decoder's text is another")
     n = len(freqs)
     proof = dict(
@@ -2965,12 +2969,14 @@ def verify(run, artifact, scored=None):
         decode_seconds=perf_counter() - coded_s,
     )
     run.record("proof", proof)
-    run.log(
-        f"proof: another process decoded {n:,} tokens from the artifact and "
-        f"{proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
+    bpb = 8 * proof["bytes_on_disk"] / max(len(text), 1)
+    run.rows += [
+        f"proof       {bpb:>10.6f}{n:>33,}{perf_counter() - start_s:>9.1f}",
+        f"proof: another process decoded {n:,} tokens, {len(text):,} B of text, from the artifact "
+        f"and {proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
         f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
-        f"{n / proof['decode_seconds']:,.1f} to decode"
-    )
+        f"{n / proof['decode_seconds']:,.1f} to decode",
+    ]
 
 
 # ---- Report --------------------------------------------------------------------------------------
@@ -2991,6 +2997,7 @@ class Run:
         self.cfg = cfg
         self.rt = rt
         self.files = []  # that show the log
+        self.rows = ["stage          val_bpb      delta  val_loss      tokens  seconds"]
         settings = asdict(cfg)
         environment = {
             "python": platform.python_version(),
@@ -3011,13 +3018,19 @@ class Run:
             "stages": [],
             "val_bpb": None,
         }
+        preset = asdict(config_from_env({"PRESET": cfg.preset}))
+        changed = [n for n in settings if settings[n] != preset[n]]
+
+        def assignments(names):
+            return " ".join(f"{n.upper()}={settings[n]}" for n in names)
+
         rt.by_main(self.take_folder)
-        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         for line in (
-            f"{command} {cfg.run_dir.name}, {when}",
+            f"{command} {cfg.run_dir.name}, {time.strftime('%F %T UTC', time.gmtime())}",
             f"environment: {environment}",
             *rt.notes,
-            *(f"  {n.upper()}={v}" for n, v in settings.items()),
+            f"settings: {assignments(['preset', *changed])}; all of them:",
+            *("  " + assignments(names) for _, names in itertools.groupby(settings, GROUPS.get)),
         ):
             self.log(line)
 
@@ -3031,9 +3044,14 @@ class Run:
         path = folder / "results.json"
         check_writable(folder)
         self.lock = open(folder / ".lock", "wb")  # noqa: SIM115 (locked until it is closed)
-        rival = f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID"
-        with suppress(OSError), blaming(rival, BlockingIOError):
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not every file system can
+        with (
+            suppress(OSError),  # not every file system can
+            blaming(
+                f"RUN_ID: another run is at work in {folder}; wait for it or set another RUN_ID",
+                BlockingIOError,
+            ),
+        ):
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.exists() and not self.cfg.replace:
             with blaming(f"{path} is no run's; REPLACE=1 replaces it", LookupError, TypeError):
                 own, found = (
@@ -3063,16 +3081,18 @@ class Run:
         limit = self.cfg.size_limit_bytes
         total = code_bytes() + artifact.size_bytes
         overridden = artifact.overridden(self.cfg)
-        sizes = {
-            "path": str(artifact.path),
-            "weights_bytes": artifact.size_bytes,
-            "code_bytes": code_bytes(),
-            "total_bytes": total,
-            "limit_bytes": limit,
-            "sha256": artifact.digest.hex(),
-            "overridden": overridden,
-        }
-        self.record("artifact", sizes)
+        self.record(
+            "artifact",
+            {
+                "path": str(artifact.path),
+                "weights_bytes": artifact.size_bytes,
+                "code_bytes": code_bytes(),
+                "total_bytes": total,
+                "limit_bytes": limit,
+                "sha256": artifact.digest.hex(),
+                "overridden": overridden,
+            },
+        )
         self.log(
             f"artifact {artifact.path}: {artifact.size_bytes:,} B weights "
             f"+ {code_bytes():,} B code = {total:,} of {limit:,} B"
@@ -3088,29 +3108,31 @@ class Run:
             )
 
     def add_stages(self, stages):
-        """Add scored stages, log their rows of the table, and write results.json."""
-        if not self.results["stages"]:
-            self.log("stage          val_bpb      delta  val_loss      tokens  seconds")
+        """Add scored stages, tell their figures, and write results.json."""
         for stage in stages:
             bpb = stage["val_bpb"]
-            delta = bpb - (self.results["val_bpb"] or bpb)
-            self.log(
-                f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
+            self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s\r")
+            self.rows.append(
+                f"{stage['name']:<12}{bpb:>10.6f}{bpb - (self.results['val_bpb'] or bpb):>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
             self.results["val_bpb"] = bpb
         self.record("stages", self.results["stages"] + stages)
 
-    def log_budget(self):
-        """Log seconds against the competition's limits."""
-        self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
-        if train := self.results["train"]:
-            self.log(
-                f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of 600 s, "
-                f"calibration included; quantize {train['quantize_seconds']:.1f} s (fisher's count)"
-            )
-        seconds = (s["seconds"] for s in self.results["stages"] if s["name"] != "pre_quant")
-        self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
+    def log_table(self):
+        """Log the table of stages and proof; then seconds against the competition's limits."""
+        for row in self.rows:
+            self.log(row)
+        if stages := self.results["stages"]:
+            self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
+            if train := self.results["train"]:
+                self.log(
+                    f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of "
+                    "600 s, calibration included; "
+                    f"quantize {train['quantize_seconds']:.1f} s (fisher's count)"
+                )
+            seconds = (s["seconds"] for s in stages if s["name"] != "pre_quant")
+            self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
 
 
 def read_result(path):
@@ -3118,8 +3140,13 @@ def read_result(path):
 
     Two keys are added: `same`, what must agree between seeds, and `row`, the seed's own numbers.
     """
-    culprit = f"{path} is not a finished run's results.json, with its proof"
-    with blaming(culprit, ValueError, LookupError, TypeError, UserError):
+    with blaming(
+        f"{path} is not a finished run's results.json, with its proof",
+        ValueError,
+        LookupError,
+        TypeError,
+        UserError,
+    ):
         run = read_object(path)
         artifact = run["artifact"]
         last = run["stages"][-1]
@@ -3407,24 +3434,30 @@ def finish(run, model, result, held_out):
         return data
 
     data = run.rt.from_main(run.rt.by_main(write))  # other nodes have no such file
-    numbers = {
-        "quantize_seconds": perf_counter() - start_s,
-        "tokens_per_second": result.tokens / result.seconds,
-    }
-    run.record("train", asdict(result) | numbers)
+    run.record(
+        "train",
+        dict(
+            asdict(result),
+            quantize_seconds=perf_counter() - start_s,
+            tokens_per_second=result.tokens / result.seconds,
+        ),
+    )
     artifact = read_artifact(path, data)
     run.check_size(artifact)
 
-    exact = new_predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
-    scored = evaluate_artifact(run, artifact, exact)
-    if cfg.eval_dtype != "float64":
-        run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
-    elif cfg.verify_enabled:
-        run.rt.by_main(verify, run, artifact, scored)
+    exact = Predictor(weights, run.table, cfg, run.rt, new_plan(cfg, "pre_quant"))
+    try:
+        scored = evaluate_artifact(run, artifact, exact)
+        if cfg.eval_dtype != "float64":
+            run.log(f"note: EVAL_DTYPE={cfg.eval_dtype} is a quick look: nothing is proved")
+        elif cfg.verify_enabled:
+            run.rt.by_main(verify, run, artifact, scored)
+    finally:
+        run.log_table()
 
 
 def calibrate(run, weights, held_out, limit_s):
-    """Return (mixer weights, seconds), fitted by scoring held_out, uint16 (n + 1,), once.
+    """Return (mixer weights, seconds), fitted by scoring held_out, int64 (n + 1,), once.
 
     The model is the exact one. The mixer begins with the one in `weights` and learns every W
     positions, at thrice its rates; scoring stops after 95 % of limit_s. A block is two runs, each
@@ -3437,12 +3470,12 @@ def calibrate(run, weights, held_out, limit_s):
     if not len(held_out):
         return weights["mixer"], 0.0
     start_s = perf_counter()
-    stream = torch.from_numpy(held_out.astype(np.int64)).to(rt.device)
+    stream = torch.from_numpy(held_out).to(rt.device)
     block = cfg.eval_seq_len
     plan = new_plan(cfg, "sliding", "unguarded", "mixer")._replace(
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
-    predictor = new_predictor(weights, run.table, cfg, rt, plan)
+    predictor = Predictor(weights, run.table, cfg, rt, plan)
     for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
         if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break
@@ -3463,13 +3496,14 @@ def evaluate_artifact(run, artifact, *first):
     Return the first VERIFY_TOKENS frequencies of the last stage.
     """
     cfg = run.cfg
-    parts = artifact.weights, artifact.table, cfg, run.rt
-    later = (new_predictor(*parts, plan) for plan in evaluation_plans(cfg))
+    later = (
+        Predictor(artifact.weights, artifact.table, cfg, run.rt, plan)
+        for plan in evaluation_plans(cfg)
+    )
     keep = cfg.verify_tokens or len(run.tokens)
     for predictor in itertools.chain(first, later):
         stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)
         run.add_stages(stages)
-    run.log_budget()
     return scored
 
 
@@ -3498,10 +3532,13 @@ def eval_command(environ, command):
         cfg = replace(cfg, run_id=run_id[:200])
     run = open_run(cfg, environ, command, artifact)
     run.check_size(artifact)
-    if command == "eval":
-        evaluate_artifact(run, artifact)
-    else:
-        run.rt.by_main(verify, run, artifact)
+    try:
+        if command == "eval":
+            evaluate_artifact(run, artifact)
+        else:
+            run.rt.by_main(verify, run, artifact)
+    finally:
+        run.log_table()
 
 
 def text_tokens(data, table, encode):
@@ -3538,7 +3575,7 @@ def text_tokens(data, table, encode):
     return np.concatenate([[table.bos_id], *map(ids_of, runs)])
 
 
-def code_command(command, source, target, environ):
+def code_command(environ, command, source, target):
     """Code a file, whatever its bytes, with the artifact at ARTIFACT_PATH, or decode it.
 
     `compress` uses up to 16 lanes; `decompress` needs no tokenizer.
@@ -3583,16 +3620,16 @@ def dispatch(args, environ):
             train_command(environ)
         case ["finish"]:
             finish_command(environ)
-        case ["eval" | "verify" as command]:
-            eval_command(environ, command)
-        case ["compress" | "decompress" as command, source, target]:
-            code_command(command, source, target, environ)
+        case ["eval" | "verify"]:
+            eval_command(environ, *args)
+        case ["compress" | "decompress", _, _]:
+            code_command(environ, *args)
         case ["tokenize", out_dir, *paths] if paths:
             tokenize_command(out_dir, paths, environ)
         case ["summarize", "--mixed", *paths] | ["summarize", *paths] if paths:
             summary = summarize(paths, "--mixed" in args)
             write_object("submission.json", summary)
-            say(json.dumps(summary, indent=1))
+            write_object("-", summary)
         case ["submit", out_dir, *paths] if paths:
             submit(out_dir, paths)
         case ["pack", target]:
@@ -3641,6 +3678,9 @@ def main():
         if rank == 0:
             say(f"error: {one_line(error)}", sys.stderr)
         return {KeyboardInterrupt: 130, UsageError: 2}.get(type(error), 1)
+    except BaseException:
+        say("", sys.stderr)  # the traceback does not begin on a line of progress
+        raise
     if dist.is_initialized():
         dist.barrier()
     return 0
@@ -3710,8 +3750,8 @@ def demo_documents():
 
 def prepare_demo(cfg, log):
     """Make the demo's shards and tokenizer in its cache, unless that is done."""
-    last = Path(DEMO_CACHE, "fineweb_val_000000.bin")  # the last file that is made
-    if cfg.data_path == DEMO_CACHE and not last.exists():
+    # The last file that is made says whether all are.
+    if cfg.data_path == DEMO_CACHE and not os.path.exists(f"{DEMO_CACHE}/fineweb_val_000000.bin"):
         log("demo: gathering English from the documentation on this machine")
         write_shards(cache(demo_documents), DEMO_CACHE, cfg, log)
 

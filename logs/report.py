@@ -176,7 +176,8 @@ STEP = re.compile(
     r"step (?P<step>\d+)/\d+  loss (?P<loss>\S+) \(weighted (?P<weighted>\S+)\)  "
     r"lr x\S+  (?P<rate>[\d,]+) tokens/s  (?P<seconds>\d+) s"
 )
-SETTING = re.compile(r"  ([A-Z][A-Z0-9_]*)=(.*)")
+SETTINGS = re.compile(r"  [A-Z][A-Z0-9_]*=.*")  # a line of them; in older logs it has one
+SETTING = re.compile(r" ([A-Z][A-Z0-9_]*)=(.*?)(?= [A-Z][A-Z0-9_]*=|$)")
 LOGS = ("train.log", "eval.log", "verify.log")
 
 
@@ -193,8 +194,8 @@ def read_log(path):
             sections.append((header[2], {}, [], []))
             continue
         _, settings, steps, others = sections[-1]
-        if setting := SETTING.fullmatch(line):
-            settings[setting[1].lower()] = setting[2]
+        if SETTINGS.fullmatch(line):
+            settings.update((name.lower(), text) for name, text in SETTING.findall(line))
         elif step := STEP.match(line):
             numbers = {n: float(v.replace(",", "")) for n, v in step.groupdict().items()}
             steps.append(numbers)
@@ -520,7 +521,7 @@ def make_trace(run, most):
     for plan in train_gpt.evaluation_plans(cfg):
         name = visible(run.name)
         print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
-        predictor = train_gpt.new_predictor(artifact.weights, artifact.table, cfg, rt, plan)
+        predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
         walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
         stages |= walked
     notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})

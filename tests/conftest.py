@@ -6,10 +6,13 @@ import contextlib
 import functools
 import importlib
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -285,9 +288,11 @@ def sharp_model(cfg):
 
 
 def walker(cfg, plan, model=None, rt=HERE):
-    """Return a predictor at a stream's start; all of one model have the same weights."""
-    model = model or sharp_model(cfg)
-    return train_gpt.Predictor(model, sharp_weights(cfg)["mixer"], cfg, TABLE, rt, plan)
+    """Return a predictor of sharp_weights at a stream's start, with `model` if it is given."""
+    with pytest.MonkeyPatch.context() as patch:
+        if model:
+            patch.setattr(train_gpt, "new_model", lambda *_: model)
+        return train_gpt.Predictor(sharp_weights(cfg), TABLE, cfg, rt, plan)
 
 
 def frequencies(commitment):
@@ -418,6 +423,58 @@ def command_line(tmp_path, monkeypatch, capfd):
     assert no_leftovers(tmp_path)
 
 
+class Terminal:
+    """A pseudo-terminal: `file` is written to; rows() are what a reader then sees of it."""
+
+    def __init__(self, columns):
+        self.columns = columns
+        self.output = b""
+        self.master, slave = pty.openpty()
+        self.file = open(slave, "w", encoding="utf-8")  # noqa: SIM115 (rows() closes it)
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        """Take what is written, until the file is closed."""
+        with contextlib.suppress(OSError):
+            while data := os.read(self.master, 4096):
+                self.output += data
+
+    def rows(self):
+        """Close the file; return the rows of the screen, as it obeys control characters."""
+        self.file.close()
+        self.reader.join()
+        os.close(self.master)
+        rows = [[]]
+        column = 0
+        for part in re.findall(r"(?s)\x1b\[K|[^\x1b]", self.output.decode()):
+            if part == "\r":
+                column = 0
+            elif part == "\x1b[K":
+                del rows[-1][column:]
+            elif part == "\n" or column == self.columns:
+                rows.append([])
+                column = 0
+            if part.isprintable():
+                rows[-1][column : column + 1] = part
+                column += 1
+        return ["".join(row) for row in rows]
+
+
+@pytest.fixture
+def on_terminal(monkeypatch):
+    """on_terminal(columns) -> a new Terminal, which then is stdout and stderr."""
+
+    def opened(columns=200):
+        terminal = Terminal(columns)
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr(sys, "stdout", terminal.file)
+        monkeypatch.setattr(sys, "stderr", terminal.file)
+        return terminal
+
+    return opened
+
+
 # ---- Code files ----------------------------------------------------------------------------------
 
 CODED_TOKENS = 3 * 64 + 20  # three updates of TTT and 26 of the mixer, then half a block
@@ -523,9 +580,8 @@ def last_stage_predictor(cfg):
     """Return a last-stage Predictor with the artifact's weights, without the coder's help."""
     artifact = train_gpt.read_artifact(cfg.artifact)
     rt = train_gpt.start_runtime(cfg, {})
-    model = train_gpt.new_model(cfg, rt, artifact.weights, "float64")
     plan = train_gpt.evaluation_plans(cfg)[-1]
-    return train_gpt.Predictor(model, artifact.weights["mixer"], cfg, artifact.table, rt, plan)
+    return train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
 
 
 def bits_of(freqs):

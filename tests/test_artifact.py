@@ -128,7 +128,7 @@ def test_each_tensor_has_its_kind():
     projections = {"embed.bigram_proj", "ve_proj"}
     rest = {"skip_weights", "blocks.0.mix_x", "mixer"}
     assert kinds["fp16"] > projections | rest
-    coded = train_gpt.new_steps(warm_model(tiny_config()), np.zeros(0, np.uint16))
+    coded = train_gpt.new_steps(warm_model(tiny_config()), np.zeros(0, np.int64))
     assert coded.keys() == kinds["int6"] | kinds["int8"] | projections
 
 

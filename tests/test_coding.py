@@ -394,7 +394,7 @@ def test_absurd_heads_are_refused_before_work(change, words, code_files, tmp_pat
     head, checks, code = CodeHead.unpack(file.path, file.path.read_bytes())
     path.write_bytes(head._replace(**change).pack(checks, code))
     coder = codec(file.cfg)
-    monkeypatch.setattr(train_gpt, "new_predictor", None)
+    monkeypatch.setattr(train_gpt, "Predictor", None)
     tracemalloc.start()
     message = refusal(coder.decode, path)
     _, peak = tracemalloc.get_traced_memory()
@@ -511,7 +511,7 @@ def long_code(artifacts, tmp_path, monkeypatch):
         def stand_in(weights, table, cfg, rt, plan):
             return Uniform(VOCAB, plan, position)
 
-        monkeypatch.setattr(train_gpt, "new_predictor", stand_in)
+        monkeypatch.setattr(train_gpt, "Predictor", stand_in)
 
     altered()
     coder = codec(artifacts("none, no ttt"))

@@ -198,7 +198,7 @@ def test_lanes_take_turns(artifacts, lanes, n):
     _, _, freqs = codec(cfg).encode(tokens, lanes)
     artifact = train_gpt.read_artifact(cfg.artifact)
     plan = last_plan(cfg, lanes)
-    predictor = train_gpt.new_predictor(artifact.weights, TABLE, cfg, train_gpt.Runtime(), plan)
+    predictor = Predictor(artifact.weights, TABLE, cfg, train_gpt.Runtime(), plan)
     steps = walk(predictor, interleaved(tokens[1:], lanes))
     expected = [commitment.chosen(targets, "mixer")[0] for commitment, targets, _ in steps]
     assert freqs.tolist() == torch.cat(expected).tolist()
@@ -237,10 +237,7 @@ def in_lanes(name, lanes, block=None, **changes):
     cfg = tiny_config(**{**CODER_SETTINGS[name], **changes})
     plan = last_plan(cfg, lanes)
     plan = plan._replace(block=block or plan.block)
-    weights = warm_weights(cfg)
-    rt = train_gpt.Runtime()
-    model = train_gpt.new_model(cfg, rt, weights, "float64")
-    predictor = Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    predictor = Predictor(warm_weights(cfg), TABLE, cfg, train_gpt.Runtime(), plan)
     predictor.cfg = cfg
     return predictor
 
@@ -512,7 +509,7 @@ def test_long_run_of_one_letter_comes_back(coders, command_line, monkeypatch, tm
     def uniform(weights, table, cfg, rt, plan):
         return Uniform(400, plan)
 
-    monkeypatch.setattr(train_gpt, "new_predictor", uniform)
+    monkeypatch.setattr(train_gpt, "Predictor", uniform)
     data = b"a" * 100_000
     (tmp_path / "in").write_bytes(data)
     assert command_line("compress", "in", "code", **coders["plain"]) == (0, "")

@@ -270,7 +270,7 @@ class Notes:
     def log(self, *_):
         """Do nothing with what a run tells."""
 
-    record = check_size = log_budget = log
+    record = check_size = log_table = log
 
 
 @pytest.mark.parametrize(
@@ -370,10 +370,7 @@ def scored_bits(predictor, n=75):
 
 def new_predictor(rt, script=train_gpt, cfg=SCORED_CFG):
     """A Predictor of the last stage, ttt and mixer, at a stream's start."""
-    weights = sharp_weights(cfg)
-    model = script.new_model(cfg, rt, weights, "float64")
-    plan = script.last_plan(cfg)
-    return script.Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    return script.Predictor(sharp_weights(cfg), TABLE, cfg, rt, script.last_plan(cfg))
 
 
 def test_two_ranks_score_what_one_does(device):
@@ -402,9 +399,7 @@ def test_two_ranks_train_as_one_does(device):
 def scored_block(device, cfg, plan, blocks=3):
     """(operators, waits) of predict and score, then of update, for the last of some blocks."""
     rt = runtime_on_device()
-    weights = sharp_weights(cfg)
-    model = train_gpt.new_model(cfg, rt, weights, "float64")
-    predictor = train_gpt.Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    predictor = train_gpt.Predictor(sharp_weights(cfg), TABLE, cfg, rt, plan)
     stream = torch.from_numpy(tiny_stream(1 + blocks * plan.block)).to(CUDA)
     for start in range(1, len(stream), plan.block):
         stop = start + plan.block
@@ -507,7 +502,7 @@ MIXES = [
         "prefix[: last * lanes].to(self.rt.device)",
         "prefix[: last * lanes]",
     ),
-    (scoring_waits, "tokens = prefix.to(self.rt.device)", "tokens = prefix"),
+    (scoring_waits, "prefix.to(self.rt.device)[positions]", "prefix[positions]"),
     (scoring_waits, "torch.as_tensor(word_begins, device=device)", "torch.as_tensor(word_begins)"),
     (
         scoring_waits,

@@ -45,7 +45,8 @@ KINDS = "UCNNNNNBBBNNNN"
 
 def log_text(*steps, name="run", command="train"):
     """Return a log whose training has a line for each (step, loss) of `steps`."""
-    lines = [HEADER.format(command, name), "cpu tiny", "  PRESET=demo", "  SEED=7"]
+    settings = ["  PRESET=demo RUN_ID= DATA_PATH=my text", "  SEED=7"]
+    lines = [HEADER.format(command, name), "cpu tiny", *settings]
     lines += [STEP.format(n, loss, loss - 0.25, 2 * n) for n, loss in steps]
     return "\n".join(lines) + "\n"
 
@@ -589,8 +590,15 @@ def test_step_has_all_its_numbers(tmp_path):
     """As the script logs them."""
     (tmp_path / "train.log").write_text(log_text((10, 5.5)))
     name, settings, steps = read_log(tmp_path / "train.log")
-    assert (name, settings) == ("run", dict(preset="demo", seed="7"))
+    assert name == "run"
+    assert settings == dict(preset="demo", run_id="", data_path="my text", seed="7")
     assert steps == [dict(step=10, loss=5.5, weighted=5.25, rate=1234, seconds=20)]
+
+
+def test_older_log_has_a_line_a_setting(tmp_path):
+    """As the runs that are kept beside the notebook."""
+    (tmp_path / "train.log").write_text(f"{HEADER.format('train', 'run')}\n  RUN_ID=\n  SEED=7\n")
+    assert read_log(tmp_path / "train.log")[1] == dict(run_id="", seed="7")
 
 
 # ---- The same as the script ----------------------------------------------------------------------
@@ -649,7 +657,7 @@ def new_artifact(tmp_path):
         steps = {}
         coarseness = FINEST
         if quantizer == "fisher":
-            steps = train_gpt.new_steps(warm_model(cfg), np.uint16([]))
+            steps = train_gpt.new_steps(warm_model(cfg), np.int64([]))
             coarseness = train_gpt.COARSENESS["fisher"][0]
         weights = warm_weights(cfg)
         path = tmp_path / quantizer

@@ -69,9 +69,7 @@ from train_gpt import (
     load_held_out,
     mix_entropy,
     new_mixer_weights,
-    new_model,
     new_plan,
-    new_predictor,
     shares,
     walk,
 )
@@ -723,9 +721,8 @@ def calibrated_weights(weights, cfg, limit_s=math.inf, rt=HERE, log=quiet):
 
 def sliding_predictor(weights, cfg, rt=HERE):
     """A predictor without TTT of these weights."""
-    model = new_model(cfg, rt, weights, "float64")
     plan = new_plan(cfg, "sliding", "unguarded", "mixer")
-    return Predictor(model, weights["mixer"], cfg, TABLE, rt, plan)
+    return Predictor(weights, TABLE, cfg, rt, plan)
 
 
 def bits_before(weights, cfg, tokens):
@@ -746,11 +743,10 @@ def bits_of(weights, cfg, tokens):
 def test_scoring_without_ttt_leaves_the_model_alone(tmp_path):
     """The history and the mixer learn; the model's weights stay to the last bit."""
     cfg = learner(tmp_path)
-    model = new_model(cfg, HERE, warm_weights(cfg), "float64")
-    plan = new_plan(cfg, "sliding", "unguarded", "mixer")
-    predictor = Predictor(model, warm_weights(cfg)["mixer"], cfg, TABLE, HERE, plan)
+    predictor = sliding_predictor(warm_weights(cfg), cfg)
     for _ in walk(predictor, torch.from_numpy(tiny_stream(150))):
         pass
+    model = predictor.engine.model
     assert same(model.state_dict(), warm_model(cfg, dtype=torch.float64).state_dict())
     assert not torch.equal(predictor.mixture.weights, warm_weights(cfg)["mixer"].double())
 
@@ -761,7 +757,7 @@ def test_calibration_lowers_the_bits(tmp_path):
     cfg = learner(tmp_path, (600, 2400), **changes)
     weights = cold_weights(cfg)
     calibrated = calibrated_weights(weights, cfg)
-    for tokens in (load_held_out(cfg).astype(np.int64), tiny_stream(600, seed=1)):
+    for tokens in (load_held_out(cfg), tiny_stream(600, seed=1)):
         neural, cold_bits = bits_of(weights, cfg, tokens)
         neural_again, calibrated_bits = bits_of(calibrated, cfg, tokens)
         assert neural_again == neural
@@ -851,7 +847,7 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
     settings = train_gpt.Config(**artifact.settings)
     assert settings.mixer_calibration_tokens == 400
     plan = new_plan(settings, "sliding", "unguarded", "mixer")
-    predictor = new_predictor(artifact.weights, artifact.table, settings, HERE, plan)
+    predictor = Predictor(artifact.weights, artifact.table, settings, HERE, plan)
     assert torch.equal(predictor.mixture.weights, stored.double())
     assert predictor.mixture.weights.data_ptr() != stored.data_ptr()
 

@@ -598,11 +598,7 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
         cfg = train_gpt.Config(**settings)
         plans = [new_plan(cfg, "pre_quant"), *evaluation_plans(cfg)]
         for plan in plans if tiles == 1 else plans[-2:]:
-            models = [train_gpt.new_model(cfg, rt, artifact.weights, "float64") for _ in range(2)]
-            predictor, again = (
-                Predictor(model, artifact.weights["mixer"], cfg, TABLE, rt, plan)
-                for model in models
-            )
+            predictor, again = (Predictor(artifact.weights, TABLE, cfg, rt, plan) for _ in range(2))
             pieces = []
             for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
                 pieces += commitment.pieces
@@ -614,7 +610,7 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
                     bpb={stage["name"]: stage["val_bpb"] for stage in stages},
                     kept=kept.tolist(),
                     pieces=[tuple(piece) for piece in pieces],
-                    weights=weights_of(models[0]),
+                    weights=weights_of(predictor.engine.model),
                     mixer={"weights": predictor.mixture.weights} if predictor.mixture else {},
                 )
             )

@@ -72,35 +72,28 @@ def here(monkeypatch):
     def run(before=lambda command: None, after=lambda command: None):
         calls = []
 
-        class Decoder(contextlib.nullcontext):
-            def __init__(self, command, env, **how):
-                super().__init__(self)
-                calls.append((command, env))
-                before(command)
-                output = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
-                with (
-                    monkeypatch.context() as patch,
-                    contextlib.redirect_stderr(output),
-                    contextlib.redirect_stdout(output),
-                ):
-                    patch.setattr(os, "environ", env)
-                    patch.setattr(sys, "argv", command[1:])
-                    self.returncode = train_gpt.main()
-                after(command)
-                self.stdout = output.buffer.getvalue().decode().splitlines(keepends=True)
+        def decoder(command, env, **how):
+            calls.append((command, env))
+            before(command)
+            with (
+                monkeypatch.context() as patch,
+                contextlib.redirect_stderr(io.StringIO()) as stderr,
+            ):
+                patch.setattr(os, "environ", env)
+                patch.setattr(sys, "argv", command[1:])
+                status = train_gpt.main()
+            after(command)
+            return subprocess.CompletedProcess(command, status, stderr=stderr.getvalue())
 
-            def kill(self):
-                """It has ended."""
-
-        replace_popen(monkeypatch, Decoder)
+        replace_run(monkeypatch, decoder)
         return calls
 
     return run
 
 
-def replace_popen(monkeypatch, popen):
-    """Let the program start other processes by `popen`."""
-    stand_in = SimpleNamespace(**{**vars(subprocess), "Popen": popen})
+def replace_run(monkeypatch, run):
+    """Let the program start other processes by `run`."""
+    stand_in = SimpleNamespace(**{**vars(subprocess), "run": run})
     monkeypatch.setattr(train_gpt, "subprocess", stand_in)
 
 
@@ -119,7 +112,7 @@ def numbers_of(error):
 
 
 def test_proof_has_tokens_bits_and_bytes(code_files, proving, here):
-    """results.json has them, and the log a line."""
+    """As results.json has them."""
     file = code_files("entropy", 40)
     here()
     run, artifact = proving(file.cfg, verify_tokens=30)
@@ -132,8 +125,56 @@ def test_proof_has_tokens_bits_and_bytes(code_files, proving, here):
     assert proof["bytes_on_disk"] == path.stat().st_size - HEAD_BYTES
     assert proof["encode_seconds"] > 0
     assert proof["decode_seconds"] > 0
-    lines = (run.cfg.run_dir / "verify.log").read_text().splitlines()
-    assert [line for line in lines if line.startswith("proof: ") and "30 tokens" in line]
+
+
+def proof_told(run, artifact, **how):
+    """Return (results.json's proof, words of its row of the table, the sentence below it)."""
+    verify(run, artifact, **how)
+    run.log_table()
+    *_, row, sentence = (run.cfg.run_dir / "verify.log").read_text().splitlines()
+    return run.results["proof"], row.split(), sentence
+
+
+def test_proof_is_a_row_of_the_table(code_files, proving, here):
+    """Bits per byte of what was decoded, tokens, seconds."""
+    here()
+    proof, row, _ = proof_told(*proving(code_files("entropy", 40).cfg, verify_tokens=30))
+    text = TABLE.decode(CODED_STREAM[:31])
+    seconds = proof["encode_seconds"] + proof["decode_seconds"]
+    assert row[:3] == ["proof", f"{8 * proof['bytes_on_disk'] / len(text):.6f}", "30"]
+    assert float(row[3]) == pytest.approx(seconds, abs=0.2)
+
+
+def test_proof_is_told_in_words(code_files, proving, here):
+    """What was decoded, from how many bytes, and how many were predicted."""
+    here()
+    proof, _, sentence = proof_told(*proving(code_files("entropy", 40).cfg, verify_tokens=30))
+    text = TABLE.decode(CODED_STREAM[:31])
+    assert sentence.startswith(f"proof: another process decoded 30 tokens, {len(text)} B of text,")
+    assert f" and {proof['bytes_on_disk']} B; " in sentence
+    assert f"predicted: {proof['predicted_bits'] / 8:.1f} B" in sentence
+
+
+def test_row_of_a_proof_stands_in_the_columns_of_the_stages(code_files, proving, here):
+    """Below theirs."""
+    here()
+    run, artifact = proving(code_files("entropy", 40).cfg, verify_tokens=30)
+    run.add_stages([dict(name="mixer", val_loss=1.5, val_bpb=1.25, tokens=30, seconds=1.5)])
+    verify(run, artifact)
+    _, stage, proof, _ = run.rows
+    ends = [[word.end() for word in re.finditer(r"\S+", row)] for row in (stage, proof)]
+    assert len(stage) == len(proof)
+    assert ends[0][1] == ends[1][1]
+    assert ends[0][4:] == ends[1][2:]
+
+
+def test_proof_of_a_text_that_prints_nothing(code_files, proving, here):
+    """It has no bytes by which bits could be divided."""
+    here()
+    cfg = code_files("entropy", 40).cfg
+    stream = torch.tensor([TABLE.bos_id, TABLE.bos_id]).numpy()
+    proof, row, _ = proof_told(*proving(cfg, stream, verify_tokens=0))
+    assert row[1] == f"{8 * proof['bytes_on_disk']:.6f}"
 
 
 def test_proof_is_of_no_more_tokens_than_there_are(code_files, proving, here):
@@ -301,17 +342,10 @@ def test_text_of_an_earlier_proof_does_not_count(code_files, proving, here):
 def test_decoder_that_dies_without_a_word_is_told_by_its_status(code_files, proving, monkeypatch):
     """Its status is all that can be told."""
 
-    class Dead(contextlib.nullcontext):
-        returncode = -9
-        stdout = ()
+    def dead(command, **how):
+        return subprocess.CompletedProcess(command, -9, stderr="")
 
-        def __init__(self, *args, **how):
-            super().__init__(self)
-
-        def kill(self):
-            """It has ended."""
-
-    replace_popen(monkeypatch, Dead)
+    replace_run(monkeypatch, dead)
     run, artifact = proving(code_files("none, no ttt", 40).cfg, verify_tokens=30)
     assert "gave up: exit status -9" in refusal(verify, run, artifact)
     assert_nothing_proved(run)
@@ -481,14 +515,13 @@ def test_verify_decodes_after_the_shards_are_gone(
 ):
     """Then artifact and code file alone give the text."""
     environments = []
-    start = subprocess.Popen
 
     def without_shards(*args, env, **how):
         shutil.rmtree(shards)
         environments.append(env)
-        return start(*args, env=env, **how)
+        return subprocess.run(*args, env=env, **how)
 
-    replace_popen(monkeypatch, without_shards)
+    replace_run(monkeypatch, without_shards)
     cfg = artifacts("learned")
     settings = dict(
         ARTIFACT_PATH=cfg.artifact_path,

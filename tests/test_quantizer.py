@@ -526,8 +526,8 @@ def test_gptq_lowers_the_quadratic_error(seed):
 
 CFG = tiny_config(quantizer="fisher")
 SMALL_CFG = replace(CFG, num_layers=2, ve_layers="1", xsa_last_n=1, ttt_freeze_blocks=1)
-HELD_OUT = tiny_stream(400).astype(np.uint16)
-NO_TEXT = np.zeros(0, np.uint16)
+HELD_OUT = tiny_stream(400)
+NO_TEXT = np.zeros(0, np.int64)
 
 
 def all_finite(weights):
@@ -544,7 +544,7 @@ def packed(model, steps, coarseness=2.0**-12, cfg=SMALL_CFG):
 def brute_force(model, held_out):
     """{name: (mean g^2 (R,) by the sum over columns, mean G'G)}, before damping, by numpy."""
     rows = model.cfg.train_seq_len
-    tokens = held_out.astype(np.int64)
+    tokens = held_out
     count = (len(tokens) - 1) // rows
     sums = {}
     for name, p in model.named_parameters():
@@ -602,7 +602,7 @@ def equal_steps(a, b):
 def test_no_more_than_48_sequences_are_read():
     """Text beyond the 48th changes nothing; the 48th counts, the last token included."""
     model = warm_model(replace(SMALL_CFG, train_seq_len=8))
-    text = tiny_stream(60 * 8).astype(np.uint16)
+    text = tiny_stream(60 * 8)
     whole = new_steps(model, text)
     assert equal_steps(whole, new_steps(model, text[: 48 * 8 + 1]))
     assert not equal_steps(whole, new_steps(model, text[: 48 * 8]))
@@ -698,9 +698,8 @@ def test_a_token_of_zeros_does_not_stop_the_learning():
         weights["embed.bigrams"].zero_()
         if zero:
             weights["embed.tokens"][WALK_STREAM[5]] = 0
-        model = new_model(WALK_CFG, HERE, weights, "float64")
         plan = train_gpt.last_plan(WALK_CFG)
-        predictor = train_gpt.Predictor(model, weights["mixer"], WALK_CFG, TABLE, HERE, plan)
+        predictor = train_gpt.Predictor(weights, TABLE, WALK_CFG, HERE, plan)
         for _, _, found in train_gpt.walk(predictor, torch.from_numpy(WALK_STREAM)):  # noqa: B007
             pass
         return found["ttt"]
@@ -729,7 +728,7 @@ def trained(tmp_path_factory):
     )
     model = new_model(cfg, HERE)
     train_gpt.train(model, cfg, HERE, lambda line: None, 0)
-    steps = new_steps(model, TEXT[8000:9600].astype(np.uint16))
+    steps = new_steps(model, TEXT[8000:9600])
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
     return SimpleNamespace(cfg=cfg, model=model, weights=weights, steps=steps)
 

@@ -31,14 +31,45 @@ def results_of(report):
     return json.loads((report.cfg.run_dir / "results.json").read_text())
 
 
+def log_of(report):
+    """Return the lines of the run's log."""
+    return (report.cfg.run_dir / "train.log").read_text().splitlines()
+
+
 def test_log_begins_with_every_setting(tmp_path):
     """The log file can be read without the command line."""
     report = new_report(tmp_path)
-    lines = (report.cfg.run_dir / "train.log").read_text().splitlines()
-    settings = [line for line in lines if line.startswith("  ")]
-    assert settings == [f"  {n.upper()}={getattr(report.cfg, n)}" for n in train_gpt.FIELDS]
-    assert f"environment: {report.results['environment']}" in lines
-    assert "cpu tiny" in lines
+    settings = [line[2:] for line in log_of(report) if line.startswith("  ")]
+    expected = [f"{n.upper()}={getattr(report.cfg, n)}" for n in train_gpt.FIELDS]
+    assert " ".join(settings).split(" ") == expected
+
+
+def test_each_group_of_settings_has_a_line(tmp_path):
+    """Run, train, model and eval, in the order of --help."""
+    report = new_report(tmp_path)
+    settings = [line for line in log_of(report) if line.startswith("  ")]
+    assert [line.split("=")[0] for line in settings] == [
+        "  PRESET",
+        "  SEED",
+        "  VOCAB_SIZE",
+        "  EVAL_STRIDE",
+    ]
+
+
+def test_log_tells_what_the_preset_does_not_say(tmp_path):
+    """Preset, and the settings that are not its own."""
+    environ = {"PRESET": "demo", "SEED": "5", "LOG_DIR": str(tmp_path), "MIXER": "learned"}
+    cfg = train_gpt.config_from_env(environ)
+    report = train_gpt.Run(cfg, Runtime(notes=("cpu tiny",)), "train")
+    expected = f"settings: PRESET=demo LOG_DIR={tmp_path} SEED=5; all of them:"
+    assert expected in log_of(report)
+
+
+def test_log_begins_with_the_machine(tmp_path):
+    """Environment and device."""
+    report = new_report(tmp_path)
+    assert f"environment: {report.results['environment']}" in log_of(report)
+    assert "cpu tiny" in log_of(report)
 
 
 def test_log_is_shown_and_written_alike(tmp_path, capsys):
@@ -74,16 +105,40 @@ def test_stages_accumulate_in_order(tmp_path):
 def test_table_of_stages_has_one_head_and_deltas(tmp_path, capsys):
     """Each row says what the stage has gained over the one before."""
     report = new_report(tmp_path)
-    capsys.readouterr()
     report.add_stages([stage("pre_quant", 1.5)])
     report.add_stages([stage("sliding", 1.25), stage("mixer", 1.5)])
-    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
-    assert rows == [
+    capsys.readouterr()
+    report.log_table()
+    table, _ = capsys.readouterr().out.split("\n\n")
+    assert [line.split()[:3] for line in table.splitlines()] == [
         ["stage", "val_bpb", "delta"],
         ["pre_quant", "1.500000", "+0.000000"],
         ["sliding", "1.250000", "-0.250000"],
         ["mixer", "1.500000", "+0.250000"],
     ]
+
+
+def test_figure_of_a_stage_is_told_at_once(tmp_path, capsys):
+    """Long before the table, as progress."""
+    report = new_report(tmp_path)
+    capsys.readouterr()
+    report.add_stages([stage("pre_quant", 1.5)])
+    assert capsys.readouterr().out == "pre_quant: val_bpb 1.500000, 1.5 s\n"
+
+
+def test_budget_stands_below_the_table(tmp_path, capsys):
+    """The seconds of all stages but pre_quant, which is not of the artifact."""
+    report = new_report(tmp_path)
+    report.add_stages([stage("pre_quant", 1.5)])
+    report.add_stages([stage("sliding", 1.25), stage("mixer", 1.5)])
+    report.results["train"] = dict(seconds=20.5, calibration_seconds=1.0, quantize_seconds=2.0)
+    capsys.readouterr()
+    report.log_table()
+    _, budget = capsys.readouterr().out.split("\n\n")
+    title, train, evaluation = budget.splitlines()
+    assert title.startswith("budget, ")
+    assert train.split()[:5] == ["train", "21.5", "s", "of", "600"]
+    assert evaluation.split()[:5] == ["evaluation", "3.0", "s", "of", "600"]
 
 
 def test_other_ranks_write_nothing(tmp_path, capsys, monkeypatch):

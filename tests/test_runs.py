@@ -404,19 +404,15 @@ def test_decoder_does_not_outlive_an_interrupted_run(command, run_dir, monkeypat
     started = []
     popen = subprocess.Popen
 
+    def interrupt(*_, timeout):
+        raise KeyboardInterrupt
+
     def start(command, **how):
-        started.append(popen(["sh", "-c", "echo begun; exec sleep 60"], **how))
-        return started[-1]
-
-    log = train_gpt.Run.log
-
-    def interrupt(self, line):
-        if line == "begun":
-            raise KeyboardInterrupt
-        log(self, line)
+        started.append(popen(["sleep", "60"], **how))
+        started[0].communicate = interrupt
+        return started[0]
 
     monkeypatch.setattr(subprocess, "Popen", start)
-    monkeypatch.setattr(train_gpt.Run, "log", interrupt)
     error_line(command("verify", VERIFY_TOKENS="20"), 130)
     assert started[0].wait(10) == -signal.SIGKILL
 
@@ -544,3 +540,60 @@ def rank_one(launcher):
     environments = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children}
     (found,) = (c for c, e in environments.items() if b"\0RANK=1\0" in b"\0" + e)
     return int(found)
+
+
+# ---- What a terminal shows -----------------------------------------------------------------------
+
+
+def test_line_of_the_last_step_stays_on_a_terminal(command, on_terminal):
+    """Those of the steps before it do not."""
+    terminal = on_terminal()
+    command(LOG_EVERY="1")
+    steps = [row for row in terminal.rows() if row.startswith("step ")]
+    assert [row.split("  ")[0] for row in steps] == ["step 4/4"]
+
+
+def test_last_step_has_a_line_where_time_is_up(command, tmp_path, monkeypatch):
+    """Wherever it falls between two lines of progress."""
+    monkeypatch.setattr(train_gpt, "steps_left", lambda step, *_: 3.5 - step)
+    assert command(LOG_EVERY="100") == (0, "")
+    lines = (tmp_path / "logs" / "run" / "train.log").read_text().splitlines()
+    steps = [line.split("  ")[0] for line in lines if line.startswith("step ")]
+    assert steps == ["step 1/4", "step 3/4"]
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_error_in_training_has_rows_of_its_own(command, on_terminal, monkeypatch, end):
+    """No row of progress is left beside it."""
+    at_step(3, fail_with(end), monkeypatch)
+    terminal = on_terminal()
+    command(LOG_EVERY="1")
+    rows = terminal.rows()
+    assert [row for row in rows if row.startswith("error: after step 2: ")]
+    assert "tokens/s" not in "".join(rows)
+
+
+def test_table_stands_together_in_the_log(command, tmp_path):
+    """Whatever progress stood between its rows on the way, and the budget comes after it."""
+    assert command() == (0, "")
+    lines = (tmp_path / "logs" / "run" / "train.log").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("stage "))
+    assert [line.split(" ")[0] for line in lines[start:]] == [
+        "stage",
+        "pre_quant",
+        "round_trip",
+        "sliding",
+        "mixer",
+        "",
+        "budget,",
+        "train",
+        "evaluation",
+    ]
+
+
+def test_table_is_shown_where_the_proof_fails(command, tmp_path, monkeypatch):
+    """The stages were scored."""
+    monkeypatch.setattr(train_gpt, "verify", fail_with("setting"))
+    assert "no such setting" in error_line(command(VERIFY_ENABLED="1"), 1)
+    lines = (tmp_path / "logs" / "run" / "train.log").read_text().splitlines()
+    assert lines[-1].startswith("evaluation ")

@@ -207,6 +207,67 @@ def test_missing_stdout_ends_nothing(monkeypatch):
     say("a line")
 
 
+def test_progress_takes_one_row_of_a_terminal(on_terminal):
+    """Each line of it, and then another line, takes the place of the one before."""
+    terminal = on_terminal()
+    for line in ("a line", "step 1 of 2\r", "step 2\r", "end", "another line"):
+        say(line)
+    assert terminal.rows() == ["a line", "end", "another line", ""]
+
+
+def test_progress_is_cut_to_the_width_of_a_terminal(on_terminal):
+    """A row that it would wrap to would stay."""
+    terminal = on_terminal(columns=10)
+    for line in ("0123456789abc\r", "0123456789\r", "end"):
+        say(line)
+    assert terminal.rows() == ["end", ""]
+
+
+def test_other_lines_are_shown_in_full(on_terminal):
+    """They wrap."""
+    terminal = on_terminal(columns=10)
+    say("0123456789abc")
+    assert terminal.rows() == ["0123456789", "abc", ""]
+
+
+def test_error_does_not_begin_on_a_line_of_progress(on_terminal):
+    """Both are on one terminal, by stdout and by stderr."""
+    terminal = on_terminal()
+    say("step 1 of 2, with more of it\r")
+    say("error: no", sys.stderr)
+    assert terminal.rows() == ["error: no", ""]
+
+
+def test_traceback_does_not_begin_on_a_line_of_progress(on_terminal, monkeypatch):
+    """That of what nobody has foreseen, which Python writes."""
+    terminal = on_terminal()
+
+    def fail(*_):
+        say("step 1 of 2, with more of it\r")
+        raise AssertionError
+
+    monkeypatch.setattr(train_gpt, "dispatch", fail)
+    with pytest.raises(AssertionError):
+        train_gpt.main()
+    sys.stderr.write("Traceback\n")
+    assert terminal.rows() == ["", "Traceback", ""]
+
+
+def test_file_keeps_every_line_of_progress(tmp_path):
+    """Without control characters."""
+    with open(tmp_path / "log", "w") as file:
+        for line in ("step 1\r", "step 2\r", "end"):
+            say(line, file)
+    assert (tmp_path / "log").read_bytes() == b"step 1\nstep 2\nend\n"
+
+
+def test_pipe_keeps_every_line_of_progress(capfd):
+    """As with `| tee`."""
+    for line in ("step 1\r", "step 2\r", "end"):
+        say(line)
+    assert capfd.readouterr().out == "step 1\nstep 2\nend\n"
+
+
 def test_closed_stderr_does_not_spoil_stdout(monkeypatch, capfd):
     """As with 2>&-: what is meant for the one does not end up in the bytes of the other."""
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", "no such command"])

@@ -70,7 +70,7 @@ def walked(cfg):
     artifact = train_gpt.read_artifact(cfg.artifact)
     found = {}
     for plan in train_gpt.evaluation_plans(cfg):
-        predictor = train_gpt.new_predictor(artifact.weights, artifact.table, cfg, HERE, plan)
+        predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, HERE, plan)
         tables = [
             {stage: commitment.table(stage) for stage in plan.stages}
             for commitment, _, _ in train_gpt.walk(predictor, torch.from_numpy(CODED_STREAM))
