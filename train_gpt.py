@@ -1965,8 +1965,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
         },
         sort_keys=True,
     ).encode()
-    raw = len(header).to_bytes(3) + header + b"".join(payload)
-    return with_head(lzma.compress(raw, **LZMA))
+    return with_head(lzma.compress(len(header).to_bytes(3) + header + b"".join(payload), **LZMA))
 
 
 def unpack_artifact(body):
@@ -2456,8 +2455,15 @@ class Plan(NamedTuple):
     calibration_blocks: int = 0  # in which a calibration lowers the mixer's rate; 0: none
 
 
-def new_plan(cfg, *stages, lanes=1):
-    """Return the Plan of a walk that reports `stages` under these settings."""
+def new_plan(cfg, *stages, lanes=0):
+    """Return the Plan of a walk that reports `stages`; none: the last, which are proved and coded.
+
+    lanes = 0: the text's own order, where the last stages have TTT if it is enabled; from 1 on
+    there is no TTT.
+    """
+    neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
+    mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
+    stages = stages or (neural, *mixer)
     reach = context = cfg.eval_seq_len - cfg.eval_stride
     run = cfg.eval_run_tiles * cfg.eval_stride
     if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
@@ -2465,23 +2471,13 @@ def new_plan(cfg, *stages, lanes=1):
         context = 0
     learns = "mixer" in stages and cfg.mixer == "learned"
     block = cfg.mixer_block if learns else cfg.ttt_chunk_tokens
-    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes)
-
-
-def last_plan(cfg, lanes=0):
-    """Return the Plan of the last stage: the one that is reported, proved and coded with.
-
-    lanes = 0: the text's own order, with TTT if it is enabled; from 1 on there is no TTT.
-    """
-    neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
-    mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
-    return new_plan(cfg, neural, *mixer, lanes=lanes or 1)
+    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes or 1)
 
 
 def evaluation_plans(cfg):
     """Return the Plans that score the artifact; the mixer is scored with the last neural stage."""
     sliding = [new_plan(cfg, "sliding")] if cfg.ttt_enabled else []
-    return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
+    return [new_plan(cfg, "round_trip"), *sliding, new_plan(cfg)]
 
 
 class Engine:
@@ -2874,7 +2870,7 @@ class Codec:
         frequencies uint64 (n,) of the tokens in the order in which they are coded).
         """
         coded = []
-        checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
+        checks, bits = zip(*self.code(new_plan(self.cfg, lanes=lanes), tokens, coded))
         starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
         maker = (
@@ -2903,7 +2899,7 @@ class Codec:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != self.settings:
             raise UserError(f"{path} was made with other settings")
-        plan = last_plan(self.cfg, head.lanes)
+        plan = new_plan(self.cfg, lanes=head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
