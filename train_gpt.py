@@ -1675,8 +1675,8 @@ def train(model, cfg, rt, log, held_out):
 # (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-# How int6 stores parameters of each role; fisher gives levels to all but vectors.
-KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
+# How int6 stores parameters of each role, others as fp16; fisher gives levels to all but vectors.
+KINDS = {"matrix": "int6", "table": "int8"}
 # The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
 # more to clipping than it gains in precision; below 2^-20 fisher gains nothing.
 COARSENESS = {"int6": (4.0, 12.0, 64.0), "fisher": (2.0**-20, 2.0**-14, 1.0)}
@@ -1938,7 +1938,9 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
     index = []
     payload = []
     matrices = []  # [(levels, classes)]
-    kinds = [("levels" if name in steps else KINDS[role(name)], name) for name in weights]
+    kinds = [
+        ("levels" if name in steps else KINDS.get(role(name), "fp16"), name) for name in weights
+    ]
     for kind, name in sorted(kinds):
         w = weights[name].cpu()
         if kind == "levels":
@@ -2923,8 +2925,9 @@ def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS and let another process decode them.
 
     It gets the artifact, no shards, no tokenizer and no settings; it shows its own progress.
-    UserError if it gives up, or finds other frequencies or another text. For rank 0 alone. scored,
-    int64 (n,): the frequencies that the run has just given these tokens, as the coder must too.
+    UserError if it gives up, or finds other frequencies or another text; else the run's table gets
+    the proof. For rank 0 alone. scored, int64 (n,): the frequencies that the run has just given
+    these tokens, as the coder must too.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
@@ -2993,6 +2996,7 @@ class Run:
         self.cfg = cfg
         self.rt = rt
         self.files = []  # that show the log
+        # Of the table that ends the log.
         self.rows = ["stage          val_bpb      delta  val_loss      tokens  seconds"]
         settings = asdict(cfg)
         environment = {
