@@ -1675,8 +1675,8 @@ def train(model, cfg, rt, log, held_out):
 # (Frantar et al., 2022) lets later columns make up for the rounding of earlier ones; its Hessian is
 # here the mean of G'G, G the gradient of a sequence, in place of the inputs' covariance.
 
-# How int6 stores parameters of each role; fisher gives levels to all but vectors.
-KINDS = {"matrix": "int6", "table": "int8", "projection": "fp16", "vector": "fp16"}
+# How int6 stores parameters of each role, others as fp16; fisher gives levels to all but vectors.
+KINDS = {"matrix": "int6", "table": "int8"}
 # The finest, first and coarsest coarseness that is tried. Below 4, a Gaussian row of int6 loses
 # more to clipping than it gains in precision; below 2^-20 fisher gains nothing.
 COARSENESS = {"int6": (4.0, 12.0, 64.0), "fisher": (2.0**-20, 2.0**-14, 1.0)}
@@ -1938,7 +1938,9 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
     index = []
     payload = []
     matrices = []  # [(levels, classes)]
-    kinds = [("levels" if name in steps else KINDS[role(name)], name) for name in weights]
+    kinds = [
+        ("levels" if name in steps else KINDS.get(role(name), "fp16"), name) for name in weights
+    ]
     for kind, name in sorted(kinds):
         w = weights[name].cpu()
         if kind == "levels":
@@ -1965,8 +1967,7 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
         },
         sort_keys=True,
     ).encode()
-    raw = len(header).to_bytes(3) + header + b"".join(payload)
-    return with_head(lzma.compress(raw, **LZMA))
+    return with_head(lzma.compress(len(header).to_bytes(3) + header + b"".join(payload), **LZMA))
 
 
 def unpack_artifact(body):
@@ -2456,8 +2457,15 @@ class Plan(NamedTuple):
     calibration_blocks: int = 0  # in which a calibration lowers the mixer's rate; 0: none
 
 
-def new_plan(cfg, *stages, lanes=1):
-    """Return the Plan of a walk that reports `stages` under these settings."""
+def new_plan(cfg, *stages, lanes=0):
+    """Return the Plan of a walk that reports `stages`; none: the last, which are proved and coded.
+
+    lanes = 0: the text's own order, where the last stages have TTT if it is enabled; from 1 on
+    there is no TTT.
+    """
+    neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
+    mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
+    stages = stages or (neural, *mixer)
     reach = context = cfg.eval_seq_len - cfg.eval_stride
     run = cfg.eval_run_tiles * cfg.eval_stride
     if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
@@ -2465,23 +2473,13 @@ def new_plan(cfg, *stages, lanes=1):
         context = 0
     learns = "mixer" in stages and cfg.mixer == "learned"
     block = cfg.mixer_block if learns else cfg.ttt_chunk_tokens
-    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes)
-
-
-def last_plan(cfg, lanes=0):
-    """Return the Plan of the last stage: the one that is reported, proved and coded with.
-
-    lanes = 0: the text's own order, with TTT if it is enabled; from 1 on there is no TTT.
-    """
-    neural = "ttt" if cfg.ttt_enabled and not lanes else "sliding"
-    mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
-    return new_plan(cfg, neural, *mixer, lanes=lanes or 1)
+    return Plan(stages, reach, context, run, block, cfg.ttt_chunk_tokens, lanes or 1)
 
 
 def evaluation_plans(cfg):
     """Return the Plans that score the artifact; the mixer is scored with the last neural stage."""
     sliding = [new_plan(cfg, "sliding")] if cfg.ttt_enabled else []
-    return [new_plan(cfg, "round_trip"), *sliding, last_plan(cfg)]
+    return [new_plan(cfg, "round_trip"), *sliding, new_plan(cfg)]
 
 
 class Engine:
@@ -2874,7 +2872,7 @@ class Codec:
         frequencies uint64 (n,) of the tokens in the order in which they are coded).
         """
         coded = []
-        checks, bits = zip(*self.code(last_plan(self.cfg, lanes), tokens, coded))
+        checks, bits = zip(*self.code(new_plan(self.cfg, lanes=lanes), tokens, coded))
         starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
         maker = (
@@ -2903,7 +2901,7 @@ class Codec:
             raise UserError(f"{path} was not made with the artifact {self.artifact.path}")
         if head.settings != self.settings:
             raise UserError(f"{path} was made with other settings")
-        plan = last_plan(self.cfg, head.lanes)
+        plan = new_plan(self.cfg, lanes=head.lanes)
         if head.lanes > MOST_LANES or plan.block % plan.lanes:
             raise UserError(f"{path} has {head.lanes} lanes, which no block of this artifact holds")
         tokens = np.full(head.tokens + 1, self.artifact.table.bos_id)
@@ -2927,8 +2925,9 @@ def verify(run, artifact, scored=None):
     """Code VERIFY_TOKENS and let another process decode them.
 
     It gets the artifact, no shards, no tokenizer and no settings; it shows its own progress.
-    UserError if it gives up, or finds other frequencies or another text. For rank 0 alone. scored,
-    int64 (n,): the frequencies that the run has just given these tokens, as the coder must too.
+    UserError if it gives up, or finds other frequencies or another text; else the run's table gets
+    the proof. For rank 0 alone. scored, int64 (n,): the frequencies that the run has just given
+    these tokens, as the coder must too.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
@@ -2997,6 +2996,7 @@ class Run:
         self.cfg = cfg
         self.rt = rt
         self.files = []  # that show the log
+        # Of the table that ends the log.
         self.rows = ["stage          val_bpb      delta  val_loss      tokens  seconds"]
         settings = asdict(cfg)
         environment = {

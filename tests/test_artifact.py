@@ -42,7 +42,9 @@ from train_gpt import (
     write_atomically,
 )
 
-KINDS = {name: train_gpt.KINDS[train_gpt.role(name)] for name in warm_weights(tiny_config())}
+KINDS = {
+    name: train_gpt.KINDS.get(train_gpt.role(name), "fp16") for name in warm_weights(tiny_config())
+}
 
 
 def stored_parts(name, w, coarseness):

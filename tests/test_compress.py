@@ -48,8 +48,8 @@ from train_gpt import (
     OrderError,
     Predictor,
     gather_evidence,
-    last_plan,
     load_tokenizer,
+    new_plan,
     text_tokens,
     walk,
 )
@@ -197,7 +197,7 @@ def test_lanes_take_turns(artifacts, lanes, n):
     tokens = tiny_stream(n + 1, seed=5)
     _, _, freqs = codec(cfg).encode(tokens, lanes)
     artifact = train_gpt.read_artifact(cfg.artifact)
-    plan = last_plan(cfg, lanes)
+    plan = new_plan(cfg, lanes=lanes)
     predictor = Predictor(artifact.weights, TABLE, cfg, train_gpt.Runtime(), plan)
     steps = walk(predictor, interleaved(tokens[1:], lanes))
     expected = [commitment.chosen(targets, "mixer")[0] for commitment, targets, _ in steps]
@@ -235,7 +235,7 @@ def test_occurrences_across_lanes_match_a_dictionary(lanes, recent):
 def in_lanes(name, lanes, block=None, **changes):
     """A Predictor of a warm tiny model in lanes, under one of CODER_SETTINGS."""
     cfg = tiny_config(**{**CODER_SETTINGS[name], **changes})
-    plan = last_plan(cfg, lanes)
+    plan = new_plan(cfg, lanes=lanes)
     plan = plan._replace(block=block or plan.block)
     predictor = Predictor(warm_weights(cfg), TABLE, cfg, train_gpt.Runtime(), plan)
     predictor.cfg = cfg

@@ -370,7 +370,7 @@ def scored_bits(predictor, n=75):
 
 def new_predictor(rt, script=train_gpt, cfg=SCORED_CFG):
     """A Predictor of the last stage, ttt and mixer, at a stream's start."""
-    return script.Predictor(sharp_weights(cfg), TABLE, cfg, rt, script.last_plan(cfg))
+    return script.Predictor(sharp_weights(cfg), TABLE, cfg, rt, script.new_plan(cfg))
 
 
 def test_two_ranks_score_what_one_does(device):

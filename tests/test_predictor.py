@@ -50,7 +50,6 @@ from train_gpt import (
     Predictor,
     evaluate,
     evaluation_plans,
-    last_plan,
     new_plan,
     walk,
 )
@@ -538,15 +537,15 @@ def test_plans_hold_the_documented_stages():
 
 def test_last_plan_in_lanes_has_no_ttt():
     """`compress` codes with the sliding stage and the mixer, if there is one."""
-    assert last_plan(tiny_config(), lanes=4).stages == ("sliding", "unguarded", "mixer")
-    assert last_plan(tiny_config(mixer="none"), lanes=4).stages == ("sliding",)
+    assert new_plan(tiny_config(), lanes=4).stages == ("sliding", "unguarded", "mixer")
+    assert new_plan(tiny_config(mixer="none"), lanes=4).stages == ("sliding",)
 
 
 def test_block_is_the_learned_mixers_where_it_learns():
     """Updates come every MIXER_BLOCK positions where there is something to learn, else a chunk."""
     learned, entropy = tiny_config(mixer="learned"), tiny_config()
-    assert last_plan(learned).block == learned.mixer_block
-    assert last_plan(entropy).block == entropy.ttt_chunk_tokens
+    assert new_plan(learned).block == learned.mixer_block
+    assert new_plan(entropy).block == entropy.ttt_chunk_tokens
     assert new_plan(learned, "sliding").block == learned.ttt_chunk_tokens
 
 

@@ -698,7 +698,7 @@ def test_a_token_of_zeros_does_not_stop_the_learning():
         weights["embed.bigrams"].zero_()
         if zero:
             weights["embed.tokens"][WALK_STREAM[5]] = 0
-        plan = train_gpt.last_plan(WALK_CFG)
+        plan = train_gpt.new_plan(WALK_CFG)
         predictor = train_gpt.Predictor(weights, TABLE, WALK_CFG, HERE, plan)
         for _, _, found in train_gpt.walk(predictor, torch.from_numpy(WALK_STREAM)):  # noqa: B007
             pass

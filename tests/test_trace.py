@@ -90,7 +90,7 @@ def test_trace_has_what_the_whole_text_commits(name, artifacts, run_folder, trac
     expected = {stage: freqs[:n] for stage, freqs in walked(cfg).items()}
     targets = torch.from_numpy(CODED_STREAM[1 : n + 1, None])
     own = {stage: freqs.gather(1, targets)[:, 0].tolist() for stage, freqs in expected.items()}
-    last = [stage for stage in train_gpt.last_plan(cfg).stages if stage != "unguarded"]
+    last = [stage for stage in train_gpt.new_plan(cfg).stages if stage != "unguarded"]
     assert found.keys() - report.NO_STAGES == expected.keys() - {"mixer"}
     assert found["last"].shape == (n, 17 * len(last))
     for stage in expected.keys() - {"mixer"}:
