@@ -126,7 +126,8 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        raise error(f"{culprit} ({getattr(cause, 'strerror', None) or one_line(cause)})") from cause
+        why = getattr(cause, "strerror", None) or one_line(cause)
+        raise error(f"{culprit} ({why})") from cause
 
 
 frozen = dataclass(frozen=True)
@@ -1383,12 +1384,12 @@ def new_model(cfg, rt, weights=None, dtype=None):
     """Return a model on the device, alike on all ranks, with `weights` or those drawn from SEED.
 
     It computes in `dtype`, a name; None: the training dtype. In float64 its parameters are float64
-    too, otherwise fp32.
+    too, otherwise fp32. RuntimeError names weights that are missing, too many or of another shape.
     """
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
     if weights:
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        model.load_state_dict({n: w for n, w in weights.items() if n != "mixer"})
     if dtype == "float64":
         model.double()
     return model.to(rt.device)
@@ -2726,10 +2727,10 @@ def walk(predictor, stream, log=None, step=None):
         if log and perf_counter() - logged_s > 15:
             logged_s = perf_counter()
             spent_s = logged_s - start_s
+            eta_s = spent_s / (stop - first) * (len(stream) - stop)
             log(
                 f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
-                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, "
-                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s\r"
+                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, ETA {eta_s:.0f} s\r"
             )
 
 
@@ -3111,9 +3112,10 @@ class Run:
         """Add scored stages, tell their figures, and write results.json."""
         for stage in stages:
             bpb = stage["val_bpb"]
+            delta = bpb - (self.results["val_bpb"] or bpb)
             self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s\r")
             self.rows.append(
-                f"{stage['name']:<12}{bpb:>10.6f}{bpb - (self.results['val_bpb'] or bpb):>+11.6f}"
+                f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
             self.results["val_bpb"] = bpb
@@ -3629,7 +3631,7 @@ def dispatch(args, environ):
         case ["summarize", "--mixed", *paths] | ["summarize", *paths] if paths:
             summary = summarize(paths, "--mixed" in args)
             write_object("submission.json", summary)
-            write_object("-", summary)
+            say(json.dumps(summary, indent=1))
         case ["submit", out_dir, *paths] if paths:
             submit(out_dir, paths)
         case ["pack", target]:

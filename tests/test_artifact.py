@@ -199,6 +199,24 @@ def test_model_is_built_from_an_artifact(changes):
     assert same(model.state_dict(), artifact.weights)
 
 
+@pytest.mark.parametrize("name", ["embed.smear", "blocks.1.q"])
+def test_weights_that_are_missing_are_named(name):
+    """By a RuntimeError, which commands report in one line."""
+    cfg = tiny_config()
+    weights = warm_weights(cfg)
+    del weights[name]
+    with pytest.raises(RuntimeError, match=name):
+        train_gpt.new_model(cfg, Runtime(), weights)
+
+
+def test_weights_of_another_model_are_named():
+    """They are not passed over."""
+    cfg = tiny_config()
+    weights = {**warm_weights(cfg), "blocks.9.q": torch.zeros(2, 2)}
+    with pytest.raises(RuntimeError, match="blocks.9.q"):
+        train_gpt.new_model(cfg, Runtime(), weights)
+
+
 def test_no_tensor_comes_back_exact():
     """Each is quantized, and those in fp16 are the rounded values."""
     cfg = tiny_config()
