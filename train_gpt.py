@@ -641,7 +641,7 @@ def say(line, file=None):
             if text != line:
                 text = text[: shutil.get_terminal_size().columns]  # one row of the screen
                 end = "\r"
-            text = "\033[K" + text  # clears what stands there
+            text = "\r\033[K" + text  # clears what stands there, a ^C too
         print(text, end=end, file=file, flush=True)
 
 
@@ -1644,10 +1644,10 @@ def train(model, cfg, rt, log, held_out):
             if result.steps % cfg.log_every == 0 or result.steps == 1 or left < 1:
                 end = "\r" * (left >= 1)  # the last step's line stays
                 log(
-                    f"step {result.steps}/{cfg.iterations}  loss {losses[1]:.4f} "
+                    f"step {result.steps}/{cfg.iterations}  "
+                    f"ETA {left * result.seconds / result.steps:.0f} s  loss {losses[1]:.4f} "
                     f"(weighted {losses[0]:.4f})  lr x{scale:.3f}  "
-                    f"{result.tokens / result.seconds:,.0f} tokens/s  "
-                    f"{result.seconds:.0f} s  ETA {left * result.seconds / result.steps:.0f} s{end}"
+                    f"{result.tokens / result.seconds:,.0f} tokens/s  {result.seconds:.0f} s{end}"
                 )
     except FORESEEN as error:
         on_signals()  # at once: torchrun's SIGTERM follows the failure of another rank
@@ -2956,7 +2956,7 @@ def verify(run, artifact, scored=None):
     decoder = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True)
     if decoder.returncode:
         why = decoder.stderr or f"exit status {decoder.returncode}"
-        raise UserError(f"verify: the decoder gave up: {one_line(why)}")
+        raise UserError(f"verify: the decoder gave up: {why.splitlines()[-1]}")
     text = artifact.table.decode(tokens)
     if read_file(target) != text:
         raise UserError("verify: the decoder's text is another")
@@ -3113,7 +3113,7 @@ class Run:
         for stage in stages:
             bpb = stage["val_bpb"]
             delta = bpb - (self.results["val_bpb"] or bpb)
-            self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s\r")
+            self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s")
             self.rows.append(
                 f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
@@ -3234,8 +3234,8 @@ seeds: **{val_bpb:.6f}**, standard deviation {val_bpb_std}. {warning}
 |---|---|---|---|---|---|---|---|---|{table}
 
 Hardware: {hardware}. Python {python}, torch {torch}. `submission.json` has all settings that
-shape the score and the SHA-256 of script, training shards and text; `train_seed*.log` is what each
-run has shown.
+shape the score and the SHA-256 of script, training shards and text; `train_seed*.log` is the log of
+each run.
 
 ## What was proved
 
@@ -3256,7 +3256,7 @@ What `train_gpt.py` says of itself; each run has recorded its SHA-256, `source_s
 
 ## To measure it again
 
-A log has all settings of its run (the last value counts; paths must have no spaces). Beside the
+A log has all settings of its run (the last value counts; none may have spaces in it). Beside the
 challenge's folder `data`, for each log:
 
 ```
@@ -3588,6 +3588,7 @@ def code_command(environ, command, source, target):
     if command == "decompress":
         torch.set_num_threads(1)  # a row at a time is too little to share
         write_atomically(target, codec.decode(source), source)
+        log(f"{source} is decoded")
         return
 
     data = read_file(source)

@@ -173,7 +173,8 @@ class Run:
 
 HEADER = re.compile(r"(train|eval|verify) (.+), \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC")
 STEP = re.compile(
-    r"step (?P<step>\d+)/\d+  loss (?P<loss>\S+) \(weighted (?P<weighted>\S+)\)  "
+    r"step (?P<step>\d+)/\d+  (ETA \d+ s  )?"  # older logs have it at the end
+    r"loss (?P<loss>\S+) \(weighted (?P<weighted>\S+)\)  "
     r"lr x\S+  (?P<rate>[\d,]+) tokens/s  (?P<seconds>\d+) s"
 )
 SETTINGS = re.compile(r"  [A-Z][A-Z0-9_]*=.*")  # a line of them; in older logs it has one
@@ -263,7 +264,7 @@ def tell_apart(runs):
     for i, run in enumerate(runs):
         run.number = i
         if names.count(run.name) > 1:
-            run.name = run.folder.resolve().name
+            run.name = str(run.folder)
 
 
 MAKE_TRACE = "`python logs/report.py RUN_DIR --trace` makes it from artifact and text"
@@ -1370,7 +1371,7 @@ def overview(runs):
                 if proof
                 else "nothing",
                 "trained": "{steps:,} steps, {tokens:,} tokens".format(**train)
-                if {"steps", "tokens"} <= train.keys()
+                if all(isinstance(train.get(name), int) for name in ("steps", "tokens"))
                 else "unknown",
                 "command": run.results.get("command", "unknown"),
                 "preset": run.settings.get("preset", "unknown"),

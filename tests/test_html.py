@@ -36,7 +36,7 @@ from report import ReportError, Trace, labels_of, page, read_log, read_run, visi
 
 SETTINGS = dict(preset="demo", seed=1, ngram_order=5, ngram_recent=3, ngram_hash_bits=12)
 HEADER = "{} {}, 2026-01-02 03:04:05 UTC"
-STEP = "step {}/40  loss {} (weighted {})  lr x1.000  1,234 tokens/s  {} s  ETA 9 s"
+STEP = "step {}/40  ETA 9 s  loss {} (weighted {})  lr x1.000  1,234 tokens/s  {} s"
 HOSTILE = '</script><script>alert("&")</script>\u202e\x07'
 PIECES = ["<unk>", "<s>", "<b>&amp;", "\u2581\u202etext", "\u2581a", "b", "\x1b[0m\u0301"]
 PIECES += ["<0x0A>", "<0xC3>", "<0xA9>", "\u2581\u05e9\u05dc", "</span>", "'\"", "\u200b"]
@@ -331,6 +331,11 @@ def test_page_has_the_cap_and_the_length_of_training(new_run):
     assert "1,200 steps, 34,567 tokens" in text
 
 
+def test_length_of_training_may_be_unknown(new_run):
+    """As in results.json that somebody has changed."""
+    assert "unknown" in built(new_run(train=dict(seconds=7.0, steps=None, tokens=None)))
+
+
 @pytest.mark.parametrize("quantizer, words", [("fisher", ", 1 s of quantization"), ("int6", "")])
 def test_seconds_that_count_are_said(new_run, quantizer, words):
     """Calibration counts as training, and so does fisher's quantization; pre_quant does not."""
@@ -339,11 +344,11 @@ def test_seconds_that_count_are_said(new_run, quantizer, words):
 
 
 def test_runs_of_one_name_are_told_apart(new_run):
-    """By the names of their folders; other runs keep theirs."""
+    """By their folders, as they were given; other runs keep their names."""
     folders = new_run("same"), new_run("same"), new_run("other")
     (first, *_) = tree(built(*folders)).all("table")
     heads = [e.text for e in first.all("th") if e.attributes["scope"] == "col"]
-    assert heads == ["", folders[0].name, folders[1].name, "other"]
+    assert heads == ["", str(folders[0]), str(folders[1]), "other"]
 
 
 def test_page_has_the_proof(new_run):
@@ -593,6 +598,14 @@ def test_step_has_all_its_numbers(tmp_path):
     assert name == "run"
     assert settings == dict(preset="demo", run_id="", data_path="my text", seed="7")
     assert steps == [dict(step=10, loss=5.5, weighted=5.25, rate=1234, seconds=20)]
+
+
+def test_older_log_has_steps_of_another_order(tmp_path):
+    """As the runs that are kept beside the notebook."""
+    text = "step 10/40  loss 5.5 (weighted 5.25)  lr x1.000  1,234 tokens/s  20 s  ETA 9 s"
+    (tmp_path / "train.log").write_text(text)
+    expected = dict(step=10, loss=5.5, weighted=5.25, rate=1234, seconds=20)
+    assert read_log(tmp_path / "train.log")[2] == [expected]
 
 
 def test_older_log_has_a_line_a_setting(tmp_path):

@@ -519,6 +519,7 @@ def test_verify_decodes_after_the_shards_are_gone(
     def without_shards(*args, env, **how):
         shutil.rmtree(shards)
         environments.append(env)
+        assert "stdout" not in how, "the decoder's progress is not shown"
         return subprocess.run(*args, env=env, **how)
 
     replace_run(monkeypatch, without_shards)

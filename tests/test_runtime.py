@@ -215,6 +215,15 @@ def test_progress_takes_one_row_of_a_terminal(on_terminal):
     assert terminal.rows() == ["a line", "end", "another line", ""]
 
 
+def test_line_after_an_interruption_begins_in_the_first_column(on_terminal):
+    """Where the terminal has shown ^C."""
+    terminal = on_terminal()
+    say("step 1 of 2\r")
+    terminal.file.write("^C")
+    say("end")
+    assert terminal.rows() == ["end", ""]
+
+
 def test_progress_is_cut_to_the_width_of_a_terminal(on_terminal):
     """A row that it would wrap to would stay."""
     terminal = on_terminal(columns=10)
