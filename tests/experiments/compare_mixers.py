@@ -90,6 +90,7 @@ def record(artifact_path, folder, *names):
         shape = len(tokens) - 1, cfg.vocab_size
         path = f"{folder}/{name}.npy"
         grid = np.lib.format.open_memmap(path, mode="w+", dtype=np.int16, shape=shape)
+        plan = plan._replace(stages=(*plan.stages, "unguarded", "mixer"))
         predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
         predictor.mixture = Recorder(grid)
         total_bytes = int(artifact.table.count_bytes(tokens).sum())
