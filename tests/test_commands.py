@@ -139,9 +139,15 @@ def test_demo_leaves_nothing_half_written(demo):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_only_one_rank_speaks(demo, name):
-    """What is printed is what is logged, once."""
+    """What is printed is what is logged, once, and what the proof's decoder tells."""
     log = "eval.log" if is_evaluation(name) else "train.log"
-    assert (demo.folder / "logs" / name / log).read_text() == demo.runs[name].out
+    logged = (demo.folder / "logs" / name / log).read_text().splitlines()
+    printed = demo.runs[name].out.splitlines()
+    decoder = [line for line in printed if line not in logged]
+    assert [line for line in printed if line not in decoder] == logged
+    ends = [] if is_evaluation(name) else [f"logs/{name}/proof.code is decoded"]
+    assert decoder[-1:] == ends
+    assert all(re.search(r" tokens, .* ETA \d+ s$", line) for line in decoder[:-1])
 
 
 @pytest.mark.slow

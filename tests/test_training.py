@@ -401,7 +401,7 @@ def test_training_learns_a_repetitive_stream(tmp_path):
     assert (result.steps, result.tokens) == (30, 30 * 128)
     assert result.seconds > 0
     assert result.stopped == ""
-    assert lines[0].startswith("step 1/30  loss 4.1")
+    assert re.match(r"step 1/30  ETA \d+ s  loss 4\.1", lines[0])
     assert lines[-1].startswith("note: the shards were read 8")
 
 
