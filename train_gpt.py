@@ -19,8 +19,8 @@ IN and OUT may be "-", standard input and output. An OUT file that exists stays,
 REPLACE=1.
 
 Settings are environment variables, the names of `Config`'s fields in capitals (--help lists them).
-A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, and the artifact,
-model.int6.lzma.
+A run writes LOG_DIR/RUN_ID/train.log for people, results.json for programs, trace.npz for
+logs/report.py, and the artifact, model.int6.lzma.
 
     shards -> train (Muon + AdamW, complementary loss) -> EMA -> quantize -> artifact on disk
                                                                                   |
@@ -166,6 +166,7 @@ class RunSettings:
     log_every: training steps between two log lines
     verify_enabled: end a run with a proof: code, and decode in another process
     verify_tokens: tokens that are proved, from the stream's start; 0: all
+    trace_tokens: tokens that trace.npz has, from the stream's start
     """
 
     preset: str = option("record", choices="record, bench, demo")
@@ -181,6 +182,7 @@ class RunSettings:
     log_every: int = 100
     verify_enabled: bool = True
     verify_tokens: Natural = 1000
+    trace_tokens: int = 10_000
 
 
 @frozen
@@ -256,7 +258,7 @@ class ModelSettings:
     train_seq_len: tokens in a training sequence; sets the rotary base
     """
 
-    vocab_size: int = option(1024, minimum=2, maximum=65_536)
+    vocab_size: int = option(1024, minimum=8, maximum=65_536)  # TRACE_TOP
     num_layers: int = option(11, minimum=2)
     model_dim: int = 512
     num_heads: int = option(8, divides="model_dim")
@@ -339,8 +341,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
         for name, setting in FIELDS.items():
             value = getattr(self, name)
             limits = setting.metadata
-            if "choices" in limits:
-                allowed = limits["choices"]
+            if allowed := limits.get("choices"):
                 need(value in allowed.split(", "), name, f"there are {allowed}")
             if isinstance(value, str):
                 continue
@@ -350,8 +351,7 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
                 whole = getattr(self, multiple) % value == 0
                 need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
             most = limits.get("maximum", sys.maxsize)
-            if isinstance(most, str):
-                most = getattr(self, most)  # a field checked before, or a property of such
+            most = getattr(self, str(most), most)  # of a field checked before, or a property
             need(value <= most, name, f"must be at most {most:.9g}")
         self.value_layers  # noqa: B018 (it raises)
         most = 1 - self.alpha_base
@@ -393,8 +393,8 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
 FIELDS = Config.__dataclass_fields__  # {setting: its field, as option() has made it}
 # {setting: the group, one of those classes, that it belongs to}
 GROUPS = {name: group for group in Config.__bases__ for name in group.__annotations__}
-# What may differ when a command is repeated and its results are replaced.
-PLACES = {"run_id", "log_dir", "log_every", "verify_enabled", "verify_tokens", "replace", "device"}
+# What may differ when a command is repeated and its results are replaced; a regular expression.
+PLACES = "run_id|log_dir|log_every|verify_enabled|verify_tokens|trace_tokens|replace|device"
 DEMO_CACHE = ".cache/demo"
 # Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
 # at which quantization begins to cost something.
@@ -875,9 +875,9 @@ def read_chunks(path):
 
     UserError for what cannot be read or is cut. Any window size of zstandard is accepted.
     """
+    import zstandard
+
     compressed = str(path).endswith(".zst")
-    if compressed:
-        import zstandard
     frame = None
     # zstandard raises a class of its own.
     with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
@@ -1077,7 +1077,7 @@ def role(name):
     """
     if name in ("embed.tokens", "embed.bigrams", "ve_table"):
         return "table"
-    if name.endswith((".q", ".k", ".v", ".attn_out", ".mlp_in", ".mlp_out")):  # of a block
+    if re.search(r"\.(q|k|v|attn_out|mlp_in|mlp_out)$", name):  # of a block
         return "matrix"
     return "projection" if name.endswith("_proj") else "vector"
 
@@ -1890,6 +1890,7 @@ def decode_levels(data, classes):
 
 ARTIFACT_START = b"PGOLFART\2\0\0\0"  # magic, format version
 ARTIFACT_HEAD_BYTES = 52
+CODE_BYTES = os.path.getsize(__file__)  # this script's, which count against the cap
 WEIGHTS_MAX = 1 << 26  # of an artifact: hostile ones must not take all time and memory
 LZMA = dict(
     format=lzma.FORMAT_RAW,
@@ -2030,18 +2031,13 @@ def read_artifact(path, data=None):
         )
 
 
-def code_bytes():
-    """Return the bytes of this script, which count against the cap."""
-    return os.path.getsize(__file__)
-
-
 def fit_artifact(weights, cfg, table, log, steps):
     """Return the bytes of the finest artifact found that fits the cap, else of the last one tried.
 
     steps: as pack_artifact takes them. At most six tries, a secant of bytes against
     log2(coarseness), never finer than TARGET_KL asks for; it is done within 0.2 % of the budget.
     """
-    budget = cfg.size_limit_bytes - code_bytes()
+    budget = cfg.size_limit_bytes - CODE_BYTES
     finest, coarseness, coarsest = COARSENESS[cfg.quantizer]
     count = sum(w.numel() for w in weights.values())
     if cfg.target_kl:
@@ -2517,8 +2513,8 @@ class Engine:
         pieces = [(run, max(run, first), min(run + size, last)) for run in runs]
 
         # Whole runs of one lane have the same shape: they are computed side by side.
-        whole = all(e - b == size and run >= self.plan.context for run, b, e in pieces)
-        batch = self.batch if whole and lanes == 1 else 1
+        whole = (e - b == size and run >= self.plan.context for run, b, e in pieces)
+        batch = self.batch if lanes == 1 and all(whole) else 1
         for i in range(0, len(pieces), batch):
             group = pieces[i : i + batch]
             run, begin, _ = group[-1]
@@ -2551,6 +2547,7 @@ class Engine:
 # model or the mixer.
 
 BITS_SCALE = 2.0**30
+TRACE_TOP = 8  # likeliest tokens that trace.npz has of each position and stage
 TRUST_SCALE = 1 << 14  # w = 1; with frequencies, what commit can divide
 SWITCH = 8  # s, of TRUST_SCALE: the part of each side's weight that goes over after each token
 
@@ -2570,16 +2567,18 @@ class Commitment(NamedTuple):
         """Return the frequencies (stop - start, V) of a lone rank."""
         return torch.cat([freqs[stage] for _, freqs in self.pieces])
 
-    def chosen(self, targets, *stages):
-        """Return the frequencies of targets, int64 (stop - start,): int64 (stages, stop - start).
+    def chosen(self, targets, stages, top=0):
+        """Return what the stages give to targets, int64 (n,), and to their `top` likeliest tokens.
 
-        They are 0 where another rank has them.
+        int64 (stages, 1 + 2 top, n), n = stop - start: a target's frequency, the highest ones, and
+        the tokens that have these; 0 where another rank has them.
         """
-        found = targets.new_zeros(len(stages), len(targets))
+        found = targets.new_zeros(len(stages), 1 + 2 * top, len(targets))
         for positions, freqs in self.pieces:
             at = positions - self.start
-            for row, stage in zip(found, stages):
-                row[at] = freqs[stage].gather(1, targets[at, None])[:, 0].long()
+            for rows, stage in zip(found, stages):
+                parts = freqs[stage].gather(1, targets[at, None]), *freqs[stage].topk(top)
+                rows[:, at] = torch.cat(parts, 1).mT  # int64, as the tokens are
         return found
 
 
@@ -2596,15 +2595,17 @@ class Predictor:
         self.scored_to = plan.lanes  # the first position that is not scored yet
         self.block_end = plan.lanes + plan.block  # first position after the next update
         self.pending = None  # the commitment that waits for its score
+        # Code length of all that is scored, of each stage, in units of 2^-30 bit.
+        self.lengths = torch.zeros(len(plan.stages), dtype=torch.int64)
         # The guard's w at scored_to and later positions, as far as it is known.
         self.trust = [TRUST_SCALE // 2] * plan.lanes
         model = new_model(cfg, rt, weights, cfg.eval_dtype)
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = None
-        if "mixer" in plan.stages:
-            self.mixture = Mixture(weights["mixer"], cfg, table, rt, plan)
+        self.mixture = (
+            Mixture(weights["mixer"], cfg, table, rt, plan) if "mixer" in plan.stages else None
+        )
         self.mix_seconds = 0.0  # from a block's logits to its bits
 
     @torch.inference_mode()
@@ -2662,8 +2663,8 @@ class Predictor:
         followed before change nothing.
         """
         unknown = commitment.stop - commitment.start - len(targets)
-        freqs = commitment.chosen(F.pad(targets, (0, unknown)), *self.plan.stages)
-        freqs = self.rt.sum_over_ranks(freqs)[:, : len(targets)].cpu()  # the host waits
+        freqs = commitment.chosen(F.pad(targets, (0, unknown)), self.plan.stages)
+        freqs = self.rt.sum_over_ranks(freqs)[:, 0, : len(targets)].cpu()  # the host waits
         if self.mixture:
             for model, mixer, _ in freqs.T[len(self.trust) - self.plan.lanes :].tolist():
                 w = self.trust[-self.plan.lanes]  # with which this token was predicted
@@ -2671,18 +2672,22 @@ class Predictor:
                 self.trust.append(SWITCH + share // (w * mixer + (TRUST_SCALE - w) * model))
         return freqs
 
+    @property
+    def bits(self):
+        """{stage: code length in bits} of all that is scored so far."""
+        return dict(zip(self.plan.stages, (self.lengths.double() / BITS_SCALE).tolist()))
+
     def score(self, commitment, targets):
-        """Return {stage: code length} of targets, int64 (stop - start,), in units of 2^-30 bit."""
+        """Add the code lengths of targets, int64 (stop - start,), to those of the stages."""
         if commitment is not self.pending or len(targets) != commitment.stop - commitment.start:
             raise OrderError("score takes the last commitment, once, with one target a position")
         self.pending = None
         self.scored_to = commitment.stop
         bits = TOTAL_BITS - self.judge(commitment, targets.to(self.rt.device)).double().log2()
-        lengths = (bits * BITS_SCALE).round().long().sum(1).tolist()
+        self.lengths += (bits * BITS_SCALE).round().long().sum(1)
         if self.mixture:
             del self.trust[: len(targets)]
             self.mix_seconds += perf_counter()
-        return dict(zip(self.plan.stages, lengths))
 
     def update(self, prefix):
         """Learn from the scored block that ends `prefix`: the mixer always, TTT after a chunk."""
@@ -2701,16 +2706,13 @@ class Predictor:
 
 
 def walk(predictor, stream, log=None, step=None):
-    """Yield (Commitment, targets, bits) of each step of one pass over `stream`, int64 (n,).
+    """Yield (Commitment, targets) of each step of one pass over `stream`, int64 (n,).
 
     Score-first is the shape of this loop: commit, yield, score, learn. targets: a view of the
-    stream; a decoder, which has no tokens, writes them there before they are scored. bits: {stage:
-    bits of all steps before this one}, a single dict that each step updates in place. A step has
+    stream; a decoder, which has no tokens, writes them there before they are scored. A step has
     `step` positions (None: as many as a block) or what is left of its block or the stream. `log`
     gets a line of progress every 15 seconds.
     """
-    lengths = dict.fromkeys(predictor.plan.stages, 0)
-    bits = dict.fromkeys(predictor.plan.stages, 0.0)
     first = stop = predictor.scored_to
     start_s = logged_s = perf_counter()
     while stop < len(stream):
@@ -2718,10 +2720,8 @@ def walk(predictor, stream, log=None, step=None):
         stop = min(start + (step or predictor.plan.block), predictor.block_end, len(stream))
         targets = stream[start:stop]
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        yield commitment, targets, bits
-        for stage, length in predictor.score(commitment, targets).items():
-            lengths[stage] += length
-            bits[stage] = lengths[stage] / BITS_SCALE
+        yield commitment, targets
+        predictor.score(commitment, targets)
         if stop == predictor.block_end < len(stream):
             predictor.update(stream[:stop])
         if log and perf_counter() - logged_s > 15:
@@ -2734,20 +2734,21 @@ def walk(predictor, stream, log=None, step=None):
             )
 
 
-def evaluate(predictor, tokens, total_bytes, log, keep=1):
+def evaluate(predictor, tokens, total_bytes, log, keep):
     """Score `tokens`, int64 (n + 1,); return (stages as results.json has them, first frequencies).
 
-    The frequencies are those of the first `keep` > 0 targets under the last stage, int64.
+    These are what Commitment.chosen says of the first `keep` > 0 targets, with TRACE_TOP tokens.
     """
     names = predictor.plan.stages
     start_s = perf_counter()
     n = len(tokens) - 1
     kept = []
     stream = torch.from_numpy(tokens).to(predictor.rt.device)
-    for commitment, targets, bits in walk(predictor, stream, log):  # noqa: B007
+    for commitment, targets in walk(predictor, stream, log):
         if commitment.start <= keep:
-            kept.append(commitment.chosen(targets, names[-1])[0])
+            kept.append(predictor.rt.sum_over_ranks(commitment.chosen(targets, names, TRACE_TOP)))
     added_s = perf_counter() - start_s - predictor.mix_seconds, predictor.mix_seconds
+    bits = predictor.bits
     stages = [
         {
             "name": stage,
@@ -2761,7 +2762,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep=1):
     ]
     if "mixer" in names:
         stages[-1]["unguarded_bpb"] = bits["unguarded"] / total_bytes
-    return stages, predictor.rt.sum_over_ranks(torch.cat(kept)[:keep]).cpu().numpy()
+    return stages, torch.cat(kept, 2)[..., :keep].cpu().numpy()
 
 
 # ---- Code files, proof ---------------------------------------------------------------------------
@@ -2850,21 +2851,20 @@ class Codec:
         stream = torch.from_numpy(tokens[order])
         own = self.artifact
         predictor = Predictor(own.weights, own.table, self.cfg, self.rt, plan)
-        bits = {stage: 0.0}  # of an empty text
         crc = 0
         steps = walk(predictor, stream, self.log, decoder and plan.lanes)
-        for commitment, targets, bits in steps:
+        for commitment, targets in steps:
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
                 crc = crc32(freqs, crc)
                 if len(coded) % CHECK_EVERY == 0:
-                    yield crc, bits[stage]
+                    yield crc, predictor.bits[stage]
                 freqs = freqs.astype(np.uint64)
                 starts = freqs.cumsum() - freqs
                 if decoder:
                     targets[i] = decoder.decode(freqs, starts).item()
                 coded.append((starts[targets[i]], freqs[targets[i]]))
         tokens[order] = stream
-        yield crc, bits[stage]
+        yield crc, predictor.bits[stage]
 
     def encode(self, tokens, lanes=0):
         """Code tokens, int64 (n + 1,), BOS first.
@@ -2876,10 +2876,6 @@ class Codec:
         checks, bits = zip(*self.code(new_plan(self.cfg, lanes=lanes), tokens, coded))
         starts, freqs = np.hsplit(np.uint64(coded).reshape(-1, 2), 2)
         text = self.artifact.table.decode(tokens)
-        maker = (
-            f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
-            f"{torch.get_num_threads()} threads"
-        )
         head = CodeHead(
             lanes,
             len(freqs),
@@ -2887,7 +2883,10 @@ class Codec:
             self.artifact.digest,
             self.settings,
             sha256(text),
-            maker.encode(),  # cut to 64 bytes
+            (
+                f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, "
+                f"{torch.get_num_threads()} threads"
+            ).encode(),  # cut to 64 bytes
         )
         return head.pack(checks, encode_symbols(starts, freqs)), bits[-1], freqs[:, 0]
 
@@ -2937,7 +2936,7 @@ def verify(run, artifact, scored=None):
     data, bits, freqs = Codec(artifact, cfg, replace(run.rt, world=1), run.log).encode(tokens)
     write_atomically(path, data)
     coded_s = perf_counter()
-    for t in np.flatnonzero(scored is not None and freqs != scored):
+    for t in np.flatnonzero(scored is not None and freqs != scored[: len(freqs)]):
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
@@ -2980,17 +2979,18 @@ def verify(run, artifact, scored=None):
 
 
 # ---- Report --------------------------------------------------------------------------------------
-# train.log is for people, results.json for programs. Seconds and bytes stand beside the
-# competition's limits. A run's folder is its own: it is locked, and results of another command,
-# script or setting in it stay. `summarize` makes a submission of several results, `submit` a
-# record's folder around it: what a reader needs to check the figures and to measure them again.
+# train.log is for people, results.json for programs, trace.npz for a page that shows what each of
+# the first tokens got in every stage. Seconds and bytes stand beside the competition's limits. A
+# run's folder is its own: it is locked, and results of another command, script or setting in it
+# stay. `summarize` makes a submission of several results, `submit` a record's folder around it:
+# what a reader needs to check the figures and to measure them again.
 
 
 class Run:
     """What a command on the validation text works with, and what it has shown so far.
 
     results.json is rewritten after every pass over the text. open_run() sets `table`, the
-    TokenTable; `tokens`, the validation stream, int64 (n + 1,); and `total_bytes` of its text.
+    TokenTable, and `tokens`, the validation stream, int64 (n + 1,).
     """
 
     def __init__(self, cfg, rt, command):
@@ -3015,7 +3015,6 @@ class Run:
             "settings": settings,
             "environment": environment,
             "train": None,
-            "artifact": None,
             "stages": [],
             "val_bpb": None,
         }
@@ -3059,7 +3058,11 @@ class Run:
                     results["settings"] | results["environment"] | {"command": results["command"]}
                     for results in (self.results, read_object(path))
                 )
-            if odd := sorted(n.upper() for n in own.keys() - PLACES if found.get(n) != own[n]):
+            if odd := [
+                n.upper()
+                for n in sorted(own)
+                if found.get(n) != own[n] and not re.fullmatch(PLACES, n)
+            ]:
                 raise UsageError(
                     f"{path} has another {', '.join(odd)}: set RUN_ID, or REPLACE=1 to replace it"
                 )
@@ -3080,14 +3083,14 @@ class Run:
     def check_size(self, artifact):
         """Record an artifact's bytes; UserError, the file staying, if they are over the cap."""
         limit = self.cfg.size_limit_bytes
-        total = code_bytes() + artifact.size_bytes
+        total = CODE_BYTES + artifact.size_bytes
         overridden = artifact.overridden(self.cfg)
         self.record(
             "artifact",
             {
                 "path": str(artifact.path),
                 "weights_bytes": artifact.size_bytes,
-                "code_bytes": code_bytes(),
+                "code_bytes": CODE_BYTES,
                 "total_bytes": total,
                 "limit_bytes": limit,
                 "sha256": artifact.digest.hex(),
@@ -3096,7 +3099,7 @@ class Run:
         )
         self.log(
             f"artifact {artifact.path}: {artifact.size_bytes:,} B weights "
-            f"+ {code_bytes():,} B code = {total:,} of {limit:,} B"
+            f"+ {CODE_BYTES:,} B code = {total:,} of {limit:,} B"
         )
         if overridden:
             self.log(
@@ -3126,15 +3129,17 @@ class Run:
         for row in self.rows:
             self.log(row)
         if stages := self.results["stages"]:
-            self.log("\nbudget, against the competition's limits (which hold on its 8xH100)")
+            seconds = (s["seconds"] for s in stages if s["name"] != "pre_quant")
+            self.log(
+                f"\nevaluation  {sum(seconds):>10.1f} s of 600 s, the competition's limit on its "
+                "8xH100, without pre_quant"
+            )
             if train := self.results["train"]:
                 self.log(
                     f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of "
                     "600 s, calibration included; "
                     f"quantize {train['quantize_seconds']:.1f} s (fisher's count)"
                 )
-            seconds = (s["seconds"] for s in stages if s["name"] != "pre_quant")
-            self.log(f"evaluation  {sum(seconds):>10.1f} s of 600 s (without pre_quant)")
 
 
 def read_result(path):
@@ -3322,7 +3327,7 @@ def pack(target, environ):
     )
     packed = PACKED % base64.b85encode(lzma.compress(source.encode()))
     write_atomically(target, packed)
-    log(f"{target}: {len(packed):,} bytes instead of {code_bytes():,}")
+    log(f"{target}: {len(packed):,} bytes instead of {CODE_BYTES:,}")
 
 
 # ---- Commands ------------------------------------------------------------------------------------
@@ -3334,11 +3339,10 @@ def pack(target, environ):
 def open_run(cfg, environ, command, artifact=None):
     """Return the Run of a command, everything checked; `artifact`: what is scored, if it exists."""
     rt = start_runtime(cfg, environ)
-    sequences = cfg.train_batch_tokens // cfg.train_seq_len
-    if not artifact and sequences % rt.world:
+    if not artifact and cfg.train_batch_tokens // cfg.train_seq_len % rt.world:
         raise UsageError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {sequences} sequences do not split "
-            f"over {rt.world} ranks; change it or --nproc_per_node"
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its sequences do not split over "
+            f"{rt.world} ranks; change it or --nproc_per_node"
         )
     run = Run(cfg, rt, command)
     rt.by_main(prepare_demo, cfg, run.log)
@@ -3354,8 +3358,7 @@ def open_run(cfg, environ, command, artifact=None):
     run.results["validation"] = audit_bytes(table, tokens, sp)
     run.table = table
     run.tokens = tokens
-    run.total_bytes = run.results["validation"]["bytes"]
-    run.log(f"validation: {len(tokens) - 1:,} tokens, {run.total_bytes:,} bytes, as decoded")
+    run.log("validation: {tokens:,} tokens, {bytes:,} bytes".format(**run.results["validation"]))
     return run
 
 
@@ -3425,10 +3428,7 @@ def finish(run, model, result, held_out):
 
     def write():
         """Return the bytes of the artifact that was fitted to the cap, written and read back."""
-        steps = {}
-        if cfg.quantizer == "fisher":
-            steps = new_steps(model, held_out)
-            run.log(f"Fisher information: {perf_counter() - start_s:.1f} s")
+        steps = new_steps(model, held_out) if cfg.quantizer == "fisher" else {}
         data = fit_artifact(weights, cfg, run.table, run.log, steps)
         write_atomically(path, data)
         if read_file(path) != data:
@@ -3478,41 +3478,57 @@ def calibrate(run, weights, held_out, limit_s):
         block=block, run=block // 2, context=0, calibration_blocks=len(stream) // block
     )
     predictor = Predictor(weights, run.table, cfg, rt, plan)
-    for _, _, bits in walk(predictor, stream, run.log):  # noqa: B007
+    for _ in walk(predictor, stream, run.log):
         if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
             break
-    seconds = perf_counter() - start_s
     scored = predictor.scored_to - 1
     run.log(
-        f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in {seconds:.1f} s, "
-        f"{block:,} a step in runs of {plan.run:,}, dealt to {rt.world} rank(s); "
-        f"bits a token: sliding {bits['sliding'] / max(scored, 1):.4f}, "
-        f"mixer {bits['mixer'] / max(scored, 1):.4f}"
+        f"calibration: {scored:,} of {len(stream) - 1:,} held-out tokens in "
+        f"{perf_counter() - start_s:.1f} s, {block:,} a step in runs of {plan.run:,}, dealt to "
+        f"{rt.world} rank(s); bits a token: sliding "
+        f"{predictor.bits['sliding'] / max(scored, 1):.4f}, "
+        f"mixer {predictor.bits['mixer'] / max(scored, 1):.4f}"
     )
-    return predictor.mixture.weights, seconds
+    return predictor.mixture.weights, perf_counter() - start_s
 
 
 def evaluate_artifact(run, artifact, *first):
-    """Score the predictors `first`, then the artifact in every stage.
+    """Score the predictors `first`, then the artifact in every stage; write trace.npz.
 
-    Return the first VERIFY_TOKENS frequencies of the last stage.
+    Return the first VERIFY_TOKENS frequencies of the last stage, or more.
     """
     cfg = run.cfg
+    n = cfg.trace_tokens
+    trace = asdict(artifact.table)
     later = (
         Predictor(artifact.weights, artifact.table, cfg, run.rt, plan)
         for plan in evaluation_plans(cfg)
     )
-    keep = cfg.verify_tokens or len(run.tokens)
     for predictor in itertools.chain(first, later):
-        stages, scored = evaluate(predictor, run.tokens, run.total_bytes, run.log, keep)
+        stages, last = evaluate(
+            predictor,
+            run.tokens,
+            run.results["validation"]["bytes"],
+            run.log,
+            max(n, cfg.verify_tokens or len(run.tokens)),
+        )
         run.add_stages(stages)
-    return scored
+        trace |= zip(predictor.plan.stages, last[..., :n])
+    data = BytesIO()
+    np.savez_compressed(data, tokens=run.tokens[: n + 1], val_bpb=run.results["val_bpb"], **trace)
+    run.rt.by_main(write_atomically, cfg.run_dir / "trace.npz", data.getvalue())
+    return last[-1, 0]
 
 
 def find_run(environ):
     """Return the Config of the settings that say where a run is."""
-    places = environ.keys() & {"PRESET", "SEED", "RUN_ID", "LOG_DIR", "ARTIFACT_PATH"}
-    return config_from_env({name: environ[name] for name in places})
+    return config_from_env(
+        {
+            name: text
+            for name, text in environ.items()
+            if re.fullmatch("PRESET|SEED|RUN_ID|LOG_DIR|ARTIFACT_PATH", name)
+        }
+    )
 
 
 def open_artifact(environ):
@@ -3530,8 +3546,7 @@ def eval_command(environ, command):
     folder = artifact.path.resolve().parent
     if not cfg.run_id or folder == cfg.run_dir.resolve():
         names = (f",{name}={getattr(cfg, name.lower())}" for name in artifact.overridden(cfg))
-        run_id = f"{cfg.run_id or folder.name}_{command}{''.join(names)}"
-        cfg = replace(cfg, run_id=run_id[:200])
+        cfg = replace(cfg, run_id=f"{cfg.run_id or folder.name}_{command}{''.join(names)}"[:200])
     run = open_run(cfg, environ, command, artifact)
     run.check_size(artifact)
     try:
@@ -3609,11 +3624,9 @@ def code_command(environ, command, source, target):
 def show_help():
     """Print the usage, and each setting with what its group's docstring says of it."""
     say(__doc__)
-    for group in Config.__bases__:
-        for line in group.__doc__.splitlines():
-            name, _, doc = line.strip().partition(": ")
-            if name in FIELDS:
-                say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
+    for name, group in GROUPS.items():
+        doc = re.search(f" {name}: (.*)", group.__doc__)[1]
+        say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
 
 
 def dispatch(args, environ):
@@ -3681,9 +3694,6 @@ def main():
         if rank == 0:
             say(f"error: {one_line(error)}", sys.stderr)
         return {KeyboardInterrupt: 130, UsageError: 2}.get(type(error), 1)
-    except BaseException:
-        say("", sys.stderr)  # the traceback does not begin on a line of progress
-        raise
     if dist.is_initialized():
         dist.barrier()
     return 0
@@ -3718,15 +3728,12 @@ def read_documents(path):
                 ends = len(document) > (DOCUMENT_CHARS if part.isspace() else MOST_DOCUMENT_CHARS)
             if (ends or not part) and document.strip():
                 if not is_plain:
-                    match json.loads(document.lstrip("\ufeff")):  # a byte order mark
-                        case {"text": str(document)}:
-                            document.encode()  # it has no half of a surrogate pair
-                        case _:
-                            raise ValueError('no string under the key "text"')
+                    document = json.loads(document.lstrip("\ufeff"))["text"]  # a byte order mark
+                    document.encode()  # a string without half of a surrogate pair
                 yield document
                 document = ""
             number += part.endswith("\n")
-    except (ValueError, RecursionError) as error:  # what is decoded or parsed
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"tokenize: cannot read {path}, line {number}: expected UTF-8 text, in .jsonl "
             f'{{"text": "..."}}: {error}'
@@ -3769,8 +3776,8 @@ def train_tokenizer(documents, vocab_size, path):
 
     model = BytesIO()
     inside = "[^\n-\r\x1c-\x1e\x85\u2028\u2029\u2585]{1,256}"
-    part = re.compile(rf"{inside}(?!\S)|{inside}")  # cut between words, if it can be
-    lines = (line for text in documents for line in part.findall(text) if line.strip())
+    part = rf"{inside}(?!\S)|{inside}"  # cut between words, if it can be
+    lines = (line for text in documents for line in re.findall(part, text) if line.strip())
     with blaming(f"VOCAB_SIZE={vocab_size}: raise or lower it for this text", RuntimeError):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=lines,
@@ -3835,7 +3842,7 @@ def tokenize_command(out_dir, paths, environ):
     """Tokenize files into shards in out_dir."""
     cfg = config_from_env(environ)
     for path in paths:
-        if is_stream(path) or not path.endswith((".txt", ".jsonl", ".jsonl.zst")):
+        if is_stream(path) or not re.search(r"\.(txt|jsonl|jsonl\.zst)$", path):
             raise UsageError(f"tokenize: {path} is no file named .txt, .jsonl or .jsonl.zst")
     if any(Path(out_dir).glob("fineweb_*.bin*")):
         raise UserError(f"tokenize: {out_dir} holds shards already; name a folder that has none")

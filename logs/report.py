@@ -8,19 +8,11 @@
                                                        quantizers.svg in DIR, of what
                                                        tests/experiments/compare_quantizers.py has
                                                        measured (logs/quantizers.json)
-    python logs/report.py RUN_DIR... --trace N         first score the first N tokens again, for the
-                                                       page's view of the text (default: 10000)
 
 A RUN_DIR is a folder in which train_gpt.py has worked, under LOG_DIR: that of a run, finished or
-not, of `eval` or of `verify`. Whatever it has is shown: results.json, the log, trace.npz, the
-artifact. The page needs no network and no other file; to be made, it needs what train_gpt.py needs,
-and matplotlib.
-
---trace writes RUN_DIR/trace.npz, which later pages take as it is. It needs the artifact and the
-validation text of the run, and runs train_gpt.py's own loop with the run's settings. What a token
-got depends on the artifact and the tokens before it alone, so the first N tokens have exactly the
-frequencies that the run scored. DATA_PATH and DEVICE in the environment replace the run's: the text
-may lie elsewhere, and the machine may be another one.
+not, of `eval` or of `verify`. Whatever it has is shown: results.json, the log, trace.npz (what the
+first TRACE_TOKENS tokens got), the artifact. The page needs no network and no other file; to be
+made, it needs what train_gpt.py needs, and matplotlib.
 
 Every text that comes from a run goes through `visible` (control and bidirectional characters become
 symbols) and is escaped. The data of the text's view are in one JSON element: typed arrays, base64.
@@ -30,13 +22,11 @@ import argparse
 import base64
 import dataclasses
 import functools
-import hashlib
 import html
 import io
 import json
 import lzma
 import math
-import os
 import re
 import sys
 import unicodedata
@@ -267,25 +257,23 @@ def tell_apart(runs):
             run.name = str(run.folder)
 
 
-MAKE_TRACE = "`python logs/report.py RUN_DIR --trace` makes it from artifact and text"
-
-
 def read_trace(run):
     """Set run.trace to what its trace.npz has, or note why there is none."""
     path = run.folder / "trace.npz"
     if not path.is_file():
-        run.notes.append(f"The text is not shown, there is no trace.npz: {MAKE_TRACE}.")
+        run.notes.append(
+            "The text is not shown: there is no trace.npz, which runs and `eval` write."
+        )
         return
     try:
         trace = Trace(path, run.settings)
     except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        run.notes.append(f"trace.npz cannot be read ({error}): {MAKE_TRACE}.")
+        run.notes.append(f"The text is not shown: trace.npz cannot be read ({error}).")
         return
-    if trace.scored != identity(run):
-        run.notes.append(f"The text is not shown, trace.npz is of other results: {MAKE_TRACE}.")
+    if trace.val_bpb != run.results.get("val_bpb"):
+        run.notes.append("The text is not shown: trace.npz is of other results.")
         return
     run.trace = trace
-    run.notes.extend(trace.notes)
 
 
 CONTEXTS = ("last 8 tokens", "last 5", "last 3", "last 2", "last token", "word so far")
@@ -294,22 +282,20 @@ TOP = 8  # likeliest tokens of each position in a trace
 TOTAL_BITS = 24  # frequencies sum to 2^24
 
 # trace.npz, a NumPy archive that pickles nothing:
-#   scored                    identity() of the results that it belongs to
-#   notes                     what a reader should know, in words
+#   val_bpb                   that of the results that it belongs to
 #   pieces, kinds, bos_id     the tokenizer's
 #   tokens  (n + 1,)          BOS, and the tokens
-#   round_trip, ... (n,)      of each stage but the mixer its frequencies of them, of 2^24
-#   last    (n, 17 or 34)     of the last neural stage, then of the mixer if there is one: the
-#                             token's frequency, the 8 highest ones, and the tokens that have them
-NO_STAGES = {"scored", "notes", "pieces", "kinds", "bos_id", "tokens", "last"}
+#   pre_quant, ... (17, n)    of each stage: the tokens' frequencies, of 2^24, the 8 highest ones of
+#                             each position, and the tokens that have them
+NO_STAGES = {"val_bpb", "pieces", "kinds", "bos_id", "tokens"}
 
 
 class Trace:
     """What trace.npz has of a run's first n tokens.
 
     tokens (n + 1,), BOS first; texts: what each token of the vocabulary prints; sizes (n,): bytes
-    of each token; bits {stage: (n,)}; top {stage: (tokens (n, 8), bits (n, 8))}; counts (n, 6): how
-    many occurrences each kind of context had, or None without a mixer.
+    of each token; bits {stage: (n,)}; top {last neural stage and mixer: (tokens (n, 8), bits (n,
+    8))}; counts (n, 6): how many occurrences each kind of context had, or None without a mixer.
     """
 
     def __init__(self, path, settings):
@@ -318,22 +304,19 @@ class Trace:
             self.pieces = arrays["pieces"].tolist()
             self.kinds = str(arrays["kinds"])
             self.bos_id = int(arrays["bos_id"])
-            self.scored = str(arrays["scored"])
-            self.notes = arrays["notes"].tolist()
-            last = arrays["last"].astype(np.int64)
-            stages = [name for name in arrays.files if name not in NO_STAGES]
-            self.bits = {stage: TOTAL_BITS - np.log2(arrays[stage]) for stage in stages}
-        width = 1 + 2 * TOP
-        if last.shape[0] != len(self.tokens) - 1 or last.shape[1] not in (width, 2 * width):
+            self.val_bpb = float(arrays["val_bpb"])
+            stages = {name: arrays[name] for name in arrays.files if name not in NO_STAGES}
+        if any(a.shape != (1 + 2 * TOP, len(self.tokens) - 1) for a in stages.values()):
             raise ValueError("another format")
-        self.neural = [name for name in stages if name != "unguarded"][-1]  # of the last walk
-        self.mixer = "mixer" if last.shape[1] == 2 * width else None
+        self.bits = {stage: TOTAL_BITS - np.log2(found[0]) for stage, found in stages.items()}
+        # Of the last walk.
+        self.neural = [name for name in stages if name not in ("unguarded", "mixer")][-1]
+        self.mixer = "mixer" if "mixer" in stages else None
         self.last = self.mixer or self.neural
         self.top = {}
-        for i, stage in enumerate(filter(None, (self.neural, self.mixer))):
-            rows = last[:, i * width : (i + 1) * width]
-            self.bits[stage] = TOTAL_BITS - np.log2(rows[:, 0])
-            self.top[stage] = rows[:, 1 + TOP :], TOTAL_BITS - np.log2(rows[:, 1 : 1 + TOP])
+        for stage in filter(None, (self.neural, self.mixer)):
+            _, highest, tokens = np.split(stages[stage], [1, 1 + TOP])
+            self.top[stage] = tokens.T, TOTAL_BITS - np.log2(highest.T)
         self.texts = [self.text_of(piece, kind) for piece, kind in zip(self.pieces, self.kinds)]
         self.counts = None
         if self.mixer:
@@ -490,120 +473,6 @@ def level_bits(w, stored, coarseness):
     freqs, _ = train_gpt.level_frequencies()
     freqs = freqs.reshape(-1, 2 * most + 1)[classes, levels + most]
     return (TOTAL_BITS - np.log2(freqs)).sum()
-
-
-# ---- Making a trace ------------------------------------------------------------------------------
-
-
-def identity(run):
-    """Return a digest of what decides a run's frequencies: artifact, text and settings."""
-    shaping = {name: value for name, value in run.settings.items() if name not in HARMLESS}
-    decisive = run.part("artifact").get("sha256"), run.part("validation"), shaping
-    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
-
-
-def make_trace(run, most):
-    """Score the first `most` tokens that a run has scored again; write its trace.npz.
-
-    ReportError or train_gpt.UserError, and nothing is written, where artifact or text are not those
-    of the run, or the frequencies would not give its bits.
-    """
-    artifact = open_artifact(run)
-    cfg = config_of(run, artifact)
-    rt = train_gpt.start_runtime(cfg, {})
-    tokens = train_gpt.load_validation(cfg)
-    if train_gpt.audit_bytes(artifact.table, tokens) != run.part("validation"):
-        raise ReportError(
-            f"DATA_PATH: {cfg.data_path} has another validation text than {run.folder} was scored "
-            "on; set DATA_PATH to that one's folder"
-        )
-    tokens = tokens[: most + 1]
-    stages = {}
-    for plan in train_gpt.evaluation_plans(cfg):
-        name = visible(run.name)
-        print(f"{name}: {'+'.join(plan.stages)}, {len(tokens) - 1:,} tokens", flush=True)
-        predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
-        walked = walk_rows(predictor, torch.from_numpy(tokens).to(rt.device))
-        stages |= walked
-    notes = check_bits(run, {name: rows[:, 0] for name, rows in stages.items()})
-    arrays = {name: rows[:, 0] for name, rows in stages.items() if name != "mixer"}
-    arrays |= dataclasses.asdict(artifact.table)
-    last = [rows for name, rows in walked.items() if name != "unguarded"]
-    arrays |= dict(tokens=tokens, last=np.concatenate(last, 1))
-    file = io.BytesIO()
-    np.savez_compressed(file, scored=identity(run), notes=np.array(notes, str), **arrays)
-    write(run.folder / "trace.npz", file.getvalue())
-
-
-def open_artifact(run):
-    """Return the Artifact that a run was scored with; ReportError if it is not there."""
-    wanted = run.part("artifact").get("sha256")
-    if not (wanted and run.stages and run.part("validation")):
-        raise ReportError(f"{run.folder}: --trace: no stage is scored yet in its results.json")
-    if not run.artifact:
-        raise ReportError(
-            f"{run.folder}: --trace: there is no artifact, model.int6.lzma; copy the run's there"
-        )
-    artifact = train_gpt.read_artifact(run.artifact)
-    if artifact.digest.hex() != wanted:
-        raise ReportError(
-            f"{run.artifact}: --trace: not the artifact of {run.folder}/results.json, which has "
-            f"another SHA-256, {wanted}"
-        )
-    return artifact
-
-
-def config_of(run, artifact):
-    """Return the Config under which a run scored; DATA_PATH and DEVICE of the environment count."""
-    environ = {name: os.environ[name] for name in ("DATA_PATH", "DEVICE") if name in os.environ}
-    names = {*artifact.settings, "data_path", "device", "val_tokens"} & run.settings.keys()
-    own = {name: run.settings[name] for name in names}
-    cfg = train_gpt.config_from_env(environ, artifact.settings | own)
-    if cfg.vocab_size < TOP:
-        raise ReportError(f"{run.folder}: --trace: a vocabulary of less than {TOP} tokens")
-    return cfg
-
-
-def walk_rows(predictor, stream):
-    """Return {stage of a walk over a stream: what `last` has of it, int64 (n, 17)}."""
-    rows = {stage: [] for stage in predictor.plan.stages}
-    log = functools.partial(print, flush=True)
-    for commitment, targets, _ in train_gpt.walk(predictor, stream, log):
-        for stage, found in rows.items():
-            freqs = commitment.table(stage)
-            found.append(torch.cat([freqs.gather(1, targets[:, None]), *freqs.topk(TOP)], 1).cpu())
-    return {stage: torch.cat(found).numpy() for stage, found in rows.items()}
-
-
-def check_bits(run, freqs):
-    """Return notes on {stage: the first tokens' frequencies, (n,)}; ReportError if they are wrong.
-
-    They must give the bits that the run has reported, of as many tokens as are there: of a whole
-    stage, or of the proof.
-    """
-    reported = [(s["name"], s["tokens"], s["val_bpb"] * s["bytes"]) for s in run.stages]
-    if proof := run.part("proof"):
-        reported.append((run.stages[-1]["name"], proof["tokens"], proof["predicted_bits"]))
-    checked = 0
-    for stage, count, expected in reported:
-        if count > len(freqs.get(stage, ())):
-            continue
-        checked = max(checked, count)
-        bits = (TOTAL_BITS - np.log2(freqs[stage][:count])).sum()
-        if not math.isclose(bits, expected, rel_tol=1e-9, abs_tol=1e-6):
-            raise ReportError(
-                f"{run.folder}: --trace: {stage} gives {count:,} tokens {bits:.3f} bits here, and "
-                f"{expected:.3f} in results.json: use the train_gpt.py that made the run and, "
-                "where EVAL_DTYPE is not float64, its machine"
-            )
-    source = hashlib.sha256(Path(train_gpt.__file__).read_bytes()).hexdigest()
-    is_same = source == run.part("environment").get("source_sha256")
-    if checked or (is_same and run.settings.get("eval_dtype") == "float64"):
-        return []
-    return [
-        "The text was scored again by another version of train_gpt.py than the run's, or not in "
-        "float64, and it is too short to compare its bits with the reported ones."
-    ]
 
 
 # ---- Charts --------------------------------------------------------------------------------------
@@ -1400,7 +1269,7 @@ def overview(runs):
 
 # Settings in which the runs of a mean may differ.
 HARMLESS = {"seed", "run_id", "log_dir", "artifact_path", "data_path", "tokenizer_path", "device"}
-HARMLESS |= {"log_every", "replace", "verify_enabled", "verify_tokens"}
+HARMLESS |= {"log_every", "replace", "verify_enabled", "verify_tokens", "trace_tokens"}
 
 
 def values_of(runs, name):
@@ -1885,23 +1754,6 @@ def write_figures(runs, folder, rule, quantizers):
             write(folder / name, chart.file())
 
 
-def positive(text):
-    """Return a number of tokens from the command line; ValueError if it is none."""
-    number = int(text)
-    if number < 1:
-        raise ValueError
-    return number
-
-
-def trace_runs(folders, most):
-    """Make the traces of all runs in these folders but those of `verify`, which scores no stage."""
-    runs = [run for run in map(read_run, folders) if run.results.get("command") != "verify"]
-    if not runs:
-        raise ReportError("--trace: these folders have proofs alone; name that of a run or of eval")
-    for run in runs:
-        make_trace(run, most)
-
-
 def main(args=None):
     """Run the command line; return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -1925,22 +1777,12 @@ def main(args=None):
         metavar="RESULTS",
         help="--figures: results.json of another mixer, drawn as a line",
     )
-    parser.add_argument(
-        "--trace",
-        nargs="?",
-        type=positive,
-        const=10_000,
-        metavar="N",
-        help="score the first N tokens again, for the view of the text (default: 10000)",
-    )
     given = parser.parse_args(args)
     if given.quantizers and not given.figures:
         parser.error("--quantizers takes --figures")
-    if not given.runs and (given.out or given.trace or not given.quantizers):
+    if not given.runs and (given.out or not given.quantizers):
         parser.error("RUN_DIR is missing: the folder of a run")
     try:
-        if given.trace:
-            trace_runs(given.runs, given.trace)
         runs = [read_run(folder) for folder in given.runs]
         if given.figures:
             rule = given.rule and read_rule(given.rule)
@@ -1949,7 +1791,7 @@ def main(args=None):
         if given.out or not given.figures:
             out = given.out or runs[0].folder / "report.html"
             write(out, page(runs).encode("utf-8", "replace"))
-    except (ReportError, train_gpt.UserError) as error:
+    except ReportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

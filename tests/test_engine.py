@@ -262,14 +262,14 @@ def test_a_lane_is_a_text_of_its_own(tiles, step, lanes):
     stream = torch.from_numpy(np.append(start, tokens[order]))
     predictor = walker(cfg, new_plan(cfg, "sliding", lanes=lanes))
     steps = walk(predictor, stream, step=lanes if step == "by rows" else None)
-    freqs = torch.cat([commitment.table("sliding") for commitment, _, _ in steps])
+    freqs = torch.cat([commitment.table("sliding") for commitment, _ in steps])
     coded = torch.empty_like(freqs)
     coded[order] = freqs
     segments = np.array_split(tokens, lanes)
     for segment, found in zip(segments, coded.split([len(each) for each in segments])):
         alone = walker(cfg, new_plan(cfg, "sliding"))
         text = torch.from_numpy(np.append(TABLE.bos_id, segment))
-        expected = torch.cat([c.table("sliding") for c, _, _ in walk(alone, text)])
+        expected = torch.cat([c.table("sliding") for c, _ in walk(alone, text)])
         assert torch.equal(found, expected)
 
 

@@ -93,20 +93,18 @@ def new_trace(path, n=60, pieces=PIECES, kinds=KINDS, mixer=True, seed=0):
 
     It belongs to the results in its folder, if there are any.
     """
-    has_results = (path.parent / "results.json").exists()
-    scored = report.identity(read_run(path.parent)) if has_results else ""
+    beside = path.parent / "results.json"
+    val_bpb = json.loads(beside.read_bytes())["val_bpb"] if beside.exists() else 0.0
     random = np.random.default_rng(seed)
     tokens = np.append(1, random.integers(2, len(pieces), n))
     tokens[n // 2] = 1
-    rows = []
-    for _ in range(1 + mixer):
-        freqs = np.sort(random.integers(1, 1 << 20, (n, 9)))[:, ::-1]
-        ids = np.array([random.permutation(len(pieces))[:8] for _ in range(n)])
-        rows += [freqs[:, -1:], freqs[:, :8], ids]
-    last = np.concatenate(rows, 1)
-    stages = dict(round_trip=random.integers(1, 1 << 24, n), ttt=last[:, 0])
-    arrays = dict(scored=scored, notes=np.array([], str), tokens=tokens, last=last, **stages)
-    arrays |= dict(pieces=pieces, kinds=kinds, bos_id=1)
+    stages = {}
+    for stage in ["round_trip", "ttt", *["unguarded", "mixer"] * mixer]:
+        own = 2 ** random.uniform(10, 23, (1, n))
+        highest = np.sort(random.integers(1, 1 << 20, (8, n)), axis=0)[::-1]
+        ids = np.array([random.permutation(len(pieces))[:8] for _ in range(n)]).T
+        stages[stage] = np.concatenate([own.astype(int), highest, ids])
+    arrays = dict(val_bpb=val_bpb, tokens=tokens, pieces=pieces, kinds=kinds, bos_id=1) | stages
     np.savez_compressed(path, **arrays)
     return arrays
 
@@ -319,6 +317,7 @@ def test_page_says_what_its_stages_are(whole):
         "sliding",
         "ttt",
         "mixer",
+        "unguarded",
     ]
     plans = train_gpt.evaluation_plans(tiny_config(mixer="learned"))
     assert {name for plan in plans for name in plan.stages} <= report.STAGES.keys()
@@ -440,7 +439,7 @@ def test_page_of_results_without_stages(new_run):
     folder = new_run(trace=False, stages=[], val_bpb=None, proof=None, artifact=None)
     text = built(folder)
     assert "No stage is scored yet" in text
-    assert "no trace.npz: <code>python logs/report.py RUN_DIR --trace</code> makes it" in text
+    assert "no trace.npz, which runs and <code>eval</code> write" in text
     assert text.count("trace.npz") == 1
     assert "token by token" not in text
     tree(text)
@@ -488,42 +487,20 @@ def test_trace_of_another_format_is_said(new_run):
     """Of a later version, say."""
     folder = new_run()
     arrays = new_trace(folder / "trace.npz")
-    np.savez(folder / "trace.npz", **{**arrays, "last": arrays["last"][:, :-1]})
+    np.savez(folder / "trace.npz", **{**arrays, "ttt": arrays["ttt"][:-1]})
     assert "trace.npz cannot be read (another format)" in built(folder)
 
 
 def test_trace_of_other_results_is_not_shown(new_run):
-    """The run was replaced meanwhile, say."""
-    for changes in (
-        dict(settings=SETTINGS | dict(ngram_order=4)),
-        dict(validation=dict(sha256="another")),
-        dict(artifact={**results()["artifact"], "sha256": "another"}),
-    ):
+    """The run was replaced meanwhile, say, and has not ended yet."""
+    for val_bpb in (1.3, None):
         folder = new_run()
         assert read_run(folder).trace
-        (folder / "results.json").write_text(json.dumps(results() | changes))
+        (folder / "results.json").write_text(json.dumps(results() | dict(val_bpb=val_bpb)))
         assert not read_run(folder).trace
-    text = built(folder)
-    assert "trace.npz is of other results" in text
-    assert 'id="text"' not in text
-
-
-def test_trace_belongs_to_results_wherever_they_are(new_run):
-    """Places and the log's length decide no frequency."""
-    folder = new_run()
-    elsewhere = SETTINGS | dict(data_path="elsewhere", log_every=7)
-    (folder / "results.json").write_text(json.dumps(results(settings=elsewhere)))
-    assert read_run(folder).trace
-
-
-def test_notes_of_a_trace_are_shown(new_run):
-    """As text."""
-    folder = new_run()
-    arrays = new_trace(folder / "trace.npz")
-    np.savez(folder / "trace.npz", **{**arrays, "notes": np.array([HOSTILE])})
-    assert (
-        '</script><script>alert("&")</script>\u27e8202E\u27e9\u2407' in tree(built(folder)).words()
-    )
+        text = built(folder)
+        assert "trace.npz is of other results" in text
+        assert 'id="text"' not in text
 
 
 def refusal(*args, **how):
@@ -639,9 +616,7 @@ def evaluated(artifacts, command_line, tmp_path):
     path = str(artifacts("learned, no ttt").artifact)
     places = dict(DATA_PATH=str(tmp_path), TOKENIZER_PATH="none", RUN_ID="run")
     assert command_line("eval", ARTIFACT_PATH=path, **places) == (0, "")
-    folder = tmp_path / "logs" / "run"
-    assert report.main([str(folder), "--trace", "--out", str(tmp_path / "page.html")]) == 0
-    return folder
+    return tmp_path / "logs" / "run"
 
 
 def test_page_of_what_the_script_leaves(evaluated):

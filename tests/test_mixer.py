@@ -728,9 +728,10 @@ def sliding_predictor(weights, cfg, rt=HERE):
 def bits_before(weights, cfg, tokens):
     """{position: {stage: bits before it}} at each block's start and at the end, without TTT."""
     sums = {}
-    for commitment, _, bits in walk(sliding_predictor(weights, cfg), torch.from_numpy(tokens)):
-        sums[commitment.start] = dict(bits)
-    sums[len(tokens)] = bits
+    predictor = sliding_predictor(weights, cfg)
+    for commitment, _ in walk(predictor, torch.from_numpy(tokens)):
+        sums[commitment.start] = predictor.bits
+    sums[len(tokens)] = predictor.bits
     return sums
 
 
@@ -855,13 +856,13 @@ def test_the_mixer_travels_in_the_artifact(tmp_path):
 def rank_weights(rt, cfg, tokens):
     """(bits, mixer's weights) after a pass, and (mixer's weights, log) after calibration."""
     predictor = sliding_predictor(warm_weights(cfg), cfg, rt)
-    for _, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+    for _ in walk(predictor, torch.from_numpy(tokens)):
         pass
     assert predictor.scored_to == len(tokens)
     lines = []
     calibrated = calibrated_weights(warm_weights(cfg), cfg, rt=rt, log=lines.append)
     log = [re.sub(r"in [0-9.]+ s", "", line) for line in lines]
-    return bits, predictor.mixture.weights, calibrated["mixer"], log
+    return predictor.bits, predictor.mixture.weights, calibrated["mixer"], log
 
 
 def rows_computed(rt, cfg):
@@ -1010,8 +1011,8 @@ def test_a_change_from_teaching_to_betraying_costs_at_most_20_bits(trusting):
             ends.append(len(stream))
     ends = ends[1:]
     rows = []
-    for commitment, targets, _ in walk(sliding_predictor(weights, cfg), torch.from_numpy(stream)):
-        chosen = commitment.chosen(targets, "sliding", "unguarded", "mixer")
+    for commitment, targets in walk(sliding_predictor(weights, cfg), torch.from_numpy(stream)):
+        chosen = commitment.chosen(targets, ["sliding", "unguarded", "mixer"])[:, 0]
         rows.append(24 - chosen.double().log2())
     parts = torch.cat(rows, 1).tensor_split([end - 1 for end in ends[:-1]], 1)
     model, unguarded, guarded = torch.stack([part.sum(1) for part in parts], 1)

@@ -87,9 +87,9 @@ WALKS = {  # the learned mixer takes four steps a chunk; a chunk is no whole num
 def recorded(predictor, tokens):
     """(bits of each stage, {stage: frequencies}) of one walk over all tokens."""
     parts = []
-    for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+    for commitment, _ in walk(predictor, torch.from_numpy(tokens)):
         parts.append(frequencies(commitment))
-    return bits, {stage: torch.cat([part[stage] for part in parts]) for stage in parts[0]}
+    return predictor.bits, {stage: torch.cat([part[stage] for part in parts]) for stage in parts[0]}
 
 
 # ---- Causality: the mutation test, and cheats that it must catch ---------------------------------
@@ -373,22 +373,41 @@ def test_walk_decodes_a_stream_that_is_filled_in_as_it_goes(name):
     stream = torch.zeros(len(tokens), dtype=torch.int64)
     stream[0] = tokens[0]
     parts = []
-    for commitment, targets, found in walk(walker(*WALKS[name]), stream, step=1):  # noqa: B007
+    decoder = walker(*WALKS[name])
+    for commitment, targets in walk(decoder, stream, step=1):
         parts.append(frequencies(commitment))
         targets[:] = int(tokens[commitment.start])
     assert same({stage: torch.cat([part[stage] for part in parts]) for stage in scorer}, scorer)
-    assert found == bits
+    assert decoder.bits == bits
     assert stream.tolist() == tokens.tolist()
 
 
-def test_walk_shows_the_bits_that_were_scored_before():
-    """Each step shows the sum of the code lengths of all positions before it."""
+def test_bits_are_those_of_what_is_scored():
+    """The sum of the code lengths of all positions before a step, and in the end of all."""
     summed = 0
-    for commitment, targets, bits in walk(walker(*WALKS["sliding"]), torch.from_numpy(STREAM)):
-        assert bits == {"sliding": summed / BITS_SCALE}
-        chosen = commitment.chosen(targets, "sliding")[0]
+    predictor = walker(*WALKS["sliding"])
+    for commitment, targets in walk(predictor, torch.from_numpy(STREAM)):
+        assert predictor.bits == {"sliding": summed / BITS_SCALE}
+        chosen = commitment.chosen(targets, ["sliding"])[0, 0]
         summed += sum(round((24 - math.log2(freq)) * BITS_SCALE) for freq in chosen.tolist())
-    assert bits == {"sliding": summed / BITS_SCALE}
+    assert predictor.bits == {"sliding": summed / BITS_SCALE}
+
+
+@pytest.mark.parametrize("top", [0, 1, 5])
+def test_chosen_are_the_targets_and_the_likeliest_tokens(top):
+    """Of each stage asked for: the target's frequency, the highest ones and whose they are."""
+    predictor = walker(*WALKS["ttt+learned"])
+    stages = ["mixer", "ttt"]
+    for commitment, targets in walk(predictor, torch.from_numpy(STREAM)):
+        found = commitment.chosen(targets, stages, top)
+        assert found.shape == (2, 1 + 2 * top, len(targets))
+        for rows, stage in zip(found, stages):
+            own, highest, tokens = rows.split([1, top, top])
+            table = commitment.table(stage).long()
+            assert own[0].tolist() == table.gather(1, targets[:, None])[:, 0].tolist()
+            assert highest.T.tolist() == table.sort(descending=True)[0][:, :top].tolist()
+            assert highest.T.tolist() == table.gather(1, tokens.T).tolist()
+            assert all(len({*row}) == top for row in tokens.T.tolist())
 
 
 # ---- Order of calls ------------------------------------------------------------------------------
@@ -491,23 +510,21 @@ def test_prefix_costs_exactly_what_it_costs_inside_a_longer_stream(name):
     cfg, plan = WALKS[name]
     predictor = walker(cfg, plan)
     stream = torch.from_numpy(STREAM)
-    lengths = dict.fromkeys(plan.stages, 0)
     for start in range(1, 3 * CHUNK, plan.block):
         stop = start + plan.block
         commitment = predictor.predict(stream[: stop - 1], start, stop)
-        for stage, length in predictor.score(commitment, stream[start:stop]).items():
-            lengths[stage] += length
+        predictor.score(commitment, stream[start:stop])
         predictor.update(stream[:stop])
-        stages, _ = evaluate(walker(cfg, plan), STREAM[:stop], 1, quiet)
+        stages, _ = evaluate(walker(cfg, plan), STREAM[:stop], 1, quiet, keep=1)
         bits = {stage["name"]: stage["val_bpb"] for stage in stages}
-        assert bits == {stage: lengths[stage] / 2**30 for stage in plan.stages[::2]}
+        assert bits == {stage: predictor.bits[stage] for stage in plan.stages[::2]}
         if predictor.mixture:
-            assert stages[-1]["unguarded_bpb"] == lengths["unguarded"] / 2**30
+            assert stages[-1]["unguarded_bpb"] == predictor.bits["unguarded"]
 
 
 @pytest.mark.parametrize("name", ["sliding", "ttt+learned"])
 def test_evaluate_reports_what_the_walk_sums(name):
-    """Loss is in nats a token, BPB in bits a byte; the last stage's first frequencies are kept."""
+    """Loss is in nats a token, BPB in bits a byte; the first frequencies are kept."""
     n = 2 * CHUNK + 5
     bits, committed = recorded(walker(*WALKS[name]), STREAM[: n + 1])
     stages, kept = evaluate(walker(*WALKS[name]), STREAM[: n + 1], 777, quiet, keep=40)
@@ -518,8 +535,9 @@ def test_evaluate_reports_what_the_walk_sums(name):
         assert stage["tokens"] == n
         assert stage["bytes"] == 777
         assert stage["seconds"] >= 0
-    last = committed[stages[-1]["name"]]
-    assert kept.tolist() == last[torch.arange(40), torch.from_numpy(STREAM[1:41])].tolist()
+    targets = torch.from_numpy(STREAM[1:41])
+    expected = [freqs[torch.arange(40), targets].tolist() for freqs in committed.values()]
+    assert kept[:, 0].tolist() == expected
 
 
 def test_plans_hold_the_documented_stages():
@@ -599,13 +617,13 @@ def rank_walks(rt, data, tokens, runs=RANK_RUNS):
         for plan in plans if tiles == 1 else plans[-2:]:
             predictor, again = (Predictor(artifact.weights, TABLE, cfg, rt, plan) for _ in range(2))
             pieces = []
-            for commitment, _, bits in walk(predictor, torch.from_numpy(tokens)):  # noqa: B007
+            for commitment, _ in walk(predictor, torch.from_numpy(tokens)):
                 pieces += commitment.pieces
             stages, kept = evaluate(again, tokens[:61], 1000, quiet, keep=50)
             reports.append(
                 dict(
                     name=f"{'+'.join(plan.stages)} {mixer} {tiles}",
-                    bits=bits,
+                    bits=predictor.bits,
                     bpb={stage["name"]: stage["val_bpb"] for stage in stages},
                     kept=kept.tolist(),
                     pieces=[tuple(piece) for piece in pieces],

@@ -56,7 +56,7 @@ def proving(tmp_path):
         run = train_gpt.Run(cfg, rt, "verify")
         run.table = TABLE
         run.tokens = tokens
-        run.total_bytes = len(TABLE.decode(tokens))
+        run.results["validation"] = train_gpt.audit_bytes(TABLE, tokens)
         return run, artifact
 
     return made
@@ -197,7 +197,7 @@ def test_whole_stream_is_proved(artifacts, proving, here):
     proof = run.results["proof"]
     assert proof["tokens"] == CODED_TOKENS
     assert len(scored) == CODED_TOKENS
-    assert run.results["val_bpb"] == proof["predicted_bits"] / run.total_bytes
+    assert run.results["val_bpb"] == proof["predicted_bits"] / run.results["validation"]["bytes"]
     assert_size(bytes(proof["bytes_on_disk"]), proof["predicted_bits"])
     assert (run.cfg.run_dir / "proof.txt").read_bytes() == TABLE.decode(CODED_STREAM)
 
@@ -217,12 +217,12 @@ def test_decoder_gets_no_shards_and_no_settings(code_files, proving, here, monke
     assert env["PATH"] == os.environ["PATH"]
 
 
-def test_evaluate_keeps_the_first_frequencies_of_its_last_stage(code_files):
+def test_evaluate_keeps_the_first_frequencies(code_files):
     """What verify compares is what was scored, for as many tokens as it will ask for."""
     file = code_files("entropy", 40)
     predictor = last_stage_predictor(file.cfg)
     _, kept = train_gpt.evaluate(predictor, file.tokens, 1, quiet, keep=25)
-    assert kept.tolist() == file.freqs[:25].tolist()
+    assert kept[-1, 0].tolist() == file.freqs[:25].tolist()
 
 
 def test_proof_of_the_frequencies_that_were_scored(code_files, proving, here):
@@ -544,7 +544,7 @@ def test_verify_decodes_after_the_shards_are_gone(
     assert proof["tokens"] == 70
     assert proof["bytes_on_disk"] == size
     assert_size(bytes(size), proof["predicted_bits"])
-    stages, _ = train_gpt.evaluate(last_stage_predictor(cfg), CODED_STREAM[:71], 1, quiet)
+    stages, _ = train_gpt.evaluate(last_stage_predictor(cfg), CODED_STREAM[:71], 1, quiet, 1)
     assert proof["predicted_bits"] == stages[-1]["val_bpb"]
     assert 0 < proof["encode_seconds"] < float("inf")
     assert 0 < proof["decode_seconds"] < float("inf")

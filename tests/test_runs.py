@@ -335,7 +335,7 @@ def test_nohup_holds(command, monkeypatch):
 
 def test_run_over_the_cap_is_finished_under_another(command, tmp_path):
     """A setting that made it fail may be mended."""
-    code = train_gpt.code_bytes()
+    code = train_gpt.CODE_BYTES
     message = error_line(command(SIZE_LIMIT_BYTES=str(code + 2000)), 1)
     assert "SIZE_LIMIT_BYTES" in message
     assert "`finish`" in message
@@ -585,9 +585,8 @@ def test_table_stands_together_in_the_log(command, tmp_path):
         "sliding",
         "mixer",
         "",
-        "budget,",
-        "train",
         "evaluation",
+        "train",
     ]
 
 
@@ -596,4 +595,4 @@ def test_table_is_shown_where_the_proof_fails(command, tmp_path, monkeypatch):
     monkeypatch.setattr(train_gpt, "verify", fail_with("setting"))
     assert "no such setting" in error_line(command(VERIFY_ENABLED="1"), 1)
     lines = (tmp_path / "logs" / "run" / "train.log").read_text().splitlines()
-    assert lines[-1].startswith("evaluation ")
+    assert lines[-1].startswith("train ")

@@ -247,21 +247,6 @@ def test_error_does_not_begin_on_a_line_of_progress(on_terminal):
     assert terminal.rows() == ["error: no", ""]
 
 
-def test_traceback_does_not_begin_on_a_line_of_progress(on_terminal, monkeypatch):
-    """That of what nobody has foreseen, which Python writes."""
-    terminal = on_terminal()
-
-    def fail(*_):
-        say("step 1 of 2, with more of it\r")
-        raise AssertionError
-
-    monkeypatch.setattr(train_gpt, "dispatch", fail)
-    with pytest.raises(AssertionError):
-        train_gpt.main()
-    sys.stderr.write("Traceback\n")
-    assert terminal.rows() == ["", "Traceback", ""]
-
-
 def test_file_keeps_every_line_of_progress(tmp_path):
     """Without control characters."""
     with open(tmp_path / "log", "w") as file:

@@ -94,7 +94,7 @@ def record(artifact_path, folder, *names):
         predictor = train_gpt.Predictor(artifact.weights, artifact.table, cfg, rt, plan)
         predictor.mixture = Recorder(grid)
         total_bytes = int(artifact.table.count_bytes(tokens).sum())
-        stages, _ = train_gpt.evaluate(predictor, tokens, total_bytes, print)
+        stages, _ = train_gpt.evaluate(predictor, tokens, total_bytes, print, keep=1)
         grid.flush()
         np.save(f"{folder}/{name}_tokens.npy", tokens)
         print(name, stages[0], flush=True)
