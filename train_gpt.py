@@ -875,9 +875,9 @@ def read_chunks(path):
 
     UserError for what cannot be read or is cut. Any window size of zstandard is accepted.
     """
-    import zstandard
-
     compressed = str(path).endswith(".zst")
+    if compressed:
+        import zstandard
     frame = None
     # zstandard raises a class of its own.
     with blaming(f"cannot read {path}; copy or make it again", Exception), open(path, "rb") as file:
@@ -1421,7 +1421,7 @@ def count_pairs(counts, batches, rt):
 # ---- Optimizers, schedules -----------------------------------------------------------------------
 # Muon orthogonalizes the momentum of each matrix (Jordan et al., 2024); matrices of one shape go
 # through it together, since one at a time costs mostly overhead. torch's AdamW with fp32 state
-# takes tables and vectors. Schedules are pure functions of step and clock.
+# takes tables and vectors. Schedules depend on step and clock alone.
 
 
 def orthogonalize(matrices):
@@ -1489,12 +1489,6 @@ def steps_left(step, elapsed_s, limit_s, cfg):
     Those of ITERATIONS or, if fewer, those for which limit_s leaves time at the mean pace so far.
     """
     return max(0.0, min(cfg.iterations - step, (limit_s - elapsed_s) / (elapsed_s / step)))
-
-
-def muon_momentum(step, cfg):
-    """Return Muon's momentum: linear from 0.92 to MUON_MOMENTUM."""
-    done = min(1.0, step / cfg.muon_momentum_warmup_steps)
-    return 0.92 + (cfg.muon_momentum - 0.92) * done
 
 
 # ---- Training loop -------------------------------------------------------------------------------
@@ -1580,10 +1574,12 @@ class Trainer:
             )
         if limit := self.cfg.grad_clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), limit, totals[2])
+        warm = min(1.0, step / self.cfg.muon_momentum_warmup_steps)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * scale
-                group["momentum"] = muon_momentum(step, self.cfg)  # AdamW has its betas
+                # Muon's: linear from 0.92. AdamW has its betas.
+                group["momentum"] = 0.92 + (self.cfg.muon_momentum - 0.92) * warm
             optimizer.step()
             optimizer.zero_grad()
         count_pairs(self.counts, batches, self.rt)
@@ -2647,7 +2643,8 @@ class Predictor:
             self.mixture.history.extend(known)
             for grid, (positions, freqs) in zip(grids, pieces):
                 freqs["unguarded"] = freqs["mixer"] = self.mixture.mix(grid, positions - lanes)
-            self.judge(commitment, known[start:])
+            if len(known) > start:
+                self.judge(commitment, known[start:])
             trust = self.rt.upload(torch.tensor(self.trust))
             for positions, freqs in pieces:
                 w = trust[positions - start, None]
@@ -2746,7 +2743,9 @@ def evaluate(predictor, tokens, total_bytes, log, keep):
     stream = torch.from_numpy(tokens).to(predictor.rt.device)
     for commitment, targets in walk(predictor, stream, log):
         if commitment.start <= keep:
-            kept.append(predictor.rt.sum_over_ranks(commitment.chosen(targets, names, TRACE_TOP)))
+            kept.append(
+                predictor.rt.sum_over_ranks(commitment.chosen(targets, names, TRACE_TOP)).cpu()
+            )
     added_s = perf_counter() - start_s - predictor.mix_seconds, predictor.mix_seconds
     bits = predictor.bits
     stages = [
@@ -2762,7 +2761,7 @@ def evaluate(predictor, tokens, total_bytes, log, keep):
     ]
     if "mixer" in names:
         stages[-1]["unguarded_bpb"] = bits["unguarded"] / total_bytes
-    return stages, torch.cat(kept, 2)[..., :keep].cpu().numpy()
+    return stages, torch.cat(kept, 2)[..., :keep].numpy()
 
 
 # ---- Code files, proof ---------------------------------------------------------------------------
@@ -2927,7 +2926,7 @@ def verify(run, artifact, scored=None):
     It gets the artifact, no shards, no tokenizer and no settings; it shows its own progress.
     UserError if it gives up, or finds other frequencies or another text; else the run's table gets
     the proof. For rank 0 alone. scored, int64 (n,): the frequencies that the run has just given
-    these tokens, as the coder must too.
+    these tokens, and maybe later ones, as the coder must too.
     """
     cfg = run.cfg
     tokens = run.tokens[: cfg.verify_tokens + 1 if cfg.verify_tokens else None]
@@ -2936,7 +2935,8 @@ def verify(run, artifact, scored=None):
     data, bits, freqs = Codec(artifact, cfg, replace(run.rt, world=1), run.log).encode(tokens)
     write_atomically(path, data)
     coded_s = perf_counter()
-    for t in np.flatnonzero(scored is not None and freqs != scored[: len(freqs)]):
+    n = len(freqs)
+    for t in np.flatnonzero(scored is not None and freqs != scored[:n]):
         raise UserError(
             f"verify: position {t + 1}: token {tokens[t + 1]} was scored with frequency "
             f"{scored[t]}, and coded with {freqs[t]}"
@@ -2959,7 +2959,6 @@ def verify(run, artifact, scored=None):
     text = artifact.table.decode(tokens)
     if read_file(target) != text:
         raise UserError("verify: the decoder's text is another")
-    n = len(freqs)
     proof = dict(
         tokens=n,
         predicted_bits=bits,
@@ -3015,6 +3014,7 @@ class Run:
             "settings": settings,
             "environment": environment,
             "train": None,
+            "artifact": None,
             "stages": [],
             "val_bpb": None,
         }
@@ -3341,8 +3341,8 @@ def open_run(cfg, environ, command, artifact=None):
     rt = start_runtime(cfg, environ)
     if not artifact and cfg.train_batch_tokens // cfg.train_seq_len % rt.world:
         raise UsageError(
-            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: its sequences do not split over "
-            f"{rt.world} ranks; change it or --nproc_per_node"
+            f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: sequences of {cfg.train_seq_len} do not "
+            f"split over {rt.world} ranks; change it or --nproc_per_node"
         )
     run = Run(cfg, rt, command)
     rt.by_main(prepare_demo, cfg, run.log)
@@ -3358,7 +3358,11 @@ def open_run(cfg, environ, command, artifact=None):
     run.results["validation"] = audit_bytes(table, tokens, sp)
     run.table = table
     run.tokens = tokens
-    run.log("validation: {tokens:,} tokens, {bytes:,} bytes".format(**run.results["validation"]))
+    run.log(
+        "validation: {tokens:,} tokens, {bytes:,} bytes, as decoded".format(
+            **run.results["validation"]
+        )
+    )
     return run
 
 

@@ -257,6 +257,10 @@ def tell_apart(runs):
             run.name = str(run.folder)
 
 
+# What NumPy raises at archives that are cut, foreign or of another format.
+UNREADABLE = OSError, EOFError, ValueError, TypeError, LookupError, zipfile.BadZipFile, zlib.error
+
+
 def read_trace(run):
     """Set run.trace to what its trace.npz has, or note why there is none."""
     path = run.folder / "trace.npz"
@@ -267,11 +271,13 @@ def read_trace(run):
         return
     try:
         trace = Trace(path, run.settings)
-    except (OSError, EOFError, ValueError, LookupError, zipfile.BadZipFile, zlib.error) as error:
-        run.notes.append(f"The text is not shown: trace.npz cannot be read ({error}).")
+    except UNREADABLE as error:
+        run.notes.append(
+            f"The text is not shown: trace.npz cannot be read ({error}); `eval` writes one."
+        )
         return
     if trace.val_bpb != run.results.get("val_bpb"):
-        run.notes.append("The text is not shown: trace.npz is of other results.")
+        run.notes.append("The text is not shown: trace.npz is of other results; `eval` writes one.")
         return
     run.trace = trace
 

@@ -253,14 +253,14 @@ def test_weights_stay_where_the_norm_is_not_finite(device, norm):
 
 
 class Notes:
-    """A Run on a short text that keeps the stages and writes nothing."""
+    """A Run on a short text that keeps the stages; what it writes is its trace."""
 
     def __init__(self, cfg, rt):
         self.cfg = cfg
         self.rt = rt
         self.table = tiny_table()
         self.tokens = tiny_stream(3 * 64 + 20)
-        self.results = dict(validation=dict(bytes=500), val_bpb=None)
+        self.results = dict(validation=dict(bytes=500), val_bpb=0.0)
         self.stages = []
 
     def add_stages(self, stages):
@@ -283,6 +283,8 @@ def test_run_scores_what_the_cpu_scores(device, tmp_path, mixer, swa):
         **SMALL,
         data_path=str(tmp_path),
         artifact_path=str(tmp_path / "artifact"),
+        log_dir=str(tmp_path),
+        run_id=".",
         mixer=mixer,
         mixer_block=32,
         mixer_calibration_tokens=80,
@@ -601,6 +603,8 @@ def test_run_compiles_one_graph(graphs, monkeypatch, tmp_path):
         **SMALL,
         data_path=str(tmp_path),
         artifact_path=str(tmp_path / "artifact"),
+        log_dir=str(tmp_path),
+        run_id=".",
         mixer="learned",
         mixer_block=32,
         mixer_calibration_tokens=80,

@@ -150,7 +150,10 @@ def test_ways_out_work(command, run_dir, way):
     assert results_of(folder)["seed"] == 5
 
 
-@pytest.mark.parametrize("change", [{"LOG_EVERY": "1"}, {"VERIFY_TOKENS": "7"}, {"DEVICE": "auto"}])
+@pytest.mark.parametrize(
+    "change",
+    [{"LOG_EVERY": "1"}, {"VERIFY_TOKENS": "7"}, {"TRACE_TOKENS": "7"}, {"DEVICE": "auto"}],
+)
 def test_settings_that_shape_no_result_may_differ(command, run_dir, change):
     """They do not make another run."""
     assert command(**change) == (0, "")
