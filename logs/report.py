@@ -284,7 +284,7 @@ def read_trace(run):
 
 CONTEXTS = ("last 8 tokens", "last 5", "last 3", "last 2", "last token", "word so far")
 CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)
-TOP = 8  # likeliest tokens of each position in a trace
+TOP = train_gpt.TRACE_TOP  # likeliest tokens of each position in a trace
 TOTAL_BITS = 24  # frequencies sum to 2^24
 
 # trace.npz, a NumPy archive that pickles nothing:
