@@ -208,9 +208,9 @@ class TrainSettings:
     swa_enabled: average snapshots of the warmdown instead of the EMA
     swa_every: steps between two snapshots
     complement_alpha: complementary loss; 0: plain cross-entropy
-    quantizer: int6 (with LZMA) or fisher (with rANS)
+    quantizer: fisher (with rANS) or int6 (with LZMA)
     target_kl: most loss that fisher should cost, nats a token; 0: fill the cap
-    mixer_calibration_tokens: held-out text for MIXER=learned and fisher; 0, or another mixer: none
+    mixer_calibration_tokens: held-out text for MIXER=learned and fisher; 0: none
     """
 
     seed: Natural = 1337
@@ -232,7 +232,7 @@ class TrainSettings:
     swa_enabled: bool = False
     swa_every: int = 50
     complement_alpha: float = option(0.5, maximum=1)
-    quantizer: str = option("int6", choices="int6, fisher")
+    quantizer: str = option("fisher", choices="fisher, int6")
     target_kl: float = 0.0
     mixer_calibration_tokens: Natural = 1_048_576
 
@@ -348,17 +348,16 @@ class Config(EvalSettings, ModelSettings, TrainSettings, RunSettings):
             least = limits.get("minimum", int(setting.type is int))
             need(value >= least, name, f"must be at least {least}")
             for multiple in limits.get("divides", "").split():
-                whole = getattr(self, multiple) % value == 0
-                need(whole, multiple, f"must be a multiple of {name.upper()}={value}")
+                rest = getattr(self, multiple) % value
+                need(not rest, multiple, f"must be a multiple of {name.upper()}={value}")
             most = limits.get("maximum", sys.maxsize)
             most = getattr(self, str(most), most)  # of a field checked before, or a property
             need(value <= most, name, f"must be at most {most:.9g}")
         self.value_layers  # noqa: B018 (it raises)
         most = 1 - self.alpha_base
         need(self.alpha_range <= most, "alpha_range", f"must be at most {most:.9g}, 1 - ALPHA_BASE")
-        need(self.rope_dims % 2 == 0, "rope_dims", "must be even")
-        usable = self.quantizer == "fisher" and self.mixer == "learned"
-        usable &= self.mixer_calibration_tokens >= self.train_seq_len
+        need(not self.rope_dims % 2, "rope_dims", "must be even")
+        usable = self.quantizer == "fisher" and self.mixer_calibration_tokens >= self.train_seq_len
         need(usable or not self.target_kl, "target_kl", "takes QUANTIZER=fisher and held-out text")
         need(self.eval_stride < self.eval_seq_len, "eval_stride", "must be below EVAL_SEQ_LEN")
 
@@ -399,7 +398,6 @@ DEMO_CACHE = ".cache/demo"
 # Real FineWeb shards on two CPU cores: a smaller model with the same mechanisms, and a size limit
 # at which quantization begins to cost something.
 BENCH = dict(
-    quantizer="fisher",
     warmup_steps=0,
     muon_momentum=0.95,
     num_heads=4,
@@ -1009,9 +1007,13 @@ def load_validation(cfg):
 
 
 def load_held_out(cfg):
-    """Return the end of the last training shard, int64 (n + 1,), for calibration; maybe empty."""
+    """Return the end of the last training shard, int64 (n + 1,), which is not trained on.
+
+    It is for the mixer's calibration and for fisher; the others keep it too, so that all train on
+    the same text. Empty if MIXER_CALIBRATION_TOKENS=0.
+    """
     wanted = cfg.mixer_calibration_tokens + 1
-    if cfg.mixer != "learned" or wanted == 1:
+    if wanted == 1:
         return np.int64([])
     shard = read_shard(list_shards(cfg, "train")[-1], cfg.vocab_size)
     if len(shard) < 2 * wanted:
@@ -1050,7 +1052,7 @@ def micro_batches(tokens, cfg, rt):
     """Return this rank's share of a step's sequences: [(x, y)], int64 (B, T), on the device."""
     share = cfg.train_batch_tokens // cfg.train_seq_len // rt.world
     most = cfg.micro_batch_tokens // cfg.train_seq_len
-    size = max(size for size in range(1, most + 1) if share % size == 0)
+    size = max(size for size in range(1, most + 1) if not share % size)
     shape = rt.world, -1, size, cfg.train_seq_len
     mine = [rt.upload(torch.from_numpy(t).view(shape)[rt.rank]) for t in (tokens[:-1], tokens[1:])]
     return list(zip(*mine))
@@ -1336,7 +1338,7 @@ class GPT(nn.Module):
             if i in values:
                 extra_v += values[i][tokens]
             x, own_v = block(x, x0, extra_v, rows, blocks[i])
-            if i == 0:
+            if not i:
                 v0 = own_v
             if i < half:
                 skips.append(x)
@@ -1498,7 +1500,7 @@ def steps_left(step, elapsed_s, limit_s, cfg):
 # step's tokens, and a thread has read the shard that comes next. Rank 0's clock stops all ranks at
 # one step. Before it starts, kernels are compiled on made-up tokens and the weights are restored.
 
-# Share of MAX_WALLCLOCK_SECONDS kept for the mixer's calibration, if there is held-out text.
+# Share of MAX_WALLCLOCK_SECONDS kept for what reads the held-out text, if there is any.
 CALIBRATION_SHARE = 0.03
 WEIGHTS = "weights.pt"  # in the run's folder, from the last step until the run is finished
 
@@ -1637,7 +1639,7 @@ def train(model, cfg, rt, log, held_out):
             result.tokens += cfg.train_batch_tokens
             result.seconds = rt.from_main(perf_counter() - start_s)
             left = steps_left(result.steps, result.seconds, limit_s, cfg)
-            if result.steps % cfg.log_every == 0 or result.steps == 1 or left < 1:
+            if not result.steps % cfg.log_every or result.steps == 1 or left < 1:
                 end = "\r" * (left >= 1)  # the last step's line stays
                 log(
                     f"step {result.steps}/{cfg.iterations}  "
@@ -2390,7 +2392,7 @@ class TestTimeTrainer:
         cosine = 0.5 * (1 + math.cos(math.pi * done))
         lr = self.cfg.ttt_lr * cosine * (1 + 2 * min(1.0, done / 0.3))
         self.chunks += 1
-        if lr == 0:
+        if not lr:
             return
         self.optimizer.param_groups[0]["lr"] = lr
         tokens = tokens.cpu()
@@ -2697,7 +2699,7 @@ class Predictor:
         if self.mixture:
             self.mixture.learn(prefix)
         row = self.scored_to - 1  # first row that has not been computed; TTT has one lane
-        if self.ttt and row % self.plan.chunk == 0:
+        if self.ttt and not row % self.plan.chunk:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
             self.engine.forget(row)
 
@@ -2855,7 +2857,7 @@ class Codec:
         for commitment, targets in steps:
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
                 crc = crc32(freqs, crc)
-                if len(coded) % CHECK_EVERY == 0:
+                if not len(coded) % CHECK_EVERY:
                     yield crc, predictor.bits[stage]
                 freqs = freqs.astype(np.uint64)
                 starts = freqs.cumsum() - freqs
@@ -3137,8 +3139,8 @@ class Run:
             if train := self.results["train"]:
                 self.log(
                     f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of "
-                    "600 s, calibration included; "
-                    f"quantize {train['quantize_seconds']:.1f} s (fisher's count)"
+                    "600 s, with fisher's gradients and calibration; then quantize "
+                    f"{train['quantize_seconds']:.1f} s, which reads no text"
                 )
 
 
@@ -3160,7 +3162,8 @@ def read_result(path):
         if artifact["total_bytes"] > 16_000_000:
             raise ValueError("over the cap")
         run["same"] = {
-            **stored_settings(Config(**run["settings"])),
+            # Scripts whose settings lack the quantizer had int6 alone.
+            **stored_settings(Config(**{"quantizer": "int6"} | run["settings"])),
             "stage": last["name"],
             "val_tokens": last["tokens"],
             "validation": run["validation"],
@@ -3426,13 +3429,18 @@ def finish(run, model, result, held_out):
     cfg = run.cfg
     path = cfg.artifact
     weights = model.state_dict() | {"mixer": new_mixer_weights()}
-    limit_s = (cfg.max_wallclock_seconds or math.inf) - result.seconds
-    weights["mixer"], result.calibration_seconds = calibrate(run, weights, held_out, limit_s)
     start_s = perf_counter()
+    # A margin: the block that is being scored is finished.
+    end_s = start_s - result.seconds + 0.995 * (cfg.max_wallclock_seconds or math.inf)
+    steps = {}
+    if cfg.quantizer == "fisher":
+        steps = run.rt.by_main(new_steps, model, held_out)
+        run.log(f"fisher: gradients of held-out text in {perf_counter() - start_s:.1f} s")
+    weights["mixer"] = calibrate(run, weights, held_out, end_s)
+    result.calibration_seconds = perf_counter() - start_s
 
     def write():
         """Return the bytes of the artifact that was fitted to the cap, written and read back."""
-        steps = new_steps(model, held_out) if cfg.quantizer == "fisher" else {}
         data = fit_artifact(weights, cfg, run.table, run.log, steps)
         write_atomically(path, data)
         if read_file(path) != data:
@@ -3444,7 +3452,7 @@ def finish(run, model, result, held_out):
         "train",
         dict(
             asdict(result),
-            quantize_seconds=perf_counter() - start_s,
+            quantize_seconds=perf_counter() - start_s - result.calibration_seconds,
             tokens_per_second=result.tokens / result.seconds,
         ),
     )
@@ -3462,19 +3470,19 @@ def finish(run, model, result, held_out):
         run.log_table()
 
 
-def calibrate(run, weights, held_out, limit_s):
-    """Return (mixer weights, seconds), fitted by scoring held_out, int64 (n + 1,), once.
+def calibrate(run, weights, held_out, end_s):
+    """Return the learned mixer's weights, fitted by scoring held_out, int64 (n + 1,), once.
 
     The model is the exact one. The mixer begins with the one in `weights` and learns every W
-    positions, at thrice its rates; scoring stops after 95 % of limit_s. A block is two runs, each
-    without the rows before it, so that two ranks share it. By estimate more ranks would not shorten
-    it: a GPU computes so few rows faster than their kernels are launched. Larger blocks teach the
-    mixer less.
+    positions, at thrice its rates; scoring stops when the clock is at end_s. A block is two runs,
+    each without the rows before it, so that two ranks share it. By estimate more ranks would not
+    shorten it: a GPU computes so few rows faster than their kernels are launched. Larger blocks
+    teach the mixer less.
     """
     cfg = replace(run.cfg, mixer_lr=3 * run.cfg.mixer_lr)
     rt = run.rt
-    if not len(held_out):
-        return weights["mixer"], 0.0
+    if not len(held_out) or cfg.mixer != "learned":
+        return weights["mixer"]
     start_s = perf_counter()
     stream = torch.from_numpy(held_out).to(rt.device)
     block = cfg.eval_seq_len
@@ -3483,7 +3491,7 @@ def calibrate(run, weights, held_out, limit_s):
     )
     predictor = Predictor(weights, run.table, cfg, rt, plan)
     for _ in walk(predictor, stream, run.log):
-        if rt.from_main(perf_counter() - start_s) > 0.95 * limit_s:
+        if rt.from_main(perf_counter() > end_s):
             break
     scored = predictor.scored_to - 1
     run.log(
@@ -3493,7 +3501,7 @@ def calibrate(run, weights, held_out, limit_s):
         f"{predictor.bits['sliding'] / max(scored, 1):.4f}, "
         f"mixer {predictor.bits['mixer'] / max(scored, 1):.4f}"
     )
-    return predictor.mixture.weights, perf_counter() - start_s
+    return predictor.mixture.weights
 
 
 def evaluate_artifact(run, artifact, *first):
@@ -3822,7 +3830,7 @@ def write_shards(documents, out_dir, cfg, log):
         path = Path(out_dir, "tokenizer.model")
     check_writable(out_dir)
     check_writable(path.parent)
-    held = np.fromiter((crc32(text.encode()) % 20 == 0 for text in documents()), bool)
+    held = np.fromiter((not crc32(text.encode()) % 20 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(
             "tokenize: two documents are the least, since validation text must not be trained on"

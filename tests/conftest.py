@@ -115,6 +115,7 @@ def tiny_config(**changes):
         warmup_steps=0,
         max_wallclock_seconds=0.0,
         log_every=2,
+        quantizer="int6",
         val_tokens=0,
         size_limit_bytes=1_000_000,
         mixer="entropy",

@@ -503,12 +503,17 @@ def test_held_out_text_is_never_trained_on(tmp_path, shards):
         np.testing.assert_array_equal(taken, np.resize(once, len(taken)))
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(mixer="entropy"), dict(mixer="none"), dict(mixer_calibration_tokens=0)]
-)
-def test_nothing_is_held_out_for_nothing(tmp_path, changes):
-    """Without a learned mixer, or with no calibration, all text trains."""
-    cfg = held_out_config(tmp_path, (300, 90), **changes)
+@pytest.mark.parametrize("mixer", ["learned", "entropy", "none"])
+@pytest.mark.parametrize("quantizer", ["fisher", "int6"])
+def test_every_mixer_and_quantizer_trains_on_the_same_text(tmp_path, mixer, quantizer):
+    """What only some of them use is held out from all, or their scores would not compare."""
+    cfg = held_out_config(tmp_path, (900, 802), mixer=mixer, quantizer=quantizer)
+    np.testing.assert_array_equal(load_held_out(cfg), tiny_stream(802, 1)[-401:])
+
+
+def test_nothing_is_held_out_on_demand(tmp_path):
+    """MIXER_CALIBRATION_TOKENS=0: all text trains."""
+    cfg = held_out_config(tmp_path, (300, 90), mixer_calibration_tokens=0)
     held_out = load_held_out(cfg)
     assert len(held_out) == 0
     once = np.concatenate([tiny_stream(300, 0), tiny_stream(90, 1)])

@@ -713,10 +713,10 @@ def cold_weights(cfg):
 
 
 def calibrated_weights(weights, cfg, limit_s=math.inf, rt=HERE, log=quiet):
-    """`weights` with a mixer calibrated on the held-out text of cfg."""
+    """`weights` with a mixer calibrated on the held-out text of cfg, in `limit_s` seconds."""
     run = SimpleNamespace(cfg=cfg, rt=rt, table=TABLE, log=log)
-    mixer, _ = calibrate(run, weights, load_held_out(cfg), limit_s)
-    return {**weights, "mixer": mixer}
+    end_s = train_gpt.perf_counter() + limit_s
+    return {**weights, "mixer": calibrate(run, weights, load_held_out(cfg), end_s)}
 
 
 def sliding_predictor(weights, cfg, rt=HERE):
@@ -778,23 +778,25 @@ def test_calibration_reports_what_it_gains(tmp_path):
 
 
 def test_calibration_changes_none_of_the_weights_it_is_given(tmp_path):
-    """It returns the mixer's, and its seconds; those that it starts from stay as they are."""
+    """It returns the mixer's; those that it starts from stay as they are."""
     cfg = learner(tmp_path)
     weights = cold_weights(cfg)
-    run = SimpleNamespace(cfg=cfg, rt=HERE, table=TABLE, log=quiet)
-    mixer, seconds = calibrate(run, weights, load_held_out(cfg), math.inf)
+    calibrated = calibrated_weights(weights, cfg)
     assert same(weights, cold_weights(cfg))
-    assert not torch.equal(mixer, weights["mixer"].double())
-    assert seconds > 0
+    assert not torch.equal(calibrated["mixer"], weights["mixer"].double())
 
 
-def test_calibration_without_held_out_text_does_nothing():
-    """The mixer it is given comes back, after no time."""
-    weights = cold_weights(LEARNED_CFG)
-    run = SimpleNamespace(cfg=LEARNED_CFG, rt=HERE)
-    mixer, seconds = calibrate(run, weights, load_held_out(LEARNED_CFG), math.inf)
-    assert torch.equal(mixer, weights["mixer"])
-    assert seconds == 0
+@pytest.mark.parametrize(
+    "change", [dict(mixer_calibration_tokens=0), dict(mixer="entropy"), dict(mixer="none")]
+)
+def test_calibration_without_text_or_learned_mixer_does_nothing(tmp_path, change):
+    """The mixer it is given comes back, and nothing is logged."""
+    cfg = learner(tmp_path, **change)
+    weights = cold_weights(cfg)
+    lines = []
+    calibrated = calibrated_weights(weights, cfg, log=lines.append)
+    assert calibrated["mixer"] is weights["mixer"]
+    assert not lines
 
 
 def test_calibration_without_time_learns_nothing(tmp_path):

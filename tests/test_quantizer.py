@@ -810,8 +810,6 @@ def test_target_without_fisher_is_refused():
 @pytest.mark.parametrize(
     "change",
     [
-        dict(mixer="entropy"),
-        dict(mixer="none"),
         dict(mixer_calibration_tokens=0),
         dict(mixer_calibration_tokens=SMALL_CFG.train_seq_len - 1),
     ],
@@ -978,7 +976,7 @@ def written(rt, folder, held_out):
     run.table = TABLE
     artifacts = []
     stand_ins = {
-        "calibrate": lambda run, weights, *_: (weights["mixer"], 0.0),
+        "calibrate": lambda run, weights, *_: weights["mixer"],
         "evaluate_artifact": lambda run, artifact, *_: artifacts.append(artifact),
     }
     with mock.patch.multiple(train_gpt, **stand_ins):
@@ -994,6 +992,53 @@ def test_artifact_is_written_with_and_without_text(tmp_path, held_out):
     assert artifact.digest == digest
     assert same(artifact.weights, weights)
     assert artifact.size_bytes + train_gpt.CODE_BYTES <= SMALL_CFG.size_limit_bytes
+
+
+@pytest.mark.parametrize("quantizer, seconds", [("fisher", 7.0), ("int6", 3.0)])
+@pytest.mark.parametrize("limit_s, end_s", [(100.0, 1059.5), (0.0, math.inf)])
+def test_what_reads_text_counts_as_training(
+    monkeypatch, tmp_path, quantizer, seconds, limit_s, end_s
+):
+    """Gradients (4 s), calibration (3 s) end by 99.5 % of the limit; packing (2 s) is apart.
+
+    Training, 40 s, ended when the clock was at 1000 s: with 99.5 s allowed, the end is 1059.5.
+    """
+    clock = [1000.0]
+    ends = []
+
+    def lasting(seconds, result):
+        def stand_in(*_):
+            clock[0] += seconds
+            return result
+
+        return stand_in
+
+    def calibrate(run, weights, held_out, end_s):
+        ends.append(end_s)
+        clock[0] += 3
+        return weights["mixer"]
+
+    cfg = replace(
+        SMALL_CFG,
+        log_dir=str(tmp_path),
+        run_id="r",
+        quantizer=quantizer,
+        max_wallclock_seconds=limit_s,
+    )
+    run = train_gpt.Run(cfg, train_gpt.Runtime(notes=("cpu",)), "train")
+    run.table = TABLE
+    model = warm_model(cfg)
+    data = pack_artifact(model.state_dict() | {"mixer": new_mixer_weights()}, cfg, TABLE, 8.0)
+    monkeypatch.setattr(train_gpt, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(train_gpt, "new_steps", lasting(4, {}))
+    monkeypatch.setattr(train_gpt, "calibrate", calibrate)
+    monkeypatch.setattr(train_gpt, "fit_artifact", lasting(2, data))
+    monkeypatch.setattr(train_gpt, "evaluate_artifact", lasting(9, None))
+    monkeypatch.setattr(train_gpt, "verify", lasting(9, None))
+    train_gpt.finish(run, model, train_gpt.TrainResult(1, 1, 40.0), HELD_OUT)
+    assert ends == [end_s]
+    assert run.results["train"]["calibration_seconds"] == seconds
+    assert run.results["train"]["quantize_seconds"] == 2
 
 
 @pytest.mark.slow

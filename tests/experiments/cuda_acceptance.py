@@ -476,7 +476,16 @@ class Acceptance:
 
 def notes_of(log):
     """Return the lines of a run's log that say what no result does."""
-    wanted = ("warm-up", "calibration: ", "proof: ", "attention: ", "dtype ", "note: ", "error: ")
+    wanted = (
+        "warm-up",
+        "fisher: ",
+        "calibration: ",
+        "proof: ",
+        "attention: ",
+        "dtype ",
+        "note: ",
+        "error: ",
+    )
     if not log.exists():
         return []
     return [line for line in log.read_text().split("\n") if line.startswith(wanted)]
