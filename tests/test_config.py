@@ -105,6 +105,12 @@ def test_presets_prove_what_they_report(preset):
     assert from_env(PRESET=preset).eval_dtype == "float64"
 
 
+@pytest.mark.parametrize("preset", ["bench", "demo"])
+def test_small_presets_train_as_long_on_any_machine(preset):
+    """No clock cuts training, calibration or gradients short, so that figures compare."""
+    assert from_env(PRESET=preset).max_wallclock_seconds == 0
+
+
 @pytest.mark.parametrize("preset, tiles", [("record", 1), ("bench", 0), ("demo", 0)])
 def test_run_tiles_of_the_presets(preset, tiles):
     """`record` slides as the reference does; on a CPU, runs last until the weights change."""
