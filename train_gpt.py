@@ -191,7 +191,7 @@ class TrainSettings:
 
     seed: seed of the initial weights
     iterations: most optimizer steps
-    max_wallclock_seconds: training time; 0: no limit, ITERATIONS decides
+    max_wallclock_seconds: training, 3 % of it for held-out text; 0: no limit, ITERATIONS decides
     train_batch_tokens: tokens in an optimizer step, over all ranks
     micro_batch_tokens: most tokens a rank takes through the model at once
     warmup_steps: untimed steps on made-up tokens, to compile kernels
@@ -1008,8 +1008,8 @@ def load_validation(cfg):
 def load_held_out(cfg):
     """Return the end of the last training shard, int64 (n + 1,), which is not trained on.
 
-    It is for the mixer's calibration and for fisher; the others keep it too, so that all train on
-    the same text. Empty if MIXER_CALIBRATION_TOKENS=0.
+    It is for the mixer's calibration and for fisher; others keep it too, so that all train on the
+    same text for the same time. Empty if MIXER_CALIBRATION_TOKENS=0.
     """
     wanted = cfg.mixer_calibration_tokens + 1
     if wanted == 1:
@@ -3138,8 +3138,8 @@ class Run:
             if train := self.results["train"]:
                 self.log(
                     f"train       {train['seconds'] + train['calibration_seconds']:>10.1f} s of "
-                    "600 s, with fisher's gradients and calibration; then quantize "
-                    f"{train['quantize_seconds']:.1f} s, which reads no text"
+                    "600 s, with what reads training text after it; then quantize "
+                    f"{train['quantize_seconds']:.1f} s"
                 )
 
 
@@ -3412,7 +3412,7 @@ def train_command(environ, kept=None):
 
 
 def finish_command(environ):
-    """Go on from the weights that a run has kept: calibrate, quantize, evaluate, prove."""
+    """Go on from the weights that a run has kept: do all that follows training."""
     path = find_run(environ).run_dir / WEIGHTS
     # torch raises many kinds.
     with blaming(f"RUN_ID: {path} has no training to finish; train again", Exception):
@@ -3421,7 +3421,7 @@ def finish_command(environ):
 
 
 def finish(run, model, result, held_out):
-    """Do what follows training: calibrate, write the artifact, evaluate every stage, prove.
+    """Do what follows training: find fisher's steps, calibrate, quantize, evaluate, prove.
 
     Rank 0 quantizes to the cap and writes; every rank scores what rank 0 has read back.
     """
@@ -3434,7 +3434,7 @@ def finish(run, model, result, held_out):
     steps = {}
     if cfg.quantizer == "fisher":
         steps = run.rt.by_main(new_steps, model, held_out)
-        run.log(f"fisher: gradients of held-out text in {perf_counter() - start_s:.1f} s")
+        run.log(f"fisher: steps from held-out text in {perf_counter() - start_s:.1f} s")
     weights["mixer"] = calibrate(run, weights, held_out, end_s)
     result.calibration_seconds = perf_counter() - start_s
 

@@ -788,7 +788,7 @@ def seconds_of(run):
     train = run.part("train")
     names = {"seconds": "training", "calibration_seconds": "held-out text"}
     names["quantize_seconds"] = "quantization"
-    spent = {words: train[name] for name, words in names.items() if train.get(name)}
+    spent = {words: train[name] for name, words in names.items() if (train.get(name) or 0) >= 0.05}
     spent |= {stage["name"]: stage["seconds"] for stage in run.stages}
     proof = run.part("proof")
     if proof:
@@ -834,8 +834,8 @@ def seconds_chart(runs):
         )
     chart.description = (
         "The competition allows 600 s of training, with all that reads training text after it "
-        "(the mixer's calibration, fisher's gradients), and 600 s of evaluation, without pre_quant "
-        "and proof, on 8xH100. "
+        "(the mixer's calibration, fisher's gradients; logs without a line `fisher:` have these in "
+        "quantization), and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
         f"Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
     )
     rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]

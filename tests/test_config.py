@@ -106,9 +106,15 @@ def test_presets_prove_what_they_report(preset):
 
 
 @pytest.mark.parametrize("preset", ["bench", "demo"])
-def test_small_presets_train_as_long_on_any_machine(preset):
-    """No clock cuts training, calibration or gradients short, so that figures compare."""
+def test_no_clock_ends_the_small_presets(preset):
+    """All machines take as many steps and calibrate to the end, so that figures compare."""
     assert from_env(PRESET=preset).max_wallclock_seconds == 0
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_quantize_by_the_fisher_information(preset):
+    """It takes half of int6's bytes at the same loss; int6 is there to compare with."""
+    assert from_env(PRESET=preset).quantizer == "fisher"
 
 
 @pytest.mark.parametrize("preset, tiles", [("record", 1), ("bench", 0), ("demo", 0)])

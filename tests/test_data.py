@@ -505,8 +505,8 @@ def test_held_out_text_is_never_trained_on(tmp_path, shards):
 
 @pytest.mark.parametrize("mixer", ["learned", "entropy", "none"])
 @pytest.mark.parametrize("quantizer", ["fisher", "int6"])
-def test_every_mixer_and_quantizer_trains_on_the_same_text(tmp_path, mixer, quantizer):
-    """What only some of them use is held out from all, or their scores would not compare."""
+def test_every_mixer_and_quantizer_holds_out_the_same_text(tmp_path, mixer, quantizer):
+    """Though not all of them use it, or they would train on other text, and not compare."""
     cfg = held_out_config(tmp_path, (900, 802), mixer=mixer, quantizer=quantizer)
     np.testing.assert_array_equal(load_held_out(cfg), tiny_stream(802, 1)[-401:])
 

@@ -274,10 +274,14 @@ class Notes:
 
 
 @pytest.mark.parametrize(
-    "mixer, swa", [("learned", False), pytest.param("entropy", True, marks=pytest.mark.slow)]
+    "mixer, quantizer, swa",
+    [
+        ("learned", "fisher", False),
+        pytest.param("entropy", "int6", True, marks=pytest.mark.slow),
+    ],
 )
-def test_run_scores_what_the_cpu_scores(device, tmp_path, mixer, swa):
-    """Warm-up, training, calibration, packing, all stages; the CPU's bits of that artifact."""
+def test_run_scores_what_the_cpu_scores(device, tmp_path, mixer, quantizer, swa):
+    """Warm-up, training, held-out text, packing, stages; the CPU's bits of that artifact."""
     write_shards(tmp_path, [tiny_stream(700, 1)])
     cfg = tiny_config(
         **SMALL,
@@ -292,6 +296,7 @@ def test_run_scores_what_the_cpu_scores(device, tmp_path, mixer, swa):
         warmup_steps=1,
         swa_enabled=swa,
         swa_every=1,
+        quantizer=quantizer,
         verify_enabled=False,
     )
     run = Notes(cfg, runtime_on_device())

@@ -820,6 +820,13 @@ def test_target_without_text_is_refused(change):
     assert "held-out text" in refusal(Config, **own, kind=UsageError)
 
 
+@pytest.mark.parametrize("mixer", ["learned", "entropy", "none"])
+def test_target_is_for_every_mixer(mixer):
+    """Fisher has held-out text whatever follows the model."""
+    own = asdict(SMALL_CFG) | dict(target_kl=0.001, mixer_calibration_tokens=1000, mixer=mixer)
+    assert Config(**own).target_kl == 0.001
+
+
 @pytest.mark.parametrize("budget", [14_000, 18_000, 24_000, 32_000])
 def test_fisher_fills_its_cap(trained, budget):
     """To 99.8 % where a coarseness does; six tries at most."""
@@ -999,7 +1006,7 @@ def test_artifact_is_written_with_and_without_text(tmp_path, held_out):
 def test_what_reads_text_counts_as_training(
     monkeypatch, tmp_path, quantizer, seconds, limit_s, end_s
 ):
-    """Gradients (4 s), calibration (3 s) end by 99.5 % of the limit; packing (2 s) is apart.
+    """Gradients (4 s), then calibration (3 s), by 99.5 % of the limit; packing (2 s) is apart.
 
     Training, 40 s, ended when the clock was at 1000 s: with 99.5 s allowed, the end is 1059.5.
     """
@@ -1014,7 +1021,7 @@ def test_what_reads_text_counts_as_training(
         return stand_in
 
     def calibrate(run, weights, held_out, end_s):
-        ends.append(end_s)
+        ends.append((clock[0], end_s))
         clock[0] += 3
         return weights["mixer"]
 
@@ -1036,7 +1043,7 @@ def test_what_reads_text_counts_as_training(
     monkeypatch.setattr(train_gpt, "evaluate_artifact", lasting(9, None))
     monkeypatch.setattr(train_gpt, "verify", lasting(9, None))
     train_gpt.finish(run, model, train_gpt.TrainResult(1, 1, 40.0), HELD_OUT)
-    assert ends == [end_s]
+    assert ends == [(1000 + seconds - 3, end_s)]
     assert run.results["train"]["calibration_seconds"] == seconds
     assert run.results["train"]["quantize_seconds"] == 2
 

@@ -460,7 +460,7 @@ def test_clock_ends_training(data):
 
 
 @pytest.mark.parametrize("held_out, limit_s", [(0, 1000.0), (9, 970.0)])
-def test_calibration_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
+def test_held_out_text_is_left_its_share_of_the_time(data, monkeypatch, held_out, limit_s):
     """Training with held-out text plans for 97 % of MAX_WALLCLOCK_SECONDS, without for all."""
     limits = []
     monkeypatch.setattr(train_gpt, "steps_left", lambda *a: limits.append(a[2]) or 0.0)

@@ -453,7 +453,7 @@ class Acceptance:
         return (
             "{tokens_per_second:,.0f} tokens/s, {ms_a_step:.0f} ms a step, MFU {mfu:.1%}, warm-up "
             "{warmup_seconds:.0f} s, {compiled_graphs} graphs; mixer's gain {mixer_gain_bpb:.4f} "
-            "BPB, calibration {calibration_seconds:.0f} s"
+            "BPB, held-out text {calibration_seconds:.0f} s"
         ).format(**figures)
 
     def attention(self, figures, kernel):
