@@ -1512,7 +1512,7 @@ class TrainResult:
     tokens: int = 0
     seconds: float = 0.0
     warmup_seconds: float = 0.0
-    calibration_seconds: float = 0.0
+    calibration_seconds: float = 0.0  # all that reads held-out text, fisher's gradients included
     stopped: str = ""  # why training ended early; empty: all steps were taken, or the time was up
 
 

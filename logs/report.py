@@ -208,6 +208,11 @@ NEEDED = {  # keys of results.json that are numbers where their part is there
     "settings": (),
     "environment": (),
 }
+TRAINING = {  # seconds in the part "train", each there once it is known: what they are called
+    "seconds": "training",
+    "calibration_seconds": "held-out text",
+    "quantize_seconds": "quantization",
+}
 NEEDED_OF_STAGE = ("val_bpb", "val_loss", "tokens", "bytes", "seconds")
 
 
@@ -215,7 +220,9 @@ def check_results(results):
     """Raise ValueError, TypeError or LookupError where results.json is not one of train_gpt.py."""
     parts = [(dict(results.get(part) or {}), names) for part, names in NEEDED.items()]
     parts += [(stage, NEEDED_OF_STAGE) for stage in results.get("stages") or []]
-    for part, names in parts:
+    train = dict(results.get("train") or {})
+    known = [name for name in TRAINING if train.get(name) is not None]
+    for part, names in [*parts, (train, known)]:
         if part and not all(math.isfinite(part[name]) for name in names):
             raise ValueError(f"{', '.join(names)}: a number is not finite")
     for stage in results.get("stages") or []:
@@ -786,9 +793,8 @@ def stage_charts(runs):
 def seconds_of(run):
     """Return {what: seconds} of a run, in the order of time."""
     train = run.part("train")
-    names = {"seconds": "training", "calibration_seconds": "held-out text"}
-    names["quantize_seconds"] = "quantization"
-    spent = {words: train[name] for name, words in names.items() if (train.get(name) or 0) >= 0.05}
+    spent = {words: train.get(name) or 0 for name, words in TRAINING.items()}
+    spent = {words: seconds for words, seconds in spent.items() if f"{seconds:.1f}" != "0.0"}
     spent |= {stage["name"]: stage["seconds"] for stage in run.stages}
     proof = run.part("proof")
     if proof:
@@ -834,8 +840,8 @@ def seconds_chart(runs):
         )
     chart.description = (
         "The competition allows 600 s of training, with all that reads training text after it "
-        "(the mixer's calibration, fisher's gradients; logs without a line `fisher:` have these in "
-        "quantization), and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
+        "(calibration, fisher's gradients; where a log has no line `fisher:`, the latter are "
+        "in quantization), and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
         f"Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
     )
     rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]

@@ -340,6 +340,12 @@ def test_seconds_that_count_are_said(new_run):
     assert "run: 75 s of training, 6 s of evaluation." in built(new_run())
 
 
+def test_only_parts_that_took_time_are_drawn(new_run):
+    """Less than a twentieth of a second is none, and what is not known yet is none."""
+    train = dict(seconds=7.0, calibration_seconds=0.04, quantize_seconds=None)
+    assert [*report.seconds_of(read_run(new_run(train=train)))][:2] == ["training", "pre_quant"]
+
+
 def test_runs_of_one_name_are_told_apart(new_run):
     """By their folders, as they were given; other runs keep their names."""
     folders = new_run("same"), new_run("same"), new_run("other")
@@ -526,6 +532,9 @@ def test_folder_of_no_run_is_refused(tmp_path):
         b'{"proof": {"tokens": 1}}',
         b'{"artifact": {"weights_bytes": "a"}}',
         b'{"settings": 3}',
+        b'{"train": {"seconds": "a"}}',
+        b'{"train": {"quantize_seconds": [1]}}',
+        b'{"train": {"seconds": 1, "calibration_seconds": NaN}}',
     ],
 )
 def test_damaged_results_are_refused(tmp_path, contents):
@@ -549,7 +558,7 @@ def test_log_of_two_runs_is_read_as_the_last(tmp_path):
     assert steps_of(text + log_text(), tmp_path) == []
 
 
-@pytest.mark.parametrize("line", ["fisher: gradients", "calibration: 9", "quantize: coarseness 2"])
+@pytest.mark.parametrize("line", ["fisher: steps", "calibration: 9", "quantize: coarseness 2"])
 def test_log_of_finish_has_the_training_before_it(tmp_path, line):
     """`finish` goes on in the same log, without steps."""
     assert steps_of(log_text((1, 6.5)) + log_text() + line, tmp_path) == [(1, 6.5)]
