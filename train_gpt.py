@@ -1701,27 +1701,30 @@ def exponents(values, per_octave):
     return (per_octave * values.log2()).round().clamp(-127, 127).to(torch.int8)
 
 
-def new_steps(model, held_out):
+def new_steps(model, held_out, end_s):
     """Return {name: [exponents of rows (R,), of columns (C,), GPTQ's factor (C, C)]} for fisher.
 
     From the gradients G (R, C) of the summed losses of the first FISHER_SEQUENCES sequences in
-    held_out, int64 (n + 1,): rows take their mean g^2, columns and factor the mean G'G, to whose
-    diagonal 1 % of its mean is added; to the rows' 2 %. Without a sequence, steps are in proportion
-    to a row's root mean square.
+    held_out, int64 (n + 1,), or of fewer if the clock is at end_s: rows take their mean g^2,
+    columns and factor the mean G'G, to whose diagonal 1 % of its mean is added; to the rows' 2 %.
+    Without a sequence, steps are in proportion to a row's root mean square.
     """
     params = {n: p for n, p in model.named_parameters() if role(n) != "vector"}
     factors = []
     for p in params.values():
         square = p.detach().double().square().mean(1)
-        energy = 1e-10 / (square + 0.01 * square.mean() + 1e-30)
+        energy = 1e-5 / (square + 0.01 * square.mean() + 1e-30)
         factors.append([energy, energy.sum() * torch.eye(p.size(1)).to(energy)])
     rows = model.cfg.train_seq_len
     tokens = torch.from_numpy(held_out).to(p.device)
-    ends = range(rows, len(tokens), rows)[:FISHER_SEQUENCES]
-    for end in ends:
+    read = 0
+    for end in range(rows, len(tokens), rows)[:FISHER_SEQUENCES]:
+        if perf_counter() > end_s:
+            break
+        read = end
         logits = model(tokens[None, end - rows : end])[0]
         loss = F.cross_entropy(logits, tokens[end - rows + 1 : end + 1], reduction="sum")
-        gradients = torch.autograd.grad(loss / (rows * len(ends)) ** 0.5, [*params.values()])
+        gradients = torch.autograd.grad(loss, params.values())
         for (energy, gram), g in zip(factors, gradients):
             energy += g.square().sum(1)
             gram += g.mT @ g
@@ -1729,9 +1732,12 @@ def new_steps(model, held_out):
     for name, (energy, gram) in zip(params, factors):
         energy += 0.02 * energy.mean()
         gram.diagonal().add_(0.01 * gram.diagonal().mean())
-        factor = torch.linalg.cholesky(torch.linalg.inv(gram), upper=True).cpu()
-        row_steps = (energy.sum() / energy).sqrt().cpu()
-        steps[name] = [exponents(row_steps, 2), exponents(factor.diagonal(), 2), factor]
+        factor = torch.linalg.cholesky(torch.linalg.inv(gram / max(read, 1)), upper=True).cpu()
+        steps[name] = [
+            exponents((energy.sum() / energy).sqrt().cpu(), 2),
+            exponents(factor.diagonal(), 2),
+            factor,
+        ]
     return steps
 
 
@@ -2849,11 +2855,9 @@ class Codec:
         rows = itertools.zip_longest(*segments)  # a short lane ends with None
         order = [0] * plan.lanes + [position for row in rows for position in row if position]
         stream = torch.from_numpy(tokens[order])
-        own = self.artifact
-        predictor = Predictor(own.weights, own.table, self.cfg, self.rt, plan)
+        predictor = Predictor(self.artifact.weights, self.artifact.table, self.cfg, self.rt, plan)
         crc = 0
-        steps = walk(predictor, stream, self.log, decoder and plan.lanes)
-        for commitment, targets in steps:
+        for commitment, targets in walk(predictor, stream, self.log, decoder and plan.lanes):
             for i, freqs in enumerate(commitment.table(stage).cpu().numpy()):
                 crc = crc32(freqs, crc)
                 if not len(coded) % CHECK_EVERY:
@@ -3433,7 +3437,7 @@ def finish(run, model, result, held_out):
     end_s = start_s - result.seconds + 0.995 * (cfg.max_wallclock_seconds or math.inf)
     steps = {}
     if cfg.quantizer == "fisher":
-        steps = run.rt.by_main(new_steps, model, held_out)
+        steps = run.rt.by_main(new_steps, model, held_out, end_s)
         run.log(f"fisher: steps from held-out text in {perf_counter() - start_s:.1f} s")
     weights["mixer"] = calibrate(run, weights, held_out, end_s)
     result.calibration_seconds = perf_counter() - start_s

@@ -3,6 +3,7 @@
 import collections
 import html.parser
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -652,8 +653,8 @@ def new_artifact(tmp_path):
         steps = {}
         coarseness = FINEST
         if quantizer == "fisher":
-            steps = train_gpt.new_steps(warm_model(cfg), np.int64([]))
-            coarseness = train_gpt.COARSENESS["fisher"][0]
+            steps = train_gpt.new_steps(warm_model(cfg), np.int64([]), math.inf)
+            coarseness = 2.0**-12
         weights = warm_weights(cfg)
         path = tmp_path / quantizer
         path.write_bytes(train_gpt.pack_artifact(weights, cfg, tiny_table(), coarseness, steps))

@@ -550,7 +550,7 @@ def brute_force(model, held_out):
     for name, p in model.named_parameters():
         if p.ndim == 2 and role(name) != "vector":
             square = (p.detach().double().numpy() ** 2).mean(1)
-            energy = 1e-10 / (square + 0.01 * square.mean())
+            energy = 1e-5 / rows / count / (square + 0.01 * square.mean())
             sums[name] = [energy, energy.sum() * np.eye(p.shape[1])]
     for number in range(count):
         text = torch.from_numpy(tokens[number * rows : (number + 1) * rows + 1])
@@ -570,7 +570,7 @@ def test_steps_are_those_of_gradients_one_by_one():
     """Exponents and factors are those of each sequence's own gradient, damped as described."""
     model = warm_model(SMALL_CFG)
     held_out = HELD_OUT[: 5 * 32 + 20]  # five sequences, and a part of one
-    steps = new_steps(model, held_out)
+    steps = new_steps(model, held_out, math.inf)
     expected = brute_force(model, held_out)
     assert steps.keys() == expected.keys()
     for name, (rows, columns, factor) in steps.items():
@@ -590,7 +590,7 @@ def test_steps_are_of_all_that_is_stored_as_levels():
     """Matrices, tables and projections; what is not a matrix has none."""
     model = warm_model(SMALL_CFG)
     names = {name for name in model.state_dict() if role(name) != "vector"}
-    assert new_steps(model, HELD_OUT).keys() == names
+    assert new_steps(model, HELD_OUT, math.inf).keys() == names
     assert names >= {"embed.tokens", "embed.bigram_proj", "blocks.1.mlp_out", "ve_table"}
 
 
@@ -603,18 +603,28 @@ def test_no_more_than_48_sequences_are_read():
     """Text beyond the 48th changes nothing; the 48th counts, the last token included."""
     model = warm_model(replace(SMALL_CFG, train_seq_len=8))
     text = tiny_stream(60 * 8)
-    whole = new_steps(model, text)
-    assert equal_steps(whole, new_steps(model, text[: 48 * 8 + 1]))
-    assert not equal_steps(whole, new_steps(model, text[: 48 * 8]))
+    whole = new_steps(model, text, math.inf)
+    assert equal_steps(whole, new_steps(model, text[: 48 * 8 + 1], math.inf))
+    assert not equal_steps(whole, new_steps(model, text[: 48 * 8], math.inf))
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 32])
 def test_text_without_a_sequence_is_no_text(tokens):
     """A sequence and the token after it are the least; below, steps are as without text."""
     model = warm_model(SMALL_CFG)
-    none = new_steps(model, NO_TEXT)
-    assert equal_steps(none, new_steps(model, HELD_OUT[:tokens]))
-    assert not equal_steps(none, new_steps(model, HELD_OUT[:33]))
+    none = new_steps(model, NO_TEXT, math.inf)
+    assert equal_steps(none, new_steps(model, HELD_OUT[:tokens], math.inf))
+    assert not equal_steps(none, new_steps(model, HELD_OUT[:33], math.inf))
+
+
+def test_the_clock_ends_the_reading(monkeypatch):
+    """A sequence is begun up to end_s; what is read by then counts as if there were no more."""
+    model = warm_model(replace(SMALL_CFG, train_seq_len=8))
+    text = tiny_stream(60 * 8)
+    for read in (0, 1, 5):
+        monkeypatch.setattr(train_gpt, "perf_counter", itertools.count(100.0).__next__)
+        ended = new_steps(model, text, 99.0 + read)
+        assert equal_steps(ended, new_steps(model, text[: read * 8 + 1], math.inf))
 
 
 def test_steps_without_text_follow_the_rows():
@@ -624,7 +634,7 @@ def test_steps_without_text_follow_the_rows():
         for name, p in model.named_parameters():
             if role(name) != "vector":
                 p.mul_(2 ** torch.linspace(-1, 1, len(p))[:, None])
-    for name, (rows, columns, _) in new_steps(model, NO_TEXT).items():
+    for name, (rows, columns, _) in new_steps(model, NO_TEXT, math.inf).items():
         octaves = model.get_parameter(name).detach().double().square().mean(1).log2() / 2
         ratio = rows.double() / 2 - octaves
         assert ratio.max() - ratio.min() < 1.0, name
@@ -659,7 +669,7 @@ def test_zeros_give_finite_steps_and_weights(name, held_out):
             for key, p in model.named_parameters():
                 if role(key) != "vector":
                     p[1::3] = 0
-    steps = new_steps(model, held_out)
+    steps = new_steps(model, held_out, math.inf)
     assert all(factor.isfinite().all() for _, _, factor in steps.values())
     weights = unpacked(packed(model, steps)).weights
     assert all_finite(weights)
@@ -728,7 +738,7 @@ def trained(tmp_path_factory):
     )
     model = new_model(cfg, HERE)
     train_gpt.train(model, cfg, HERE, lambda line: None, 0)
-    steps = new_steps(model, TEXT[8000:9600])
+    steps = new_steps(model, TEXT[8000:9600], math.inf)
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
     return SimpleNamespace(cfg=cfg, model=model, weights=weights, steps=steps)
 
@@ -858,7 +868,7 @@ def test_more_room_is_less_loss(trained):
 def test_text_is_worth_its_pass(trained):
     """Steps without statistics fill the same cap with a greater loss."""
     blind = SimpleNamespace(**vars(trained))
-    blind.steps = new_steps(trained.model, NO_TEXT)
+    blind.steps = new_steps(trained.model, NO_TEXT, math.inf)
     losses = []
     for run in (trained, blind):
         data = fitted(run, budget=20_000)
@@ -874,7 +884,7 @@ def test_text_is_worth_its_pass(trained):
 def small():
     """A warm model of two layers, its steps, and its artifact's bytes with both quantizers."""
     model = warm_model(SMALL_CFG)
-    steps = new_steps(model, HELD_OUT)
+    steps = new_steps(model, HELD_OUT, math.inf)
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
     data = {
         "fisher": pack_artifact(weights, SMALL_CFG, TABLE, 2.0**-10, steps),
@@ -946,13 +956,13 @@ def test_artifact_is_what_its_description_says(small):
 def test_same_model_gives_the_same_bytes(small):
     """Nothing in an artifact depends on when or in which order it was made."""
     model = warm_model(SMALL_CFG)
-    steps = new_steps(model, HELD_OUT)
+    steps = new_steps(model, HELD_OUT, math.inf)
     weights = {**model.state_dict(), "mixer": new_mixer_weights()}
     turned = dict(reversed(weights.items()))
     again = pack_artifact(turned, SMALL_CFG, TABLE, 2.0**-10, dict(reversed(steps.items())))
     assert again == small.data["fisher"]
     other = warm_model(SMALL_CFG, seed=1)
-    assert packed(other, new_steps(other, HELD_OUT), 2.0**-10) != again
+    assert packed(other, new_steps(other, HELD_OUT, math.inf), 2.0**-10) != again
 
 
 @pytest.mark.parametrize("name", ["blocks.1.q", "embed.tokens", "ve_proj", "blocks.0.mix_x"])
@@ -1020,6 +1030,11 @@ def test_what_reads_text_counts_as_training(
 
         return stand_in
 
+    def new_steps(model, held_out, end_s):
+        ends.append((clock[0], end_s))
+        clock[0] += 4
+        return {}
+
     def calibrate(run, weights, held_out, end_s):
         ends.append((clock[0], end_s))
         clock[0] += 3
@@ -1037,13 +1052,14 @@ def test_what_reads_text_counts_as_training(
     model = warm_model(cfg)
     data = pack_artifact(model.state_dict() | {"mixer": new_mixer_weights()}, cfg, TABLE, 8.0)
     monkeypatch.setattr(train_gpt, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(train_gpt, "new_steps", lasting(4, {}))
+    monkeypatch.setattr(train_gpt, "new_steps", new_steps)
     monkeypatch.setattr(train_gpt, "calibrate", calibrate)
     monkeypatch.setattr(train_gpt, "fit_artifact", lasting(2, data))
     monkeypatch.setattr(train_gpt, "evaluate_artifact", lasting(9, None))
     monkeypatch.setattr(train_gpt, "verify", lasting(9, None))
     train_gpt.finish(run, model, train_gpt.TrainResult(1, 1, 40.0), HELD_OUT)
-    assert ends == [(1000 + seconds - 3, end_s)]
+    reads = [(1000.0, end_s), (1004.0, end_s)] if quantizer == "fisher" else [(1000.0, end_s)]
+    assert ends == reads
     assert run.results["train"]["calibration_seconds"] == seconds
     assert run.results["train"]["quantize_seconds"] == 2
 

@@ -81,7 +81,7 @@ def measure(path, count, name=""):
 
     start_s = time.perf_counter()
     model = train_gpt.new_model(cfg, rt, weights)
-    steps = train_gpt.new_steps(model, held_out)
+    steps = train_gpt.new_steps(model, held_out, math.inf)
     levels = sum(len(rows) * len(columns) for rows, columns, _ in steps.values())
     print(f"{path}: {levels:,} levels, statistics {time.perf_counter() - start_s:.1f} s")
     print("quantizer  coarseness  expected KL       KL      dBPB      bytes  pack s  read s")
