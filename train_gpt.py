@@ -87,6 +87,7 @@ try:
     import torch.distributed as dist
     import torch.nn.functional as F
     from torch import nn
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
     if torch.__version__ < "2.9.dev0":
         raise ImportError(f"torch {torch.__version__} is too old")
@@ -126,8 +127,7 @@ def blaming(culprit, *causes, error=UserError):
     try:
         yield
     except causes as cause:
-        why = getattr(cause, "strerror", None) or one_line(cause)
-        raise error(f"{culprit} ({why})") from cause
+        raise error(f"{culprit} ({getattr(cause, 'strerror', None) or one_line(cause)})") from cause
 
 
 frozen = dataclass(frozen=True)
@@ -321,7 +321,7 @@ class EvalSettings:
     ngram_hash_bits: int = option(26, maximum=30)
     mixer_block: int = option(16_384, divides="ttt_chunk_tokens")
     mixer_lr: float = 1e-3
-    min_count: Natural = option(1, maximum="ngram_recent")
+    min_count: int = option(1, maximum="ngram_recent")
     alpha_base: float = option(0.0, maximum=1)
     alpha_range: float = 0.10
     alpha_center: float = 1.0
@@ -479,29 +479,29 @@ def config_from_env(environ, stored=None):
     """
     settings = dict(stored or {})
     names = {name.upper(): name for name in FIELDS}
-    for variable, text in environ.items():
+    for variable in environ:
         for meant in difflib.get_close_matches(variable, names, 1, 0.9):
             if variable != meant:
                 raise UsageError(
                     f"{variable} is not a setting: did you mean {meant}? Otherwise unset it"
                 )
             name = names[meant]
-            value = parse_setting(name, text)
+            value = parse_setting(name, environ[variable])
             fixed = settings.get(name)
             if fixed not in (None, value) and GROUPS[name] in (ModelSettings, TrainSettings):
                 raise UsageError(
                     f"{meant}={value}: the weights have {fixed}; unset it or set another RUN_ID"
                 )
             settings[name] = value
-    with blaming("the artifact is of another version of this script", TypeError):
+    with blaming("what is stored is of another version of this script", TypeError):
         return Config(**PRESETS.get(settings.get("preset"), {}) | settings)
 
 
 # ---- Runtime -------------------------------------------------------------------------------------
 # Rank, device and dtype are decided once and logged. What surrounds the program is not trusted:
 # torchrun's variables count when all of them are there, threads are what this process may use,
-# alike on every rank, and one product is compared with float64's. A terminal or a disk that takes
-# no more ends no work; what a command writes is tried before the work.
+# alike on every rank, and one product is compared with float64's. A log line that
+# finds no terminal or no room ends no work; what a command writes is tried before the work.
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
@@ -613,7 +613,7 @@ def start_runtime(cfg, environ):
     # glibc keeps what torch frees; returning it takes a third of a small step's time.
     with suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 0x4000_0000)  # M_MMAP_THRESHOLD, 1 GiB
+        mallopt(-4, 0)  # M_MMAP_MAX: all from the heap; old versions refuse a high threshold
         mallopt(-1, 0x7FFF_FFFF)  # M_TRIM_THRESHOLD, the most
         mallopt(-2, 0x1000_0000)  # M_TOP_PAD, 256 MiB
     check_arithmetic(rt)
@@ -697,7 +697,9 @@ def check_writable(folder, need_bytes=0):
     The folder is made. UserError, before hours of work, without room or permission.
     """
     with blaming(
-        f"LOG_DIR, OUT: cannot write {need_bytes:,} bytes to {folder}; name another", OSError
+        f"LOG_DIR, OUT or TOKENIZER_PATH: cannot write {need_bytes:,} bytes to {folder}; "
+        "name another",
+        OSError,
     ):
         os.makedirs(folder, exist_ok=True)
         room = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (its user closes it)
@@ -707,7 +709,7 @@ def check_writable(folder, need_bytes=0):
 
 
 def check_target(cfg, target, *sources):
-    """Return the log that goes with the output file `target`: say(), on stderr if it is "-".
+    """Return the log that goes with the output `target`: say(), on stderr if that is a stream.
 
     UserError, before work, if it cannot be written, is one of the sources, or is there already and
     REPLACE=1 does not allow to replace it.
@@ -794,7 +796,7 @@ def load_tokenizer(path, vocab_size, table=None):
     import sentencepiece
 
     with blaming(
-        f"TOKENIZER_PATH: {path} is no SentencePiece model; mend or remove its folder",
+        f"TOKENIZER_PATH: {path} is no SentencePiece model; mend it, or remove the demo's folder",
         RuntimeError,
         OSError,
     ):
@@ -995,8 +997,7 @@ def check_shards(paths, table, sp):
 def load_validation(cfg):
     """Return the validation stream, int64 (n + 1,): all shards, up to VAL_TOKENS predictions."""
     shards = [read_shard(path, cfg.vocab_size) for path in list_shards(cfg, "val")]
-    most = cfg.val_tokens or sys.maxsize
-    tokens = np.concatenate(shards)[: most + 1].astype(np.int64)
+    tokens = np.concatenate(shards)[: (cfg.val_tokens or sys.maxsize) + 1].astype(np.int64)
     if len(tokens) <= cfg.eval_seq_len:
         raise UserError(
             f"the validation stream has {len(tokens):,} tokens, less than a window and a target: "
@@ -1301,10 +1302,14 @@ class GPT(nn.Module):
             table = table.unflatten(-1, (-1, cfg.head_dim))
             scales = (self.ve_scale * self.ve_layer_scales).to(dtype)
             values = {i: table * scale for i, scale in zip(cfg.value_layers, scales)}
-        vrl = self.vrl_scales.to(dtype) if cfg.vrl_enabled else None
-        blocks = [block.cast(dtype) for block in self.blocks]
-        head = embed[0] * cfg.model_dim**0.5
-        return embed, values, self.skip_weights.to(dtype), vrl, blocks, head
+        return (
+            embed,
+            values,
+            self.skip_weights.to(dtype),
+            self.vrl_scales.to(dtype) if cfg.vrl_enabled else None,
+            [block.cast(dtype) for block in self.blocks],
+            embed[0] * cfg.model_dim**0.5,  # the head
+        )
 
     def forward(self, tokens, weights=None, cache=None, lead=0, unwanted=0):
         """Return the logits (B, T - unwanted, V), fp32 at least, of rows `unwanted` to T - 1.
@@ -1390,7 +1395,7 @@ def new_model(cfg, rt, weights=None, dtype=None):
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, getattr(torch, dtype) if dtype else rt.dtype)
     if weights:
-        model.load_state_dict({n: w for n, w in weights.items() if n != "mixer"})
+        model.load_state_dict({n: weights[n] for n in weights if n != "mixer"})
     if dtype == "float64":
         model.double()
     return model.to(rt.device)
@@ -1556,8 +1561,8 @@ class Trainer:
             losses[0].backward()
             totals[:2] += losses.detach()
         sums = [*(p.grad for p in self.model.parameters()), totals]
-        flat = self.rt.sum_over_ranks(nn.utils.parameters_to_vector(sums))
-        nn.utils.vector_to_parameters(flat, sums)
+        flat = self.rt.sum_over_ranks(parameters_to_vector(sums))
+        vector_to_parameters(flat, sums)
         totals[2] = flat[:-3].norm()
         return totals
 
@@ -1634,9 +1639,9 @@ def train(model, cfg, rt, log, held_out):
             scale = min(1.0, left / max(cfg.warmdown_iters, 1))  # 1, then linear to 0
             tokens, epochs = next(stream)
             losses = trainer.step(micro_batches(tokens, cfg, rt), result.steps, scale)
+            result.seconds = rt.from_main(perf_counter() - start_s)
             result.steps += 1
             result.tokens += cfg.train_batch_tokens
-            result.seconds = rt.from_main(perf_counter() - start_s)
             left = steps_left(result.steps, result.seconds, limit_s, cfg)
             if not result.steps % cfg.log_every or result.steps == 1 or left < 1:
                 end = "\r" * (left >= 1)  # the last step's line stays
@@ -1724,8 +1729,7 @@ def new_steps(model, held_out, end_s):
         read = end
         logits = model(tokens[None, end - rows : end])[0]
         loss = F.cross_entropy(logits, tokens[end - rows + 1 : end + 1], reduction="sum")
-        gradients = torch.autograd.grad(loss, params.values())
-        for (energy, gram), g in zip(factors, gradients):
+        for (energy, gram), g in zip(factors, torch.autograd.grad(loss, params.values())):
             energy += g.square().sum(1)
             gram += g.mT @ g
     steps = {}
@@ -1829,7 +1833,8 @@ def level_frequencies():
     """Return (frequencies, sums of those before), uint64 (classes * LEVELS,).
 
     A class has p(q) in proportion to exp(-theta q^2) and sums to 2^24. theta, whose limits are
-    1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 3.5 %.
+    1 / (pi m^2) and log(2 / m), gives the mean |q| = m within 3.5 %, before each frequency is
+    made at least 1, which raises the smallest means.
     """
     q = torch.arange(-LEVEL_MAX, LEVEL_MAX + 1).double()
     v = 2 ** (-CLASSES.double() / 2)[:, None]  # 1 / m^2
@@ -1926,7 +1931,7 @@ def sha256(data):
 
 def stored_settings(cfg):
     """Return the settings that an artifact holds: all but where things are on this machine."""
-    return {n: getattr(cfg, n) for n, g in GROUPS.items() if g != RunSettings or n == "preset"}
+    return {n: getattr(cfg, n) for n in GROUPS if GROUPS[n] != RunSettings or n == "preset"}
 
 
 def with_head(body):
@@ -1972,7 +1977,9 @@ def pack_artifact(weights, cfg, table, coarseness, steps=()):
         },
         sort_keys=True,
     ).encode()
-    return with_head(lzma.compress(len(header).to_bytes(3) + header + b"".join(payload), **LZMA))
+    return with_head(
+        lzma.compress(len(header).to_bytes(3, "big") + header + b"".join(payload), **LZMA)
+    )
 
 
 def unpack_artifact(body):
@@ -1981,7 +1988,7 @@ def unpack_artifact(body):
     What it claims never takes memory for more than WEIGHTS_MAX weights (some 50 bytes each).
     """
     reader = BytesIO(lzma.LZMADecompressor(**LZMA).decompress(body, 2 * WEIGHTS_MAX))
-    header = json.loads(reader.read(int.from_bytes(reader.read(3))))
+    header = json.loads(reader.read(int.from_bytes(reader.read(3), "big")))
     if not sum(abs(math.prod(map(float, shape))) for *_, shape in header["tensors"]) <= WEIGHTS_MAX:
         raise ValueError(f"more than {WEIGHTS_MAX} weights")
 
@@ -2246,7 +2253,8 @@ def gather_evidence(grid, matches, following, rows, reach, lanes=1):
         4C + 1      log p of the favourite, over 2
         4C + 2      1
     grid int64 (R, V): the model's; matches, following (R, C, M): occurrences, and the tokens after
-    them; rows (R,): where the contexts end. The model sees `reach` rows before each, of its lane.
+    them; rows (R,): where the contexts end. The model sees `reach` rows before each, of its lane:
+    one number, or int64 (R, 1, 1).
     """
     tokens = following.flatten(1)
     real = matches >= 0
@@ -2308,7 +2316,10 @@ class Mixture:
         following = self.history.tokens[matches + lanes]
         if self.cfg.mixer == "entropy":
             return commit(mix_entropy(shares(grid), matches, following, self.cfg))
-        tokens, features = gather_evidence(grid, matches, following, rows, self.plan.reach, lanes)
+        # Rows before each that the model sees: in a calibration, from its run's first on.
+        sees = self.plan.context + rows // lanes % self.plan.run
+        sees = sees.clamp(max=self.plan.reach)[:, None, None]
+        tokens, features = gather_evidence(grid, matches, following, rows, sees, lanes)
         freqs = commit(shares(grid.scatter_add(1, tokens, self.boost(features))))
         self.remembered.append([tokens, features, freqs.gather(1, tokens), rows + lanes])
         return freqs
@@ -2355,7 +2366,7 @@ class Mixture:
 
 # ---- Test-time training --------------------------------------------------------------------------
 # After a chunk has been scored the model trains on it; the Polyak average of the weights scores the
-# next. TTT moves vectors of one dimension, the token table, and the matrices of all blocks but the
+# next. TTT moves scalars and vectors, the token table, and the matrices of all blocks but the
 # first TTT_FREEZE_BLOCKS; nothing else. Each micro-batch's summed gradient is rounded to int64,
 # whose sum is the same on any number of ranks, and weights are rounded to a grid after each step:
 # it is coarse enough that another machine, whose last bits differ, gets the same weights. The
@@ -2383,7 +2394,7 @@ class TestTimeTrainer:
         self.model.blocks[self.cfg.ttt_freeze_blocks :].requires_grad_()
         self.params = [p for p in self.model.parameters() if p.requires_grad]
         # All that moves, live and averaged, a row each; one of the rows is what `params` show.
-        self.both = nn.utils.parameters_to_vector(self.params).detach().repeat(2, 1)
+        self.both = parameters_to_vector(self.params).detach().repeat(2, 1)
         self.live, self.average = self.both
         self.optimizer = torch.optim.Adam([self.live])
 
@@ -2406,13 +2417,13 @@ class TestTimeTrainer:
         sequences = torch.stack([tokens[:-1], tokens[1:], weights]).to(self.rt.device)
         sequences = sequences.view(3, -1, self.cfg.eval_seq_len)
         batches = sequences.split(TTT_MICRO_BATCH_SEQUENCES, 1)[self.rt.rank :: self.rt.world]
-        nn.utils.vector_to_parameters(self.live, self.params)
+        vector_to_parameters(self.live, self.params)
         for _ in range(self.cfg.ttt_epochs):
             total = torch.zeros_like(self.live, dtype=torch.int64)
             for x, y, w in batches:
                 nats = F.cross_entropy(self.model(x).mT, y, reduction="none")
                 grads = torch.autograd.grad((nats * w).sum(), self.params)
-                flat = nn.utils.parameters_to_vector(grads).double()
+                flat = parameters_to_vector(grads).double()
                 total += (flat * TTT_GRADIENT_SCALE).round_().long()
             mean = self.rt.sum_over_ranks(total).double() / scale
             self.live.grad = mean.to(self.live)
@@ -2420,7 +2431,7 @@ class TestTimeTrainer:
             self.optimizer.step()
             self.average.lerp_(self.live, 1 - self.cfg.polyak_decay)
             self.both.mul_(TTT_WEIGHT_SCALE).round_().div_(TTT_WEIGHT_SCALE)
-        nn.utils.vector_to_parameters(self.average, self.params)
+        vector_to_parameters(self.average, self.params)
 
 
 # ---- Engine --------------------------------------------------------------------------------------
@@ -2450,7 +2461,7 @@ class Plan(NamedTuple):
     )
     reach: int  # rows of its lane that a row sees before it
     context: int  # rows of a lane that are computed anew before a run
-    run: int  # rows of a lane; 0: until the weights change
+    run: int  # rows of a lane; fewer where the weights change
     block: int  # positions of the stream from one call of update to the next
     chunk: int  # positions of the stream from one TTT update to the next
     lanes: int = 1  # segments of the text, coded in turn; 1: the text's own order
@@ -2467,7 +2478,7 @@ def new_plan(cfg, *stages, lanes=0):
     mixer = () if cfg.mixer == "none" else ("unguarded", "mixer")
     stages = stages or (neural, *mixer)
     reach = context = cfg.eval_seq_len - cfg.eval_stride
-    run = cfg.eval_run_tiles * cfg.eval_stride
+    run = cfg.eval_run_tiles * cfg.eval_stride or sys.maxsize  # a stream has fewer rows
     if stages[0] in ("pre_quant", "round_trip"):  # windows that do not overlap
         reach = run = cfg.eval_seq_len
         context = 0
@@ -2509,7 +2520,7 @@ class Engine:
         predict, in the order of the stream: all lanes of a row together.
         """
         lanes = len(tokens)
-        size = self.plan.run or sys.maxsize
+        size = self.plan.run
         runs = range(self.origin, last, size)[self.rt.rank :: self.rt.world]  # this rank's
         runs = runs[bisect.bisect(runs, first - size) :]  # that end after `first`
         # [(run's first row, piece's first row, row after its last)]
@@ -2606,10 +2617,8 @@ class Predictor:
         self.engine = Engine(model, cfg, rt, plan)
         self.ttt = TestTimeTrainer(model, cfg, table, rt) if "ttt" in plan.stages else None
         self.temperature = cfg.ttt_temperature if self.ttt else 1.0
-        self.mixture = (
-            Mixture(weights["mixer"], cfg, table, rt, plan) if "mixer" in plan.stages else None
-        )
-        self.mix_seconds = 0.0  # from a block's logits to its bits
+        self.mixture = "mixer" in plan.stages and Mixture(weights["mixer"], cfg, table, rt, plan)
+        self.mix_seconds = 0.0  # from a block's logits to its bits, and to learn from it
 
     @torch.inference_mode()
     def predict(self, prefix, start, stop):
@@ -2702,7 +2711,9 @@ class Predictor:
             )
         self.block_end += self.plan.block
         if self.mixture:
+            self.mix_seconds -= perf_counter()
             self.mixture.learn(prefix)
+            self.mix_seconds += perf_counter()
         row = self.scored_to - 1  # first row that has not been computed; TTT has one lane
         if self.ttt and not row % self.plan.chunk:
             self.ttt.adapt_chunk(prefix[row - self.plan.chunk :])
@@ -2731,10 +2742,10 @@ def walk(predictor, stream, log=None, step=None):
         if log and perf_counter() - logged_s > 15:
             logged_s = perf_counter()
             spent_s = logged_s - start_s
-            eta_s = spent_s / (stop - first) * (len(stream) - stop)
             log(
                 f"{'+'.join(predictor.plan.stages)}: {stop - first:,}/{len(stream) - first:,} "
-                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, ETA {eta_s:.0f} s\r"
+                f"tokens, {(stop - first) / spent_s:,.0f}/s, {spent_s:.0f} s, "
+                f"ETA {spent_s / (stop - first) * (len(stream) - stop):.0f} s\r"
             )
 
 
@@ -2972,9 +2983,9 @@ def verify(run, artifact, scored=None):
         decode_seconds=perf_counter() - coded_s,
     )
     run.record("proof", proof)
-    bpb = 8 * proof["bytes_on_disk"] / max(len(text), 1)
     run.rows += [
-        f"proof       {bpb:>10.6f}{n:>33,}{perf_counter() - start_s:>9.1f}",
+        f"proof       {8 * proof['bytes_on_disk'] / max(len(text), 1):>10.6f}{n:>33,}"
+        f"{perf_counter() - start_s:>9.1f}",
         f"proof: another process decoded {n:,} tokens, {len(text):,} B of text, from the artifact "
         f"and {proof['bytes_on_disk']:,} B; predicted: {bits / 8:,.1f} B; "
         f"{n / proof['encode_seconds']:,.1f} tokens/s to encode, "
@@ -3120,10 +3131,9 @@ class Run:
         """Add scored stages, tell their figures, and write results.json."""
         for stage in stages:
             bpb = stage["val_bpb"]
-            delta = bpb - (self.results["val_bpb"] or bpb)
             self.log(f"{stage['name']}: val_bpb {bpb:.6f}, {stage['seconds']:.1f} s")
             self.rows.append(
-                f"{stage['name']:<12}{bpb:>10.6f}{delta:>+11.6f}"
+                f"{stage['name']:<12}{bpb:>10.6f}{bpb - (self.results['val_bpb'] or bpb):>+11.6f}"
                 f"{stage['val_loss']:>10.6f}{stage['tokens']:>12,}{stage['seconds']:>9.1f}"
             )
             self.results["val_bpb"] = bpb
@@ -3209,7 +3219,7 @@ def summarize(paths, mixed=False):
         column = [run["row"][name] for run in runs]
         summary[name] = (max if "bytes" in name else np.mean)(column)
         summary[f"{name}_std"] = np.std(column, ddof=1) if len(runs) > 1 else None
-    summary |= {n: v for n, v in first.items() if n not in odd}
+    summary |= {n: first[n] for n in first if n not in odd}
     if mixed:
         odd -= {"shards", *runs[0]["environment"]}
     if odd:
@@ -3308,7 +3318,8 @@ def submit(out_dir, paths):
 
 # Tracebacks and torch look for a line's text in `linecache`.
 PACKED = b"""\
-# train_gpt.py without its comments and most docstrings, made by its command `pack`
+# train_gpt.py without its comments and most docstrings, made by its command `pack`; runs on the
+# Python that packed it, or a newer one
 import base64, linecache, lzma, sys, traceback
 
 source = lzma.decompress(base64.b85decode("%s")).decode()
@@ -3322,7 +3333,8 @@ exec(compile(source, name, "exec"))
 def pack(target, environ):
     """Write this program as a script that unpacks itself, to be run, and counted, in its place.
 
-    It has no comments, and no docstrings but those that --help shows.
+    It has no comments, and no docstrings but those that --help shows, and is written in the syntax
+    of the Python that packs it: from 3.12 on, older ones cannot read it.
     """
     log = check_target(config_from_env(environ), target, __file__)
     # Without an indented docstring that a statement follows, but for those of settings.
@@ -3383,6 +3395,10 @@ def train_command(environ, kept=None):
     model = new_model(cfg, run.rt, kept and kept["weights"])
     count = sum(p.numel() for p in model.parameters())
     run.log(f"model: {count:,} parameters")
+    if count > WEIGHTS_MAX - 1000:  # the mixer's
+        raise UsageError(
+            f"MODEL_DIM, NUM_LAYERS: {count:,} parameters; an artifact holds {WEIGHTS_MAX - 1000:,}"
+        )
     path = cfg.run_dir / WEIGHTS
     try:
         if kept:
@@ -3410,7 +3426,10 @@ def train_command(environ, kept=None):
             run.log(traceback.format_exc())
         why = one_line(error)
         if path.exists():
-            why += f"; {path} has the weights: the same command with `finish` goes on from them"
+            why += (
+                f"; {path} has the weights of an unfinished run: the same command with `finish` "
+                "goes on from them"
+            )
         raise UserError(why) from error
     run.rt.by_main(path.unlink)
 
@@ -3421,7 +3440,9 @@ def finish_command(environ):
     # torch raises many kinds.
     with blaming(f"RUN_ID: {path} has no training to finish; train again", Exception):
         kept = torch.load(path, map_location="cpu", weights_only=True)
-    train_command(environ | {"REPLACE": "1"}, kept)
+    # Where the folder is now.
+    place = {"LOG_DIR": str(path.parent.parent), "RUN_ID": path.parent.name}
+    train_command(environ | place | {"REPLACE": "1"}, kept)
 
 
 def finish(run, model, result, held_out):
@@ -3438,7 +3459,7 @@ def finish(run, model, result, held_out):
     steps = {}
     if cfg.quantizer == "fisher":
         steps = run.rt.by_main(new_steps, model, held_out, end_s)
-        run.log(f"fisher: steps from held-out text in {perf_counter() - start_s:.1f} s")
+        run.log(f"fisher: steps found in {perf_counter() - start_s:.1f} s")
     weights["mixer"] = calibrate(run, weights, held_out, end_s)
     result.calibration_seconds = perf_counter() - start_s
 
@@ -3539,8 +3560,8 @@ def find_run(environ):
     """Return the Config of the settings that say where a run is."""
     return config_from_env(
         {
-            name: text
-            for name, text in environ.items()
+            name: environ[name]
+            for name in environ
             if re.fullmatch("PRESET|SEED|RUN_ID|LOG_DIR|ARTIFACT_PATH", name)
         }
     )
@@ -3555,12 +3576,18 @@ def open_artifact(environ):
 def eval_command(environ, command):
     """Score the artifact at ARTIFACT_PATH in every stage (`eval`), or prove it (`verify`).
 
-    Results go beside the run, to a folder that is named after the settings that are overridden.
+    Results go to LOG_DIR, into a folder named after run and overridden settings; `verify` takes
+    none of these, since its decoder has the artifact's.
     """
     artifact, cfg = open_artifact(environ)
+    overridden = artifact.overridden(cfg)
+    if overridden and command == "verify":
+        raise UsageError(
+            f"verify decodes by the artifact's settings; unset {', '.join(overridden)}"
+        )
     folder = artifact.path.resolve().parent
     if not cfg.run_id or folder == cfg.run_dir.resolve():
-        names = (f",{name}={getattr(cfg, name.lower())}" for name in artifact.overridden(cfg))
+        names = (f",{name}={getattr(cfg, name.lower())}" for name in overridden)
         cfg = replace(cfg, run_id=f"{cfg.run_id or folder.name}_{command}{''.join(names)}"[:200])
     run = open_run(cfg, environ, command, artifact)
     run.check_size(artifact)
@@ -3639,8 +3666,8 @@ def code_command(environ, command, source, target):
 def show_help():
     """Print the usage, and each setting with what its group's docstring says of it."""
     say(__doc__)
-    for name, group in GROUPS.items():
-        doc = re.search(f" {name}: (.*)", group.__doc__)[1]
+    for name in GROUPS:
+        doc = re.search(rf"\b{name}: (.*)", GROUPS[name].__doc__)[1]
         say(f"  {name.upper():<28} {doc} (record: {FIELDS[name].default!r})")
 
 
@@ -3829,10 +3856,11 @@ def write_shards(documents, out_dir, cfg, log):
     tokenizer does not take an official one's name (fineweb_*): it is out_dir/tokenizer.model then.
     """
     path = Path(cfg.tokenizer_path)
-    if path.name.startswith("fineweb_") and not path.exists():
-        path = Path(out_dir, "tokenizer.model")
     check_writable(out_dir)
-    check_writable(path.parent)
+    if not path.exists():
+        if path.name.startswith("fineweb_"):
+            path = Path(out_dir, "tokenizer.model")
+        check_writable(path.parent)
     held = np.fromiter((not crc32(text.encode()) % 20 for text in documents()), bool)
     if len(held) < 2:
         raise UserError(

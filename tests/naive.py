@@ -467,7 +467,7 @@ def naive_rows(model, cfg, tokens, plan, first=0):
 
     Runs begin at `first`, each by a plain forward pass over plan.context rows before it and itself.
     """
-    size = plan.run or len(tokens)
+    size = plan.run
     rows = []
     for start in range(first, len(tokens), size):
         begin = max(0, start - plan.context)

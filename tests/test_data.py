@@ -599,6 +599,25 @@ def tokenize(folder, *files, vocab_size=400, tokenizer_path=None):
     return environ
 
 
+def test_tokenizer_that_exists_may_lie_where_nothing_can_be_written(tmp_path, texts, tokenizer):
+    """As among shared data; not even root can write into that folder of file descriptors."""
+    (tmp_path / "a.jsonl").write_bytes(jsonl(texts[:9]))
+    with open(tokenizer[0], "rb") as file:
+        path = f"/proc/self/fd/{file.fileno()}"
+        tokenize(tmp_path, tmp_path / "a.jsonl", tokenizer_path=path)
+    assert list((tmp_path / "shards").glob("fineweb_val_*"))
+
+
+def test_tokenizer_that_cannot_be_written_is_named(tmp_path, texts):
+    """Before any text is read, with the setting that says where it goes."""
+    (tmp_path / "a.jsonl").write_bytes(b"no document")
+    message = refusal(
+        tokenize, tmp_path, tmp_path / "a.jsonl", tokenizer_path="/proc/self/fd/new.model"
+    )
+    assert "TOKENIZER_PATH" in message
+    assert "/proc/self/fd" in message
+
+
 def jsonl(texts):
     """Return documents as lines of JSON, escaped in every second one, with a blank line between."""
     lines = [

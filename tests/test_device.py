@@ -423,7 +423,7 @@ COUNTED_CFG = tiny_config(**SHORT)
 BLOCKS = {
     "round_trip": (train_gpt.new_plan(COUNTED_CFG, "round_trip"), 214),
     "sliding": (train_gpt.new_plan(COUNTED_CFG, "sliding"), 386),
-    "sliding, mixer": (train_gpt.new_plan(COUNTED_CFG, "sliding", "unguarded", "mixer"), 608),
+    "sliding, mixer": (train_gpt.new_plan(COUNTED_CFG, "sliding", "unguarded", "mixer"), 613),
 }
 
 

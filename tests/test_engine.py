@@ -76,7 +76,7 @@ def asked(engine, tokens, step, first=0):
 
 def asked_whole(engine, tokens):
     """What asked() gives where all whole runs are asked for at once: only they go side by side."""
-    run = engine.plan.run or len(tokens)
+    run = min(engine.plan.run, len(tokens))
     known = engine.plan.context  # before it, runs have fewer rows
     borders = [0, known, known + (len(tokens) - known) // run * run, len(tokens)]
     calls = [(first, stop) for first, stop in itertools.pairwise(borders) if first < stop]

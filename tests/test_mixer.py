@@ -839,6 +839,29 @@ def test_calibration_walks_in_windows_at_falling_rates(monkeypatch, tmp_path):
     assert rates == pytest.approx([0.006 * (10 - 9 * block / 10) for block in range(9)])
 
 
+def test_calibration_knows_what_its_runs_see(monkeypatch, tmp_path):
+    """A run of 16 rows begins without rows before it: the model sees no occurrence there."""
+    cfg = learner(tmp_path)
+    gather = train_gpt.gather_evidence
+    flags = {}  # {(row, context, token): (flag, whether the row sees the occurrence)}
+
+    def spy(grid, matches, following, rows, *limits):
+        tokens, features = gather(grid, matches, following, rows, *limits)
+        for i, j in (features[:, -1] == 1).nonzero().tolist():
+            row = rows[i].item()
+            for c in range(matches.size(1)):
+                hits = matches[i, c][(following[i, c] == tokens[i, j]) & (matches[i, c] >= 0)]
+                seen = any(hit >= row // 16 * 16 for hit in hits[:1].tolist())
+                flags[row, c, tokens[i, j].item()] = features[i, 18 + c, j].item(), float(seen)
+        return tokens, features
+
+    monkeypatch.setattr(train_gpt, "gather_evidence", spy)
+    calibrated_weights(cold_weights(cfg), cfg)
+    found, expected = zip(*flags.values())
+    assert found == expected
+    assert 50 < sum(expected) < len(expected) - 50
+
+
 def test_the_mixer_travels_in_the_artifact(tmp_path):
     """The predictor starts from fp16 values of the calibrated mixer, on a copy of its own."""
     cfg = learner(tmp_path)

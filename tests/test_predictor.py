@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -538,6 +539,23 @@ def test_evaluate_reports_what_the_walk_sums(name):
     targets = torch.from_numpy(STREAM[1:41])
     expected = [freqs[torch.arange(40), targets].tolist() for freqs in committed.values()]
     assert kept[:, 0].tolist() == expected
+
+
+def test_learning_counts_as_seconds_of_the_mixer(monkeypatch):
+    """Not as those of the stage that it shares the pass with."""
+    learn = train_gpt.Mixture.learn
+    spent = []
+
+    def slow(mixer, prefix):
+        start_s = time.perf_counter()
+        learn(mixer, prefix)
+        time.sleep(0.01)
+        spent.append(time.perf_counter() - start_s)
+
+    monkeypatch.setattr(train_gpt.Mixture, "learn", slow)
+    stages, _ = evaluate(walker(*WALKS["ttt+learned"]), STREAM[: 2 * CHUNK + 5], 777, quiet, keep=1)
+    assert len(spent) > 2
+    assert stages[-1]["seconds"] >= sum(spent)
 
 
 def test_plans_hold_the_documented_stages():

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -433,6 +434,69 @@ def test_trained_run_is_not_trained_again(command, tmp_path, monkeypatch):
     assert path.read_bytes() == before
     assert command(REPLACE="1") == (0, "")
     assert not path.exists()
+
+
+def test_a_moved_run_is_finished_where_it_is(command, tmp_path, monkeypatch):
+    """Folder and name are those that it was found by, not those that it was trained under."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "calibrate", fail_with("setting"))
+        error_line(command(LOG_DIR="old", RUN_ID="other"), 1)
+    moved = tmp_path / "new" / "bench_seed1337"
+    moved.parent.mkdir()
+    (tmp_path / "old" / "other").rename(moved)
+    environ = dict(PRESET="bench", LOG_DIR="new", RUN_ID=None)
+    assert command("finish", **environ) == (0, "")
+    assert results_of(moved)["train"]["steps"] == 4
+    assert not (moved / "weights.pt").exists()
+    assert os.listdir(tmp_path / "old") == []
+
+
+def test_settings_of_unfinished_weights_are_not_called_an_artifact(command, tmp_path, monkeypatch):
+    """Where another version of the script left them."""
+    with monkeypatch.context() as patch:
+        patch.setattr(train_gpt, "calibrate", fail_with("setting"))
+        error_line(command(), 1)
+    path = tmp_path / "logs" / "run" / "weights.pt"
+    kept = torch.load(path, weights_only=True)
+    torch.save(kept | {"settings": kept["settings"] | {"late_qat": True}}, path)
+    message = error_line(command("finish"), 1)
+    assert "another version of this script" in message
+    assert "late_qat" in message
+    assert "artifact" not in message
+
+
+def test_model_that_no_artifact_holds_is_not_trained(command, tmp_path, monkeypatch):
+    """It could never be finished; the settings that make it large are named."""
+    monkeypatch.setattr(train_gpt, "WEIGHTS_MAX", 20_000)
+    monkeypatch.setattr(train_gpt, "train", None)
+    message = error_line(command(), 2)
+    assert message.startswith("MODEL_DIM, NUM_LAYERS: ")
+    assert "19,000" in message
+    assert not (tmp_path / "logs" / "run" / "weights.pt").exists()
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_largest_model_of_an_artifact_is_trained(command, finished, monkeypatch, spare):
+    """Of that many weights and the mixer's, it is read back."""
+    log = (finished / "run" / "train.log").read_text()
+    count = int(re.search(r"model: ([0-9,]+) parameters", log)[1].replace(",", ""))
+    monkeypatch.setattr(train_gpt, "WEIGHTS_MAX", count + 1000 - spare)
+    assert command(QUANTIZER="int6")[0] == 2 * spare
+
+
+def test_first_step_that_is_interrupted_leaves_nothing_to_divide_by(command, tmp_path, monkeypatch):
+    """Before its clock is read there is no step; what has no steps is not offered to `finish`."""
+    from_main = train_gpt.Runtime.from_main
+
+    def interrupted(rt, value):
+        if isinstance(value, float):
+            raise KeyboardInterrupt("interrupted")
+        return from_main(rt, value)
+
+    monkeypatch.setattr(train_gpt.Runtime, "from_main", interrupted)
+    message = error_line(command(), 1)
+    assert "after step 0: interrupted" in message
+    assert not (tmp_path / "logs" / "run" / "weights.pt").exists()
 
 
 def test_nothing_to_finish_is_named(command):

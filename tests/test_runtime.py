@@ -1,6 +1,7 @@
 """What surrounds the program: torchrun's variables, threads, packages, encodings, files."""
 
 import contextlib
+import ctypes
 import os
 import pathlib
 import runpy
@@ -9,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -404,6 +406,16 @@ def test_standard_input_is_read_where_it_stands(tmp_path, kind):
         finally:
             os.dup2(before, 0)
             os.close(before)
+
+
+def test_no_limit_is_asked_for_that_an_older_allocator_refuses(monkeypatch):
+    """A refused threshold is worse than none: every larger tensor would be mapped anew."""
+    calls = {}
+    library = SimpleNamespace(mallopt=calls.__setitem__)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library)
+    train_gpt.start_runtime(tiny_config(device="cpu"), {})
+    assert calls.get(-3, 0) <= 32 << 20  # M_MMAP_THRESHOLD
+    assert calls[-4] == 0  # M_MMAP_MAX
 
 
 def test_room_is_taken_and_given_back(tmp_path):

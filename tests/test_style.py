@@ -56,6 +56,19 @@ def test_script_has_few_tokens(source):
     assert tokens <= MOST_TOKENS
 
 
+def test_conversions_of_integers_name_their_byte_order(source):
+    """Python 3.10 has no default."""
+    calls = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr in ("to_bytes", "from_bytes")
+    ]
+    assert calls
+    assert [call for call in calls if "'big'" not in call and "'little'" not in call] == []
+
+
 def test_lines_have_few_tokens(source):
     """One statement a line."""
     tokens = code_tokens(source)
