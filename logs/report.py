@@ -20,8 +20,10 @@ symbols) and is escaped. The data of the text's view are in one JSON element: ty
 
 import argparse
 import base64
+import contextlib
 import dataclasses
 import functools
+import hashlib
 import html
 import io
 import json
@@ -151,10 +153,18 @@ class Run:
 
     @property
     def artifact(self):
-        """Path of the artifact's file, or None where there is none."""
-        named = self.part("artifact").get("path") or self.folder
-        paths = (self.folder / "model.int6.lzma", Path(str(named)))
-        return next((path for path in paths if path.is_file()), None)
+        """Path of the artifact's file, or None where there is none that can be read.
+
+        By now another run's may lie where the results say: theirs is known by its SHA-256.
+        """
+        known = self.part("artifact")
+        digest = known.get("sha256")
+        for path in (self.folder / "model.int6.lzma", Path(str(known.get("path")))):
+            with contextlib.suppress(OSError):
+                found = hashlib.sha256(path.read_bytes()).hexdigest()
+                if digest in (None, found):
+                    return path
+        return None
 
     def part(self, name):
         """Return a part of results.json, {} where it is missing."""
@@ -176,8 +186,8 @@ def read_log(path):
     """Return (run's name, {setting: text}, steps of training) of the last run in a log file.
 
     A log grows: each run that began in the folder is a section. `finish` begins one too, whose
-    training is in the section before. So are lines before the first run: what another program has
-    trained.
+    training is in the last section that has any, maybe lines before the first run: what another
+    program has trained.
     """
     sections = [("", {}, [], [])]
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -196,8 +206,8 @@ def read_log(path):
     is_after_training = any(
         line.startswith(("fisher:", "calibration:", "quantize:")) for line in others
     )
-    if not steps and is_after_training and len(sections) > 1:
-        steps = sections[-2][2]
+    if is_after_training:
+        steps = next((section[2] for section in reversed(sections) if section[2]), [])
     return name, settings, steps
 
 
@@ -235,11 +245,15 @@ def read_run(folder):
     results = {}
     notes = []
     path = folder / "results.json"
-    logs = [folder / name for name in LOGS if (folder / name).is_file()]
-    if not path.is_file() and not logs:
+    try:
+        names = {entry.name for entry in folder.iterdir() if entry.is_file()}
+    except OSError as error:
+        raise ReportError(f"{folder}: no run's folder ({error.strerror})") from error
+    logs = [folder / name for name in LOGS if name in names]
+    if path.name not in names and not logs:
         raise ReportError(f"{folder}: no run's folder: neither results.json nor a log is there")
     try:
-        if path.is_file():
+        if path.name in names:
             results = dict(json.loads(path.read_bytes()))
             check_results(results)
         else:
@@ -291,8 +305,7 @@ def read_trace(run):
     run.trace = trace
 
 
-CONTEXTS = ("last 8 tokens", "last 5", "last 3", "last 2", "last token", "word so far")
-CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)
+CONTEXT_LENGTHS = (8, 5, 3, 2, 1, 8)  # in tokens; the last one: of the word so far, at most
 TOP = train_gpt.TRACE_TOP  # likeliest tokens of each position in a trace
 TOTAL_BITS = 24  # frequencies sum to 2^24
 
@@ -406,7 +419,7 @@ def count_occurrences(tokens, begins, order, recent, hash_bits):
     ends = np.arange(n)
     positions = ends[:, None] - np.arange(8)
     known = tokens[positions.clip(min=0)]
-    counts = np.zeros((n, len(CONTEXT_LENGTHS)), dtype=np.uint8)
+    counts = np.zeros((n, len(CONTEXT_LENGTHS)), dtype=np.int64)
     for kind, length in enumerate(CONTEXT_LENGTHS):
         inside = (np.arange(8) < min(length, order - 1)) & (positions >= 0)
         if kind == len(CONTEXT_LENGTHS) - 1:
@@ -454,7 +467,7 @@ def artifact_parts(path):
         return {}
     body = data[train_gpt.ARTIFACT_HEAD_BYTES :]
     raw = lzma.LZMADecompressor(**train_gpt.LZMA).decompress(body)
-    begin = 3 + int.from_bytes(raw[:3])
+    begin = 3 + int.from_bytes(raw[:3], "big")
     parts = {"settings and tokenizer": raw[:begin]}
     header = json.loads(raw[3:begin])
     words = {}
@@ -544,6 +557,8 @@ MOST_OF_A_NAME = 28  # characters of a name in a chart
 def short(name):
     """Return a run's name as visible text that fits into a chart: its beginning and its end."""
     shown = visible(name)
+    if shown.startswith("_"):
+        shown = f"\u200b{shown}"  # matplotlib leaves labels that begin with "_" out of legends
     half = MOST_OF_A_NAME // 2
     return shown if len(shown) <= MOST_OF_A_NAME else f"{shown[:half]}\u2026{shown[1 - half :]}"
 
@@ -656,11 +671,15 @@ def styled(draw):
     return drawn
 
 
-def line(chart, number, x, y, label, **how):
-    """Draw the line of run `number` in its colour, with its dashes and marks."""
-    style = dict(color=ink(SERIES[number % 4]), linestyle=DASHES[number % 4], label=short(label))
+def line(chart, number, x, y, name, **how):
+    """Draw the line of run `number` in its colour, with its dashes and marks.
+
+    Colours come again from the fifth run on, then with other dashes and marks.
+    """
+    other = (number + number // 4) % 4
+    style = dict(color=ink(SERIES[number % 4]), linestyle=DASHES[other], label=short(name))
     if len(x) <= 40:
-        style |= dict(marker=MARKS[number % 4], markersize=3.5)
+        style |= dict(marker=MARKS[other], markersize=3.5)
     chart.axes.plot(x, y, **style | how)
 
 
@@ -678,7 +697,8 @@ def loss_chart(runs):
         steps = [row["step"] for row in run.log]
         line(chart, run.number, steps, [row["loss"] for row in run.log], run.name)
         weighted = [row["weighted"] for row in run.log]
-        line(chart, run.number, steps, weighted, "_", linewidth=0.9, alpha=0.7, marker="")
+        thin = dict(linewidth=0.9, alpha=0.7, marker="", label="_")
+        line(chart, run.number, steps, weighted, run.name, **thin)
     chart.axes.set(xlabel="step", ylabel="nats a token")
     chart.axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
     chart.legend(runs)
@@ -802,6 +822,17 @@ def seconds_of(run):
     return spent
 
 
+# In the order of time.
+ORDER = ("training", "held-out text", "quantization", "pre_quant", "round_trip", "sliding", "ttt")
+ORDER += ("mixer", "proof: code", "proof: decode")
+
+
+def in_order(names):
+    """Return different names of stages and other work, sorted by time; unknown ones at the end."""
+    known = {name: i for i, name in enumerate(ORDER)}
+    return sorted(dict.fromkeys(names), key=lambda name: known.get(name, len(ORDER)))
+
+
 @styled
 def seconds_chart(runs):
     """Return the seconds of each part of the runs, or None where none are known."""
@@ -809,7 +840,7 @@ def seconds_chart(runs):
     spent = [(run, parts) for run, parts in spent if parts]
     if not spent:
         return None
-    names = list(dict.fromkeys(name for _, parts in spent for name in parts))
+    names = in_order(name for _, parts in spent for name in parts)
     chart = Chart("seconds", "Where the seconds went", height=1.2 + 0.3 * len(names))
     thick = 0.8 / len(spent)
     for i, (run, parts) in enumerate(spent):
@@ -819,7 +850,7 @@ def seconds_chart(runs):
             list(parts.values()),
             thick * 0.9,
             color=ink(SERIES[run.number % 4]),
-            hatch=("", "//", "..", "xx")[run.number % 4],
+            hatch=("", "//", "..", "xx")[(run.number + run.number // 4) % 4],
             edgecolor=ink("grid"),
             label=short(run.name),
         )
@@ -833,16 +864,18 @@ def seconds_chart(runs):
     sums = []
     for run, _ in spent:
         train = run.part("train")
-        trained = (train.get("seconds") or 0) + (train.get("calibration_seconds") or 0)
         scored = sum(s["seconds"] for s in run.stages if s["name"] != "pre_quant")
-        sums.append(
-            f"{run.name}: {thousands(trained)} s of training, {thousands(scored)} s of evaluation"
-        )
+        words = [f"{thousands(scored)} s of evaluation"] if run.stages else []
+        if train:
+            trained = (train.get("seconds") or 0) + (train.get("calibration_seconds") or 0)
+            words.insert(0, f"{thousands(trained)} s of training")
+        if words:
+            sums.append(f"{run.name}, on {device_of(run)}: {', '.join(words)}")
     chart.description = (
         "The competition allows 600 s of training, with all that reads training text after it "
         "(calibration, fisher's gradients; where a log has no line `fisher:`, the latter are "
         "in quantization), and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
-        f"Here, on {device_of(spent[0][0])}: {'; '.join(sums)}."
+        f"{'; '.join(sums)}."
     )
     rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]
     chart.numbers = table(("part", *(run.name for run, _ in spent)), rows, "Seconds")
@@ -990,7 +1023,7 @@ def seeds_chart(runs, rule=None):
     if not runs:
         return None
     chart = Chart("stages", "Bits a byte by stage")
-    names = list(dict.fromkeys(stage["name"] for run in runs for stage in run.stages))
+    names = in_order(stage["name"] for run in runs for stage in run.stages)
     for run in runs:
         at = [names.index(stage["name"]) for stage in run.stages]
         values = [stage["val_bpb"] for stage in run.stages]
@@ -1092,6 +1125,7 @@ def quantizers_chart(models, caps=()):
 
 EDGES = (1, 2, 4, 8, 12)  # bits: where one shade ends and the next begins
 MOST_BITS_STEPS = 2500  # steps of the page's numbers in a bit: 24 bits fit into 16 bits
+MOST_COUNTED = 2**16 - 1  # occurrences of a context; the page's numbers end there
 
 
 def shades(bits):
@@ -1130,9 +1164,10 @@ def text_data(run):
     }
     if trace.counts is not None:
         order = int(run.settings["ngram_order"])
-        data["counts"] = packed(trace.counts, "u1")
-        data["contexts"] = CONTEXTS
+        data["counts"] = packed(trace.counts.clip(max=MOST_COUNTED), "<u2")
         data["lengths"] = [min(length, order - 1) for length in CONTEXT_LENGTHS]
+        tokens = [f"last {n} tokens" if n > 1 else "last token" for n in data["lengths"][:-1]]
+        data["contexts"] = [*tokens, "word so far"]
     return data
 
 
@@ -1268,12 +1303,18 @@ def overview(runs):
     if len(scored) < 2:
         return shown
     odd = {name for run in scored for name in run.settings if len(values_of(scored, name)) > 1}
-    odd -= HARMLESS
-    if odd or len({run.stages[-1]["name"] for run in scored}) > 1:
-        words = (
-            f"No mean: the runs differ in {', '.join(sorted(odd)).upper() or 'their last stage'}."
-        )
-        return shown + tag("p", escaped(words))
+    odd = [name.upper() for name in sorted(odd - HARMLESS)]
+    # As `summarize` has it.
+    for part, words in ("validation", "validation text"), ("environment", "script or environment"):
+        if any(run.part(part) != scored[0].part(part) for run in scored):
+            odd.append(words)
+    if len({run.stages[-1]["name"] for run in scored}) > 1:
+        odd.append("their last stage")
+    why = f"the runs differ in {', '.join(odd)}" if odd else ""
+    if len(values_of(scored, "seed")) < len(scored):
+        why = why or "runs have the same seed"
+    if why:
+        return shown + tag("p", escaped(f"No mean: {why}."))
     values = [run.stages[-1]["val_bpb"] for run in scored]
     mean, deviation = np.mean(values), np.std(values, ddof=1)
     words = f"Mean of {len(values)} runs: {mean:.6f} bits a byte"
@@ -1518,7 +1559,7 @@ SCRIPT = r"""
     tokens: numbers(top.tokens, Uint16Array),
     bits: numbers(top.bits, Uint16Array),
   }));
-  const counts = data.counts ? numbers(data.counts, Uint8Array) : null;
+  const counts = data.counts ? numbers(data.counts, Uint16Array) : null;
   const spans = Array.from(text.querySelectorAll("span"));
   const place = new Map(spans.map((span, i) => [span, i]));
   const STEPS = 2500;
@@ -1792,8 +1833,9 @@ def main(args=None):
         help="--figures: results.json of another mixer, drawn as a line",
     )
     given = parser.parse_args(args)
-    if given.quantizers and not given.figures:
-        parser.error("--quantizers takes --figures")
+    for name in ("quantizers", "rule"):
+        if getattr(given, name) and not given.figures:
+            parser.error(f"--{name} takes --figures")
     if not given.runs and (given.out or not given.quantizers):
         parser.error("RUN_DIR is missing: the folder of a run")
     try:

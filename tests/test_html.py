@@ -1,6 +1,7 @@
 """logs/report.py: the page and the figures of runs."""
 
 import collections
+import hashlib
 import html.parser
 import json
 import math
@@ -198,7 +199,7 @@ def tree(text):
 @pytest.fixture
 def whole(new_run):
     """The page of two seeds with everything, as (text, root)."""
-    text = built(new_run("one"), new_run("two", last=1.35))
+    text = built(new_run("one"), new_run("two", last=1.35, settings=SETTINGS | dict(seed=2)))
     return text, tree(text)
 
 
@@ -291,12 +292,27 @@ def test_page_has_no_mean_of_unlike_runs(new_run):
     """It says what differs; seeds and places may."""
     alike = SETTINGS | dict(seed=2, run_id="two", verify_tokens=9)
     assert "Mean of 2 runs" in built(new_run("one"), new_run("two", settings=alike))
-    other = SETTINGS | dict(ngram_order=4)
-    text = built(new_run("one"), new_run("two", settings=other))
+    text = built(new_run("one"), new_run("two", settings=alike | dict(ngram_order=4)))
     assert "No mean: the runs differ in NGRAM_ORDER." in text
     stages = [stage("pre_quant", 1.5)]
-    text = built(new_run("one"), new_run("two", trace=False, stages=stages))
+    text = built(new_run("one"), new_run("two", trace=False, stages=stages, settings=alike))
     assert "No mean: the runs differ in their last stage." in text
+    assert "Mean of" not in text
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(validation=dict(bytes=98)), "the runs differ in validation text"),
+        (dict(environment=dict(device="gpu")), "the runs differ in script or environment"),
+        (dict(settings=SETTINGS), "runs have the same seed"),
+    ],
+)
+def test_page_has_no_mean_of_what_is_not_summarized(new_run, changes, words):
+    """Another text, another machine, or the same run twice."""
+    changes = dict(settings=SETTINGS | dict(seed=2)) | changes
+    text = built(new_run("one"), new_run("two", **changes))
+    assert f"No mean: {words}." in text
     assert "Mean of" not in text
 
 
@@ -338,7 +354,15 @@ def test_length_of_training_may_be_unknown(new_run):
 
 def test_seconds_that_count_are_said(new_run):
     """What reads held-out text counts as training; packing and pre_quant count as nothing."""
-    assert "run: 75 s of training, 6 s of evaluation." in built(new_run())
+    assert "run, on cpu tiny: 75 s of training, 6 s of evaluation." in built(new_run())
+
+
+def test_seconds_are_said_of_each_device(new_run):
+    """A proof alone, which has neither training nor stages, says nothing."""
+    other = dict(environment=dict(device="gpu"), train=None)
+    text = built(new_run(), new_run("two", **other), new_run("proof", train=None, stages=[]))
+    assert "; two, on gpu: 6 s of evaluation." in text
+    assert "proof, on cpu tiny" not in text
 
 
 def test_only_parts_that_took_time_are_drawn(new_run):
@@ -520,6 +544,8 @@ def test_folder_of_no_run_is_refused(tmp_path):
     """It is named."""
     assert str(tmp_path) in refusal(tmp_path)
     assert "nowhere" in refusal(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "file: no run's folder (Not a directory)" in refusal(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -560,9 +586,12 @@ def test_log_of_two_runs_is_read_as_the_last(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["fisher: steps", "calibration: 9", "quantize: coarseness 2"])
-def test_log_of_finish_has_the_training_before_it(tmp_path, line):
-    """`finish` goes on in the same log, without steps."""
-    assert steps_of(log_text((1, 6.5)) + log_text() + line, tmp_path) == [(1, 6.5)]
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_log_of_finish_has_the_training_before_it(tmp_path, line, times):
+    """`finish` goes on in the same log, without steps; also after another one."""
+    ends = f"{log_text()}{line}\n" * times
+    assert steps_of(log_text((1, 6.5)) + ends, tmp_path) == [(1, 6.5)]
+    assert steps_of(log_text((1, 6.5)) + log_text() + ends, tmp_path) == [(1, 6.5)]
 
 
 def test_log_may_begin_with_training_of_another_program(tmp_path):
@@ -602,7 +631,9 @@ def test_older_log_has_a_line_a_setting(tmp_path):
 # ---- The same as the script ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("order, recent, bits", [(10, 4, 20), (5, 3, 4), (2, 1, 2), (9, 2, 6)])
+@pytest.mark.parametrize(
+    "order, recent, bits", [(10, 4, 20), (5, 3, 4), (2, 1, 2), (9, 2, 6), (2, 400, 20)]
+)
 def test_contexts_are_those_of_the_script(order, recent, bits):
     """Also where hashes collide."""
     begins = np.isin(np.arange(8), (0, 6))
@@ -614,6 +645,23 @@ def test_contexts_are_those_of_the_script(order, recent, bits):
     counts = report.count_occurrences(tokens, begins, order, recent, bits)
     assert counts.tolist() == expected.tolist()
     assert counts.sum() > 0
+
+
+@pytest.mark.parametrize(
+    "order, expected",
+    [
+        (10, ["last 8 tokens", "last 5 tokens", "last 3 tokens", "last 2 tokens", "last token"]),
+        (4, ["last 3 tokens", "last 3 tokens", "last 3 tokens", "last 2 tokens", "last token"]),
+    ],
+)
+def test_contexts_are_as_long_as_their_names_say(new_run, order, expected):
+    """NGRAM_ORDER cuts them."""
+    run = read_run(new_run(settings=SETTINGS | dict(ngram_order=order)))
+    data = report.text_data(run)
+    assert data["contexts"] == [*expected, "word so far"]
+    assert data["lengths"] == [int(re.sub(r"\D", "", words) or 1) for words in expected] + [
+        min(8, order - 1)
+    ]
 
 
 @pytest.fixture
@@ -681,6 +729,21 @@ def test_parts_of_an_artifact_sum_to_its_bytes(new_artifact, tmp_path, quantizer
     for damaged in (b"", b"PGOLFART", data[:-40], b"X" + data, data[:60] + bytes(len(data) - 60)):
         (tmp_path / "damaged").write_bytes(damaged)
         assert report.artifact_parts(tmp_path / "damaged") == {}
+
+
+def test_artifact_of_another_run_is_not_shown(new_run, new_artifact, tmp_path):
+    """Another one may lie where a run's was; results know theirs by its SHA-256."""
+    path = new_artifact("int6")
+    (tmp_path / "other").write_bytes(path.read_bytes() + b"1")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    for name, known, shown in (
+        (path, digest, path),
+        (tmp_path / "other", digest, None),
+        (path, None, path),
+        (tmp_path, digest, None),  # cannot be read
+    ):
+        part = results()["artifact"] | dict(path=str(name), sha256=known)
+        assert read_run(new_run(artifact=part, trace=False)).artifact == shown
 
 
 def test_parts_of_levels_are_those_of_their_words(new_artifact, monkeypatch):
@@ -790,6 +853,44 @@ def test_text_of_charts_is_not_cut_off(new_run, name):
         assert -0.02 < drawn.x0 < drawn.x1 < width + 0.02, chart.name
         assert -0.02 < drawn.y0 < drawn.y1 < height + 0.02, chart.name
         assert chart.axes.get_position().width > 0.5
+
+
+@pytest.mark.parametrize("names", [["_a", "_b"], ["_a", "b"]])
+def test_names_may_begin_with_an_underscore(new_run, names):
+    """Legends have all of them: for matplotlib such a label is none."""
+    runs = [read_run(new_run(name)) for name in names]
+    report.tell_apart(runs)
+    charts = [report.loss_chart(runs), report.seeds_chart(runs), report.seconds_chart(runs)]
+    for chart in charts:
+        labels = [text.get_text() for text in chart.axes.get_legend().get_texts()]
+        assert len(labels) == 2
+        assert all(name in label for name, label in zip(names, labels))
+
+
+@pytest.mark.parametrize("first", ["mixer", "pre_quant"])
+def test_stages_stand_in_the_order_of_time(new_run, first):
+    """Whatever the first run has."""
+    stages = results()["stages"]
+    part = [s for s in stages if s["name"] != "ttt"][:: -1 if first == "mixer" else 1]
+    runs = [read_run(new_run("one", stages=part, trace=False)), read_run(new_run("two"))]
+    report.tell_apart(runs)
+    names = ["pre_quant", "round_trip", "sliding", "ttt", "mixer"]
+    shown = [
+        t.get_text().replace("\n", "") for t in report.seeds_chart(runs).axes.get_xticklabels()
+    ]
+    assert shown == names
+    shown = [t.get_text() for t in report.seconds_chart(runs).axes.get_yticklabels()]
+    trained = ["training", "held-out text", "quantization"]
+    assert shown == [*trained, *names, "proof: code", "proof: decode"]
+
+
+def test_sixteen_runs_look_different(new_run):
+    """In colour and dashes together, and in colour and marks."""
+    runs = [read_run(new_run(f"run{i}", trace=False)) for i in range(16)]
+    report.tell_apart(runs)
+    lines = [each for each in report.seeds_chart(runs).axes.lines if len(each.get_xdata()) > 1]
+    assert len({(each.get_color(), each.get_linestyle()) for each in lines}) == 16
+    assert len({(each.get_color(), each.get_marker()) for each in lines}) == 16
 
 
 def test_long_names_keep_both_ends():
@@ -1056,6 +1157,7 @@ def test_what_cannot_be_is_said_in_one_line(new_run, capsys, args, words):
         (["--figures", "out"], "RUN_DIR is missing"),
         (["--figures", "out", "--quantizers", "a.json", "--out", "page"], "RUN_DIR is missing"),
         (["run", "--quantizers", "a.json"], "--quantizers takes --figures"),
+        (["run", "--rule", "results.json"], "--rule takes --figures"),
     ],
 )
 def test_what_is_missing_is_a_mistake_of_the_command_line(capsys, args, words):
