@@ -405,6 +405,30 @@ def test_a_missing_kernel_is_not_tried():
     assert refusal(acceptance.attention_choice, "FA3", rt, kind=kind) == rt.notes[-1]
 
 
+@pytest.fixture
+def torch_2_9(monkeypatch):
+    """Take from torch the choice of a FlashAttention, which version 2.9 does not have."""
+    for action in ("activate", "current", "restore"):
+        name = f"{action}_flash_attention_impl"
+        monkeypatch.delattr(torch.nn.attention, name, raising=False)
+
+
+@pytest.mark.usefixtures("torch_2_9")
+def test_torch_2_9_has_no_flash_attention_3():
+    """The step is not tried, and says why."""
+    rt = train_gpt.Runtime(notes=("attention: why",))
+    kind = acceptance.NotTriedError
+    assert refusal(acceptance.attention_choice, "FA3", rt, kind=kind) == "attention: why"
+
+
+@pytest.mark.usefixtures("torch_2_9")
+@pytest.mark.parametrize("kernel", ["flash", "cuDNN"])
+def test_torch_2_9_chooses_other_kernels(kernel):
+    """By the same switches as later versions."""
+    with acceptance.attention_choice(kernel, HERE):
+        assert torch.backends.cuda.flash_sdp_enabled() == (kernel == "flash")
+
+
 @pytest.mark.parametrize("kernel", ["default", "flash", "cuDNN"])
 def test_kernels_are_chosen(kernel):
     """By torch's own switches, which are as before afterwards."""

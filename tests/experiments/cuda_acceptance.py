@@ -677,9 +677,11 @@ def attention_choice(kernel, rt):
     """Return the context in which SDPA computes by `kernel`; NotTriedError if it is not here."""
     if kernel == "default":
         return contextlib.nullcontext()
-    if kernel == "FA3" and torch.nn.attention.current_flash_attention_impl() != "FA3":
+    # torch 2.9 has no such function: there FlashAttention is torch's own.
+    version = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)()
+    if kernel == "FA3" and version != "FA3":
         raise NotTriedError(rt.notes[-1])
-    if kernel != "FA3" and torch.nn.attention.current_flash_attention_impl():
+    if kernel != "FA3" and version:
         torch.nn.attention.restore_flash_attention_impl()
     backend = getattr(torch.nn.attention.SDPBackend, KERNELS[kernel])
     return torch.nn.attention.sdpa_kernel(backend)
