@@ -1,11 +1,13 @@
 """The command for the day a GPU is there: its rehearsal, its arithmetic, its time limit."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -248,6 +250,33 @@ def test_a_process_ends_at_its_limit(tmp_path, most_s, kind, why):
     steps = new_acceptance(tmp_path, 1.0)
     assert why in refusal(steps.run, "nap", [*PYTHON, SLEEP], {}, most_s, kind=kind)
     assert time.perf_counter() - start_s < 10
+
+
+START = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)  # inherited
+child = subprocess.Popen(["sleep", "60"], start_new_session=True)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
+print(child.pid, flush=True)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("seconds", ["0", "60"])
+def test_no_process_outlives_its_command(tmp_path, seconds):
+    """Not even deaf to SIGTERM in its own session, whether the command ends or is ended."""
+    with contextlib.suppress(acceptance.FailedError):
+        new_acceptance(tmp_path).run("start", [*PYTHON, START, seconds], {}, most_s=3.0)
+    child = acceptance.last_line(tmp_path / "start.log")
+    assert is_over(child)
+
+
+def is_over(pid):
+    """Return whether a process has ended; it may be a zombie, if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
 
 
 def test_a_process_that_fails_says_why(tmp_path):

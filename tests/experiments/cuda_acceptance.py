@@ -38,6 +38,7 @@ import sys
 import threading
 import time
 import traceback
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +50,7 @@ from train_gpt import torch  # noqa: E402 (if it is missing, the script says so)
 SCRIPT = train_gpt.__file__
 LEAST_S = 5.0  # a step is not begun with less time than this
 KILL_AFTER_S = 20.0  # from a polite signal to a kill
+COMMAND_ID = "ACCEPTANCE_COMMAND_ID"  # variable by which all that a command starts is known
 MOST_S = 540.0  # of a command (but `record`); one that takes longer hangs
 RECORD_SHARE = 0.4  # of the limit, at most, for training in `record`
 H100_FLOPS = 989e12  # of a second, bfloat16 with dense matrices, as NVIDIA gives them
@@ -199,14 +201,35 @@ def summary(results):
 # ---- Processes -----------------------------------------------------------------------------------
 
 
-def end(process):
-    """End a process and all that it has started: politely, then by force."""
+def processes_of(command_id):
+    """Return the processes in whose environment COMMAND_ID is command_id, as Linux shows them."""
+    wanted = f"{COMMAND_ID}={command_id}".encode()
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if wanted in path.read_bytes().split(b"\0"):
+                found.append(int(path.parent.name))
+    return found
+
+
+def end(process, command_id):
+    """End a process and all that it has started: politely, then by force.
+
+    The polite signal is for its process group; torchrun, whose ranks have sessions of their own,
+    passes it on. Whatever still has the command_id after that is killed, on Linux.
+    """
     for number, patience_s in ((signal.SIGTERM, KILL_AFTER_S), (signal.SIGKILL, None)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience_s)
-            return
+            break
+    patience = Clock(KILL_AFTER_S)  # a driver may hold a process even then
+    while (remaining := processes_of(command_id)) and patience.left() > 0:
+        for pid in remaining:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
 
 
 def last_line(path):
@@ -280,7 +303,9 @@ class Acceptance:
     def run(self, step, command, settings, most_s=MOST_S):
         """Run a command to its end; FailedError if it fails or hangs, NotTriedError for no time."""
         log = self.folder / f"{step}.log"
+        command_id = uuid.uuid4().hex
         env = self.base | {name: str(value) for name, value in settings.items()}
+        env[COMMAND_ID] = command_id
         left_s = self.clock.left()
         with log.open("a") as file:
             file.write(f"$ {' '.join(map(str, command))}\n")
@@ -301,7 +326,7 @@ class Acceptance:
                     raise NotTriedError(f"time; {reached}; see {log}") from None
                 raise FailedError(f"not done after {most_s:.0f} s; see {log}") from None
             finally:
-                end(process)
+                end(process, command_id)
         if process.returncode:
             raise FailedError(f"{last_line(log)} (exit status {process.returncode}; see {log})")
         return log
