@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import subprocess
 import sys
@@ -503,6 +504,26 @@ def test_artifact_of_random_weights_takes_the_place(corpus, tmp_path, monkeypatc
     artifact = train_gpt.read_artifact(steps.artifact)
     assert artifact.settings["ttt_chunk_tokens"] == 128
     assert artifact.weights["blocks.0.mlp_out"].std() > 0
+
+
+@pytest.mark.parametrize("args, preset", [([], "record"), (["--rehearse"], "demo")])
+def test_small_model_has_the_data_that_was_checked(args, preset, tmp_path, monkeypatch):
+    """Those where `record` looks; in a rehearsal, the demo's."""
+    given = {"VOCAB_SIZE": "400", "LOG_DIR": str(tmp_path)}
+    trained = []
+
+    def run(steps, step, command, settings):
+        environ = {name: str(value) for name, value in settings.items()}
+        trained.append(train_gpt.config_from_env(steps.base | environ))
+        raise acceptance.NotTriedError("only its settings are of interest")
+
+    monkeypatch.setattr(acceptance, "check_machine", lambda cfg, rehearse: None)
+    monkeypatch.setattr(acceptance.Acceptance, "run", run)
+    monkeypatch.setattr(acceptance.Acceptance, "steps", lambda self: {"training": self.training})
+    acceptance.accept(args, clean_environment() | given)
+    expected = train_gpt.config_from_env({"PRESET": preset, **given})
+    data = operator.attrgetter("data_path", "tokenizer_path", "vocab_size")
+    assert [data(cfg) for cfg in trained] == [data(expected)]
 
 
 def test_settings_on_a_gpu_are_possible():

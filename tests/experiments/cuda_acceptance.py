@@ -840,7 +840,11 @@ def accept(args, environ):
     folder = Path(environ.get("LOG_DIR", "logs"), name).absolute()
     acceptance = Acceptance(environ, folder, clock, rehearse)
     settings = {"PRESET": acceptance.scale.record["PRESET"]}
-    check_machine(train_gpt.config_from_env(acceptance.base | settings), rehearse)
+    cfg = train_gpt.config_from_env(acceptance.base | settings)
+    check_machine(cfg, rehearse)
+    # The small model's preset would look elsewhere.
+    shared = ("data_path", "tokenizer_path", "vocab_size")
+    acceptance.base |= {setting.upper(): str(getattr(cfg, setting)) for setting in shared}
     path = folder / "acceptance.json"
     train_gpt.check_writable(folder, 1 << 20).close()
     train_gpt.say(f"figures: {path}")
