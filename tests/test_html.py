@@ -1,10 +1,12 @@
 """logs/report.py: the page and the figures of runs."""
 
 import collections
+import dataclasses
 import hashlib
 import html.parser
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
@@ -19,11 +21,15 @@ from conftest import (
     FINEST,
     ROOT,
     VOCAB,
+    clean_environment,
+    error_line,
     few_words,
     tiny_config,
+    tiny_stream,
     tiny_table,
     warm_model,
     warm_weights,
+    write_shards,
 )
 
 import train_gpt
@@ -1048,6 +1054,45 @@ def test_a_measurement_replaces_that_of_the_same_name(tmp_path):
     assert report.read_quantizers(path) == ([measured("b", 1), measured("a", 2)], [CAP])
     again = compare_quantizers.add_entry(json.loads(path.read_bytes()), measured("b", 3))
     assert again["caps"] == [CAP]
+
+
+@pytest.fixture
+def weights_file(tmp_path, tokenizer, monkeypatch):
+    """The weights that a run keeps of a tiny model, whose validation text has 5 sequences of 32."""
+    monkeypatch.setattr(os, "environ", clean_environment())
+    for split, tokens in (("val", 5 * 32 + 31), ("train", 700)):
+        write_shards(tmp_path, [tiny_stream(tokens)], split=split)
+    cfg = tiny_config(
+        vocab_size=400, data_path=str(tmp_path), tokenizer_path=str(tokenizer[0]), device="cpu"
+    )
+    path = tmp_path / "weights.pt"
+    parts = dict(settings=dataclasses.asdict(cfg), result=dict(steps=6), weights=warm_weights(cfg))
+    torch.save(parts, path)
+    return path
+
+
+@pytest.fixture
+def compare_refuses(weights_file, monkeypatch, capsys):
+    """compare_refuses(*args) -> the line with which compare_quantizers.py refuses to measure."""
+    monkeypatch.setattr(compare_quantizers, "log_probabilities", lambda *_: pytest.fail("measured"))
+
+    def line(*args):
+        command = ["compare_quantizers.py", weights_file, *args]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        with pytest.raises(SystemExit) as caught:
+            compare_quantizers.main()
+        return error_line((caught.value.code, capsys.readouterr().err), 1)
+
+    return line
+
+
+@pytest.mark.parametrize("count", [-1, 0, 6, 10])
+def test_quantizers_are_compared_on_as_many_sequences_as_there_are(compare_refuses, count):
+    """Not on shorter ones."""
+    assert compare_refuses(count) == (
+        f"COUNT={count}: the validation text has 5 sequences of 32 tokens; lower COUNT or raise "
+        "VAL_TOKENS"
+    )
 
 
 def test_a_cap_stands_where_its_code_leaves_it(drawn):

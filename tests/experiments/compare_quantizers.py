@@ -66,15 +66,24 @@ def describe(path, kept, cfg, name):
 
 
 def measure(path, count, name=""):
-    """Return the JSON entry of a model; print a line for each quantizer and coarseness."""
+    """Return the JSON entry of a model; print a line for each quantizer and coarseness.
+
+    UserError if the validation text has fewer sequences than `count`.
+    """
     kept = torch.load(path, map_location="cpu", weights_only=True)
     cfg = train_gpt.config_from_env(os.environ, kept["settings"])
     rt = train_gpt.start_runtime(cfg, {})
     held_out = train_gpt.load_held_out(cfg)
     table, _ = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
     weights = {**kept["weights"], "mixer": train_gpt.new_mixer_weights()}
-    end = count * cfg.train_seq_len + 1
-    tokens = torch.from_numpy(train_gpt.load_validation(cfg)[:end])
+    tokens = torch.from_numpy(train_gpt.load_validation(cfg))
+    sequences = (len(tokens) - 1) // cfg.train_seq_len
+    if not 1 <= count <= sequences:
+        raise train_gpt.UserError(
+            f"COUNT={count}: the validation text has {sequences} sequences of {cfg.train_seq_len} "
+            "tokens; lower COUNT or raise VAL_TOKENS"
+        )
+    tokens = tokens[: count * cfg.train_seq_len + 1]
     x, y = (part.view(count, -1) for part in (tokens[:-1], tokens[1:]))
     text = train_gpt.audit_bytes(table, tokens.numpy())
     exact = log_probabilities(cfg, rt, weights, x)
@@ -143,7 +152,10 @@ def main():
     contents = {}
     if given.json and given.json.exists():
         contents = json.loads(given.json.read_bytes())  # before the work: it may be damaged
-    entry = measure(given.weights, given.count, given.name)
+    try:
+        entry = measure(given.weights, given.count, given.name)
+    except train_gpt.UserError as error:
+        parser.exit(1, f"error: {train_gpt.one_line(error)}\n")
     if given.json:
         train_gpt.write_object(given.json, add_entry(contents, entry))
 
