@@ -1095,6 +1095,17 @@ def test_quantizers_are_compared_on_as_many_sequences_as_there_are(compare_refus
     )
 
 
+def test_a_measurement_of_other_weights_is_kept(compare_refuses, tmp_path):
+    """Two models of a preset, number of steps and seed may differ in other settings."""
+    path = tmp_path / "quantizers.json"
+    entry = measured("bench, 6 steps, seed 1337", 1) | dict(weights_sha256="12ab")
+    path.write_text(json.dumps(dict(models=[entry])))
+    assert compare_refuses(5, "--json", path) == (
+        "the file has 'bench, 6 steps, seed 1337' of other weights (SHA-256 12ab), which would be "
+        "lost: give these another --name, or remove those"
+    )
+
+
 def test_a_cap_stands_where_its_code_leaves_it(drawn):
     """At 1,300,000 bytes of the artifact; without caps there is none."""
     words = "a cap of 1,500,000 leaves fisher 1,300,000"

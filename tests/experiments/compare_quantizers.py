@@ -12,8 +12,9 @@ model from the exact one, nats a token; dBPB the difference in bits a byte of te
 of the whole artifact, without code.
 
 The JSON file has an entry a model: what was measured on what, and its lines. An entry of the same
-name is replaced, the others stay, and so do the file's "caps": {quantizer, limit_bytes, code_bytes}
-of runs that the figure marks.
+name is replaced if it is of the same weights (if not, --name gives the new one another), the others
+stay, and so do the file's "caps": {quantizer, limit_bytes, code_bytes} of runs that the figure
+marks.
 """
 
 import argparse
@@ -65,13 +66,27 @@ def describe(path, kept, cfg, name):
     )
 
 
-def measure(path, count, name=""):
+def check_name(contents, entry):
+    """Raise UserError if a JSON file's contents have an entry of that name for other weights."""
+    for model in contents.get("models", []):
+        found = model.get("weights_sha256")
+        if model["name"] == entry["name"] and found != entry["weights_sha256"]:
+            raise train_gpt.UserError(
+                f"the file has {entry['name']!r} of other weights (SHA-256 {found}), which would "
+                "be lost: give these another --name, or remove those"
+            )
+
+
+def measure(path, count, name, contents):
     """Return the JSON entry of a model; print a line for each quantizer and coarseness.
 
-    UserError if the validation text has fewer sequences than `count`.
+    UserError if `contents`, of the JSON file, have its name for other weights, or if the validation
+    text has fewer sequences than `count`.
     """
     kept = torch.load(path, map_location="cpu", weights_only=True)
     cfg = train_gpt.config_from_env(os.environ, kept["settings"])
+    entry = describe(path, kept, cfg, name)
+    check_name(contents, entry)
     rt = train_gpt.start_runtime(cfg, {})
     held_out = train_gpt.load_held_out(cfg)
     table, _ = train_gpt.load_tokenizer(cfg.tokenizer_path, cfg.vocab_size)
@@ -132,7 +147,7 @@ def measure(path, count, name=""):
         text_bytes=text["bytes"],
         text_sha256=text["sha256"],
     )
-    return describe(path, kept, cfg, name) | scored | dict(lines=lines)
+    return entry | scored | dict(lines=lines)
 
 
 def add_entry(contents, entry):
@@ -153,7 +168,7 @@ def main():
     if given.json and given.json.exists():
         contents = json.loads(given.json.read_bytes())  # before the work: it may be damaged
     try:
-        entry = measure(given.weights, given.count, given.name)
+        entry = measure(given.weights, given.count, given.name, contents)
     except train_gpt.UserError as error:
         parser.exit(1, f"error: {train_gpt.one_line(error)}\n")
     if given.json:
