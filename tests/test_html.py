@@ -31,6 +31,7 @@ from conftest import (
     warm_weights,
     write_shards,
 )
+from pretend import CUDA, pretended_device
 
 import train_gpt
 
@@ -1063,7 +1064,12 @@ def weights_file(tmp_path, tokenizer, monkeypatch):
     for split, tokens in (("val", 5 * 32 + 31), ("train", 700)):
         write_shards(tmp_path, [tiny_stream(tokens)], split=split)
     cfg = tiny_config(
-        vocab_size=400, data_path=str(tmp_path), tokenizer_path=str(tokenizer[0]), device="cpu"
+        vocab_size=400,
+        num_layers=2,
+        ve_layers="1",
+        data_path=str(tmp_path),
+        tokenizer_path=str(tokenizer[0]),
+        device="cpu",
     )
     path = tmp_path / "weights.pt"
     parts = dict(settings=dataclasses.asdict(cfg), result=dict(steps=6), weights=warm_weights(cfg))
@@ -1104,6 +1110,37 @@ def test_a_measurement_of_other_weights_is_kept(compare_refuses, tmp_path):
         "the file has 'bench, 6 steps, seed 1337' of other weights (SHA-256 12ab), which would be "
         "lost: give these another --name, or remove those"
     )
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ('[{"models": []}]', "not a JSON object"),
+        ('{"models": [{"lines": []}]}', "a model without a name"),
+        ('{"models": [[]]}', "a model without a name"),
+        ('{"models": 5}', "'int' object is not iterable"),
+        ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+    ],
+)
+def test_a_damaged_file_of_quantizers_is_refused(compare_refuses, tmp_path, text, why):
+    """Before the work whose lines it could not take."""
+    path = tmp_path / "quantizers.json"
+    path.write_text(text)
+    message = compare_refuses(5, "--json", path)
+    assert message == f"--json {path}: mend it or name another ({why})"
+
+
+def test_quantizers_are_compared_on_the_device(weights_file, monkeypatch):
+    """The pretended device computes on the CPU; the text goes where the model is."""
+    monkeypatch.setattr(compare_quantizers, "INT6", (5.0,))
+    monkeypatch.setattr(compare_quantizers, "FISHER", (0.001,))
+    on_cpu = compare_quantizers.measure(weights_file, 5, "", {})
+    rt = train_gpt.Runtime(device=CUDA)
+    monkeypatch.setattr(train_gpt, "start_runtime", lambda *_: rt)
+    with pretended_device():
+        on_device = compare_quantizers.measure(weights_file, 5, "", {})
+    losses = [[line["kl"] for line in entry["lines"]] for entry in (on_device, on_cpu)]
+    assert losses[0] == pytest.approx(losses[1])
 
 
 def test_a_cap_stands_where_its_code_leaves_it(drawn):

@@ -99,7 +99,7 @@ def measure(path, count, name, contents):
             "tokens; lower COUNT or raise VAL_TOKENS"
         )
     tokens = tokens[: count * cfg.train_seq_len + 1]
-    x, y = (part.view(count, -1) for part in (tokens[:-1], tokens[1:]))
+    x, y = (part.view(count, -1).to(rt.device) for part in (tokens[:-1], tokens[1:]))
     text = train_gpt.audit_bytes(table, tokens.numpy())
     exact = log_probabilities(cfg, rt, weights, x)
 
@@ -156,6 +156,20 @@ def add_entry(contents, entry):
     return {"caps": [], **contents, "models": [*others, entry]}
 
 
+def read_contents(path):
+    """Return what a JSON file of this program holds; UserError if it is none of these."""
+    with train_gpt.blaming(
+        f"--json {path}: mend it or name another", ValueError, TypeError, OSError
+    ):
+        contents = json.loads(path.read_bytes())
+        if not isinstance(contents, dict):
+            raise ValueError("not a JSON object")
+        for model in contents.get("models", []):
+            if not (isinstance(model, dict) and isinstance(model.get("name"), str)):
+                raise ValueError("a model without a name")
+    return contents
+
+
 def main():
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -165,9 +179,9 @@ def main():
     parser.add_argument("--name", default="", help="the entry's (default: preset, steps, seed)")
     given = parser.parse_args()
     contents = {}
-    if given.json and given.json.exists():
-        contents = json.loads(given.json.read_bytes())  # before the work: it may be damaged
     try:
+        if given.json and given.json.exists():
+            contents = read_contents(given.json)  # before the work: it may be damaged
         entry = measure(given.weights, given.count, given.name, contents)
     except train_gpt.UserError as error:
         parser.exit(1, f"error: {train_gpt.one_line(error)}\n")
