@@ -64,6 +64,11 @@ class Recorder:
         """Learn nothing."""
 
 
+def calibration_runs(cfg):
+    """Return what the Plan of a calibration has of its own: half windows, nothing before them."""
+    return dict(run=cfg.eval_seq_len // 2, context=0)
+
+
 def record(artifact_path, folder, *names):
     """Write NAME.npy (n, V) int16 grid logits and NAME_tokens.npy (n + 1,) for each stream.
 
@@ -76,10 +81,7 @@ def record(artifact_path, folder, *names):
     end = cfg.val_tokens + 1 if cfg.val_tokens else None
     sliding = new_plan(cfg, "sliding")
     streams = {
-        "calib": (
-            train_gpt.load_held_out(cfg),
-            sliding._replace(run=cfg.eval_seq_len // 2, context=0),
-        ),
+        "calib": (train_gpt.load_held_out(cfg), sliding._replace(**calibration_runs(cfg))),
         "tune": (shard[:end], sliding),
         "val": (train_gpt.load_validation(cfg), new_plan(cfg, "ttt")),
     }
@@ -149,20 +151,23 @@ def run(stream, mixture, size=4096):
     return bits.sum().item() / stream.bytes, seconds, bits
 
 
-def learned(stream, weights, rate, size=64, calibration_blocks=0):
-    """Return a Mixture with the learned mixer for a stream, and blocks of `size` positions."""
+def learned(stream, weights, rate, size=64, **clocks):
+    """Return a Mixture with the learned mixer for a stream, and blocks of `size` positions.
+
+    clocks: what else of the Plan is not that of `sliding`.
+    """
     cfg = replace(stream.cfg, mixer="learned", mixer_lr=rate)
     plan = new_plan(cfg, "sliding", "unguarded", "mixer")
-    plan = plan._replace(block=size, calibration_blocks=calibration_blocks)
+    plan = plan._replace(block=size, **clocks)
     return Mixture(weights, cfg, stream.table, Runtime(), plan)
 
 
 def calibrated_weights(calib):
     """Return the weights that calibration gets from `calib`, as the artifact has them."""
     size = calib.cfg.eval_seq_len
-    blocks = len(calib.tokens) // size
+    clocks = dict(calibration_blocks=len(calib.tokens) // size, **calibration_runs(calib.cfg))
     start = train_gpt.new_mixer_weights()
-    mixture = learned(calib, start, 3 * RATE["calibrated"], size, blocks)
+    mixture = learned(calib, start, 3 * RATE["calibrated"], size, **clocks)
     run(calib, mixture, size)
     return mixture.weights.half().float()
 
