@@ -159,7 +159,7 @@ class Run:
         """
         known = self.part("artifact")
         digest = known.get("sha256")
-        for path in (self.folder / "model.int6.lzma", Path(str(known.get("path")))):
+        for path in (self.folder / "model.int6.lzma", Path(str(known.get("path", "")))):
             with contextlib.suppress(OSError):
                 found = hashlib.sha256(path.read_bytes()).hexdigest()
                 if digest in (None, found):
@@ -822,15 +822,12 @@ def seconds_of(run):
     return spent
 
 
-# In the order of time.
-ORDER = ("training", "held-out text", "quantization", "pre_quant", "round_trip", "sliding", "ttt")
-ORDER += ("mixer", "proof: code", "proof: decode")
-
-
 def in_order(names):
-    """Return different names of stages and other work, sorted by time; unknown ones at the end."""
-    known = {name: i for i, name in enumerate(ORDER)}
-    return sorted(dict.fromkeys(names), key=lambda name: known.get(name, len(ORDER)))
+    """Return different names of stages and other work, sorted by time; the others at the end."""
+    known = [*TRAINING.values(), *STAGES]
+    return sorted(
+        dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known)
+    )
 
 
 @styled
@@ -875,7 +872,7 @@ def seconds_chart(runs):
         "The competition allows 600 s of training, with all that reads training text after it "
         "(calibration, fisher's gradients; where a log has no line `fisher:`, the latter are "
         "in quantization), and 600 s of evaluation, without pre_quant and proof, on 8xH100. "
-        f"{'; '.join(sums)}."
+        f"{'; '.join(sums)}{'.' * bool(sums)}"
     )
     rows = [(name, *(f"{parts.get(name, 0):.1f}" for _, parts in spent)) for name in names]
     chart.numbers = table(("part", *(run.name for run, _ in spent)), rows, "Seconds")

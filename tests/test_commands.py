@@ -422,6 +422,13 @@ def test_artifact_can_be_looked_at_in_float32(command, trained, run_dir):
     assert results["artifact"]["overridden"] == ["EVAL_DTYPE"]
 
 
+def test_verify_in_float32_is_refused(command, unproved, run_dir):
+    """Status 1 and one line that names the artifact's setting; nothing is proved."""
+    settings = dict(ARTIFACT_PATH=artifact_of(unproved), VERIFY_TOKENS="30")
+    assert error_line(command("verify", **settings), 1).startswith("EVAL_DTYPE=float32: ")
+    assert not list(run_dir.glob("proof.*"))
+
+
 @pytest.mark.parametrize("name, value", [("EVAL_DTYPE", "float32"), ("EVAL_STRIDE", "8")])
 def test_verify_takes_no_other_settings(command, trained, tmp_path, name, value):
     """Its decoder has the artifact's: before a token is coded, the setting is named."""

@@ -370,6 +370,8 @@ def test_seconds_are_said_of_each_device(new_run):
     text = built(new_run(), new_run("two", **other), new_run("proof", train=None, stages=[]))
     assert "; two, on gpu: 6 s of evaluation." in text
     assert "proof, on cpu tiny" not in text
+    alone = built(new_run("proof", train=None, stages=[], trace=False))
+    assert "on 8xH100. <" in alone
 
 
 def test_only_parts_that_took_time_are_drawn(new_run):
