@@ -621,8 +621,6 @@ def test_committed_proof_is_no_run(command_line):
 def test_committed_summary_is_of_the_committed_logs(monkeypatch):
     """submission.json has what `summarize` makes of them, but for the day."""
     monkeypatch.chdir(ROOT)
-    paths = [
-        LOGS / name / "results.json" for name in ("bench_fisher_seed1337", "bench_fisher_seed42")
-    ]
+    paths = [LOGS / f"bench_bf16_seed{seed}" / "results.json" for seed in (1337, 42, 2024)]
     found = json.loads((ROOT / "submission.json").read_bytes())
     assert found == train_gpt.summarize(paths) | {"date": found["date"]}
